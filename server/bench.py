@@ -1,0 +1,116 @@
+"""`loraplex bench throughput`: the engine in this process, without gRPC, under a fixed load."""
+
+import gc
+import resource
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from adapters.config import CONFIG_FILE, AdapterFormatError
+from adapters.format import read_adapter
+from server.config import EngineConfig
+from server.engine.build import EngineParts, build_engine
+from server.engine.core import EngineCore, Submit
+from server.engine.request import Request, SamplingParams, TokenOutput
+from server.errors import ConfigError
+from server.lora.adapter import Adapter
+from server.metrics import Metrics
+
+
+def measure_throughput(
+    config: EngineConfig,
+    *,
+    adapters_dir: str | None,
+    num_adapters: int,
+    num_prompts: int,
+    prompt_tokens: int,
+    output_tokens: int,
+) -> dict[str, Any]:
+    """Runs the load once to warm up (eight tokens each) and once for the clock.
+
+    Raises:
+        ConfigError: the adapters cannot be had, or a request would be too long.
+    """
+    parts = build_engine(config)
+    if prompt_tokens + output_tokens > parts.max_model_len:
+        raise ConfigError(
+            f"--prompt-tokens {prompt_tokens} and --output-tokens {output_tokens} are over the {parts.max_model_len} "
+            "tokens of a request (--max-model-len)"
+        )
+    adapters = _load_adapters(config, parts, adapters_dir, num_adapters)
+    prompts = _prompts(num_prompts, prompt_tokens, parts.base.vocab_size)
+    core = EngineCore(parts.runner, parts.scheduler, Metrics(CollectorRegistry()))
+
+    _generate(core, parts, prompts, adapters, min(8, output_tokens))
+    gc.collect()
+    started = time.perf_counter()
+    outputs = _generate(core, parts, prompts, adapters, output_tokens)
+    wall = time.perf_counter() - started
+    num_generated = sum(len(tokens) for tokens in outputs)
+    assert num_generated == num_prompts * output_tokens
+    return {
+        "out_tok_s": round(num_generated / wall, 2),
+        "wall_s": round(wall, 3),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "num_adapters": num_adapters,
+        "num_prompts": num_prompts,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "adapter_bytes": sum(adapter.num_bytes for adapter in adapters),
+        "model": parts.base.name,
+        "device": str(parts.base.device),
+        "dtype": str(parts.base.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "version": version("loraplex"),
+        "torch": torch.__version__,
+    }
+
+
+def _load_adapters(config: EngineConfig, parts: EngineParts, folder: str | None, count: int) -> list[Adapter]:
+    if not count:
+        return []
+    paths = sorted(path.parent for path in Path(folder or "").glob(f"*/{CONFIG_FILE}")) if folder else []
+    if len(paths) < count:
+        raise ConfigError(f"--num-adapters {count}: --adapters-dir {folder} holds {len(paths)}")
+    try:
+        return [
+            Adapter.from_files(
+                read_adapter(path, parts.base.linear_layers, config.max_lora_rank), path.name, "1", generation
+            )
+            for generation, path in enumerate(paths[:count], start=1)
+        ]
+    except AdapterFormatError as error:
+        raise ConfigError(f"--adapters-dir {folder}: {error}") from error
+
+
+def _prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (count, length), generator=generator).tolist()
+
+
+def _generate(
+    core: EngineCore, parts: EngineParts, prompts: list[list[int]], adapters: list[Adapter], output_tokens: int
+) -> list[list[int]]:
+    """Submits everything at once and steps until nothing is left; the tokens of each request."""
+    outputs: list[list[int]] = [[] for _ in prompts]
+
+    def collect(step: list[TokenOutput]) -> None:
+        for output in step:
+            if output.error is not None:
+                raise output.error
+            assert output.token_id is not None
+            outputs[output.request_id].append(output.token_id)
+
+    core.connect(collect)
+    params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+    for index, prompt in enumerate(prompts):
+        adapter = adapters[index % len(adapters)] if adapters else None
+        core.put(Submit(Request(index, prompt, params, adapter, frozenset())))
+    core.step()
+    while parts.scheduler.has_work:
+        core.step()
+    return outputs

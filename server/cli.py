@@ -1,0 +1,104 @@
+"""The command `loraplex` and its sub-commands. Heavy imports wait until a command needs them."""
+
+import asyncio
+import json
+import logging
+import sys
+from typing import Any
+
+import click
+
+from server.config import EngineConfig, ServerConfig, options, take
+from server.errors import ConfigError
+
+
+class _Group(click.Group):
+    """Settings that cannot work end in one line and exit code 2, never in a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="loraplex")
+def main() -> None:
+    """Serve many LoRA adapters on one frozen base model, and make them."""
+
+
+@main.command()
+@options(EngineConfig, ServerConfig)
+def serve(**values: Any) -> None:
+    """Start the gRPC server."""
+    engine_config, config = take(EngineConfig, values), take(ServerConfig, values)
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
+    )
+    from server.serve import serve as run
+
+    sys.exit(asyncio.run(run(engine_config, config)))
+
+
+@main.group()
+def models() -> None:
+    """Base models."""
+
+
+@models.command()
+@click.argument("name")
+def fetch(name: str) -> None:
+    """Bring an embedded base model into the cache (smollm2-135m)."""
+    from server.base_models import fetch as run
+
+    run(name, progress=lambda text: click.echo(text, err=True))
+
+
+@main.group()
+def bench() -> None:
+    """Measure."""
+
+
+@bench.command()
+@options(EngineConfig)
+@click.option("--adapters-dir", type=click.Path(exists=True, file_okay=False), help="Folder of PEFT adapters.")
+@click.option(
+    "--num-adapters", type=click.IntRange(min=0), default=0, show_default=True, help="0: the base model alone."
+)
+@click.option("--num-prompts", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of a sentence.")
+def throughput(
+    adapters_dir: str | None,
+    num_adapters: int,
+    num_prompts: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Generate with many adapters at once, in process, and time it.
+
+    All prompts are submitted at once; request i uses adapter i mod K of the folder, in name order. Greedy, no early
+    stop, one warm-up.
+    """
+    from server.bench import measure_throughput
+
+    result = measure_throughput(
+        take(EngineConfig, values),
+        adapters_dir=adapters_dir,
+        num_adapters=num_adapters,
+        num_prompts=num_prompts,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        click.echo(
+            f"{result['out_tok_s']:.1f} tokens/s: {num_prompts} requests of {prompt_tokens} + {output_tokens} tokens "
+            f"over {num_adapters} adapters in {result['wall_s']:.2f} s, "
+            f"peak memory {result['peak_rss_bytes'] / 2**20:.0f} MiB"
+        )

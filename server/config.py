@@ -1,0 +1,125 @@
+"""Every setting, once. Flags, environment variables and YAML keys all come from the fields of the classes here.
+
+Precedence: flag, then environment (`LORAPLEX_…`), then the file of `--config`, then the default.
+"""
+
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import click
+import yaml
+
+from server.errors import ConfigError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), low: int | None = None) -> Any:
+    """A field that is also a flag: its default, its help, and what values it takes."""
+    return field(default=default, metadata={"help": text, "choices": choices, "low": low})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the engine is made from."""
+
+    model: str = setting("smollm2-135m", "Base model: a Hugging Face folder, a hub name, or a fetched embedded model.")
+    device: str = setting("auto", "Device; auto takes CUDA when there is one.", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting("auto", "Number format of the weights.", choices=("auto", "float32", "bfloat16", "float16"))
+    max_num_seqs: int = setting(64, "Most requests in one step.", low=1)
+    max_num_batched_tokens: int = setting(2048, "Most tokens in one step; longer prompts run in chunks.", low=1)
+    max_model_len: int = setting(0, "Most tokens of a request, prompt and output; 0: what the model allows.", low=0)
+    block_size: int = setting(16, "Tokens per KV block.", low=1)
+    kv_cache_bytes: int = setting(0, "Memory for the KV cache in bytes; 0: chosen for the device.", low=0)
+    adapter_slots: int = setting(32, "Adapters on the device at a time.", low=1)
+    max_lora_rank: int = setting(64, "Largest rank of an adapter.", low=1)
+    threads: int = setting(0, "Compute threads; 0: one per core.", low=0)
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-num-seqs "
+                f"{self.max_num_seqs}: every running request needs one token a step"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """What `loraplex serve` is made from, beside the engine."""
+
+    adapters_dir: Path = setting(Path("adapters-store"), "Folder of adapters: NAME/ or NAME/VERSION/ in PEFT's format.")
+    listen: str = setting("127.0.0.1:50051", "Address of the gRPC server.")
+    metrics_listen: str = setting("127.0.0.1:9090", "Address of the Prometheus endpoint; empty: none.")
+    adapter_host_bytes: int = setting(4 << 30, "Most host memory for adapters in bytes.", low=1)
+    max_waiting: int = setting(1024, "Most requests in the queue; more are answered RESOURCE_EXHAUSTED.", low=0)
+    max_message_bytes: int = setting(16 << 20, "Largest gRPC message in bytes.", low=1024)
+    drain_seconds: int = setting(30, "How long SIGTERM waits for running requests.", low=0)
+    reflection: bool = setting(True, "Serve gRPC reflection.")
+    log_level: str = setting("info", "What is logged.", choices=("debug", "info", "warning", "error"))
+
+
+def options(*classes: type) -> Callable[[Command], Command]:
+    """Decorates a click command with a flag for every field of the classes, and with `--config`."""
+
+    def decorate(command: Command) -> Command:
+        for cls in reversed(classes):
+            hints = get_type_hints(cls)
+            for item in reversed(fields(cls)):
+                command = _option(item, hints[item.name])(command)
+        return click.option(
+            "--config",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            is_eager=True,
+            expose_value=False,
+            callback=_read_config_file,
+            help="YAML file of settings, keys as the flags.",
+        )(command)
+
+    return decorate
+
+
+def take(cls: type, values: dict[str, Any]) -> Any:
+    """An instance of a settings class from the values of a command, which lose the ones that are used."""
+    return cls(**{item.name: values.pop(item.name) for item in fields(cls)})
+
+
+def _option(item: "Field[Any]", hint: Any) -> Callable[[Command], Command]:
+    flag = "--" + item.name.replace("_", "-")
+    metadata = item.metadata
+    kind: Any = hint
+    if metadata["choices"]:
+        kind = click.Choice(metadata["choices"])
+    elif metadata["low"] is not None:
+        kind = click.IntRange(min=metadata["low"])
+    elif hint is Path:
+        kind = click.Path(path_type=Path)
+    if hint is bool:
+        flag, kind = f"{flag}/--no-{flag[2:]}", None
+    return click.option(
+        flag,
+        type=kind,
+        default=item.default,
+        envvar=f"LORAPLEX_{item.name.upper()}",
+        help=metadata["help"],
+        show_default=True,
+        show_envvar=True,
+    )
+
+
+def _read_config_file(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Makes the file's values the command's defaults, below flags and environment."""
+    if path is None:
+        return
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise click.BadParameter(f"{path} holds no mapping of settings")
+    known = {parameter.name for parameter in context.command.params}
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if unknown := sorted(values.keys() - known):
+        raise click.BadParameter(f"{path}: unknown setting {unknown[0]!r}")
+    context.default_map = {**(context.default_map or {}), **values}

@@ -1,0 +1,81 @@
+"""Puts an engine together from its settings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from server.base_models import resolve
+from server.config import EngineConfig
+from server.device import Device, pick_device
+from server.engine.block_allocator import BlockAllocator
+from server.engine.kv_cache import KVShape
+from server.engine.model import BaseModel, load_base_model
+from server.engine.model_runner import ModelRunner
+from server.engine.scheduler import Scheduler
+from server.errors import ConfigError
+from server.lora.slots import AdapterSlots
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What `EngineCore` runs on, with the limits that follow from model and memory."""
+
+    base: BaseModel
+    runner: ModelRunner
+    scheduler: Scheduler
+    max_model_len: int
+    num_blocks: int
+    kv_cache_bytes: int
+    largest_difference: float  # of the self-check, in logits
+
+
+def build_engine(config: EngineConfig) -> EngineParts:
+    """Loads the model, sizes the KV cache, and proves that flat steps answer as the model itself does.
+
+    Raises:
+        ConfigError: a model that cannot be served, or memory that does not suffice.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device, config.dtype)
+    path = resolve(config.model)
+    base = load_base_model(path, Path(path).name, device.torch_device, device.dtype)
+    max_model_len = _max_model_len(config, base)
+    num_blocks = _num_blocks(config, base.kv_shape, device, max_model_len)
+    runner = ModelRunner(
+        base,
+        device.kernels,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        num_adapter_slots=config.adapter_slots,
+    )
+    scheduler = Scheduler(
+        BlockAllocator(num_blocks, config.block_size),
+        AdapterSlots(config.adapter_slots),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+    )
+    kv_cache_bytes = num_blocks * config.block_size * base.kv_shape.bytes_per_token(base.dtype)
+    return EngineParts(base, runner, scheduler, max_model_len, num_blocks, kv_cache_bytes, runner.verify())
+
+
+def _max_model_len(config: EngineConfig, base: BaseModel) -> int:
+    if config.max_model_len > base.max_model_len:
+        raise ConfigError(f"--max-model-len {config.max_model_len}: the model was made for {base.max_model_len} tokens")
+    return config.max_model_len or base.max_model_len
+
+
+def _num_blocks(config: EngineConfig, shape: KVShape, device: Device, max_model_len: int) -> int:
+    """As many blocks as fit, but at least one request of the full length: no request is ever too long to run."""
+    block_bytes = config.block_size * shape.bytes_per_token(device.dtype)
+    available = config.kv_cache_bytes or device.kv_cache_bytes()
+    wanted = -(-max_model_len // config.block_size)
+    if available < wanted * block_bytes:
+        raise ConfigError(
+            f"a KV cache of {available:,} bytes does not hold one request of {max_model_len:,} tokens, which takes "
+            f"{wanted * block_bytes:,}: raise --kv-cache-bytes or lower --max-model-len"
+        )
+    useful = config.max_num_seqs * wanted
+    return min(available // block_bytes, useful)

@@ -1,0 +1,157 @@
+"""The engine: one thread that schedules, runs and books steps. Other threads only put commands into its inbox."""
+
+import logging
+import queue
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from server.engine.model_runner import ModelRunner
+from server.engine.request import Request, TokenOutput
+from server.engine.scheduler import ScheduledBatch, Scheduler
+from server.errors import InternalFailure
+from server.lora.adapter import Adapter
+from server.lora.layers import bytes_on_device
+from server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+Emit = Callable[[list[TokenOutput]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Free the device slot of an adapter that no request uses any more; answers with the bytes that were freed."""
+
+    adapter: Adapter
+    freed: Future[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    pass
+
+
+Command = Submit | Abort | Evict | Stop
+
+
+class EngineCore:
+    """Owns the model runner and the scheduler. `put` may be called from any thread, all else from the engine thread."""
+
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, metrics: Metrics) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self._metrics = metrics
+        self._emit: Emit = _drop
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._stopping = False
+        # Adapters in device slots: a snapshot for other threads to read, replaced whole and never changed.
+        self.resident: frozenset[Adapter] = frozenset()
+
+    def connect(self, emit: Emit) -> None:
+        """Says who gets the outputs of each step; called before the first one."""
+        self._emit = emit
+
+    def put(self, command: Command) -> None:
+        self._inbox.put(command)
+
+    def run(self) -> None:
+        """Steps until `Stop`; sleeps while there is nothing to do."""
+        while not self._stopping:
+            if self.scheduler.has_work:
+                self.step()
+            else:
+                self._metrics.idle()
+                self._obey(self._inbox.get())
+
+    def step(self) -> None:
+        """One turn: take what came in, schedule, run, book, give out."""
+        self._drain_inbox()
+        batch = self.scheduler.schedule()
+        started = time.monotonic()
+        try:
+            results = self.runner.run(batch)
+        except Exception:
+            self._fail(batch)
+            return
+        if batch.slot_writes:
+            self._publish_resident()
+        outputs = []
+        sampled = {}
+        logprobs = {}
+        for request, result in results:
+            if result.token_id is None:
+                self.scheduler.abort(request.request_id)
+                outputs.append(self._incident(request.request_id, "NON_FINITE_LOGITS"))
+            else:
+                sampled[request.request_id] = result.token_id
+                logprobs[request.request_id] = result.logprob
+        finished = self.scheduler.update(batch, sampled)
+        outputs += [
+            TokenOutput(request_id, token_id, finished.get(request_id), logprobs[request_id])
+            for request_id, token_id in sampled.items()
+        ]
+        self._metrics.step(batch, self.scheduler, len(sampled), time.monotonic() - started)
+        if outputs:
+            self._emit(outputs)
+
+    def _drain_inbox(self) -> None:
+        while True:
+            try:
+                self._obey(self._inbox.get_nowait())
+            except queue.Empty:
+                return
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Submit(request):
+                self.scheduler.add(request)
+            case Abort(request_id):
+                self.scheduler.abort(request_id)
+            case Evict(adapter, freed):
+                slot = self.scheduler.slots.remove(adapter)
+                if slot is not None:
+                    self.runner.lora.write(slot, None)
+                self._publish_resident()
+                freed.set_result(0 if slot is None else bytes_on_device(adapter, self.runner.base.device))
+            case Stop():
+                self._stopping = True
+
+    def _fail(self, batch: ScheduledBatch) -> None:
+        """A step crashed: its requests end with an incident each, and no slot counts as written."""
+        log.exception("a step with %d requests failed", len(batch.requests))
+        outputs = []
+        for scheduled in batch.requests:
+            self.scheduler.abort(scheduled.request.request_id)
+            outputs.append(self._incident(scheduled.request.request_id, "STEP_FAILED"))
+        for _, adapter in batch.slot_writes:
+            self.scheduler.slots.remove(adapter)
+        self._publish_resident()
+        self._emit(outputs)
+
+    def _publish_resident(self) -> None:
+        self.resident = frozenset(self.scheduler.slots.adapters())
+
+    def _incident(self, request_id: int, reason: str) -> TokenOutput:
+        incident = uuid.uuid4().hex[:12]
+        log.error("request %d failed: %s, incident %s", request_id, reason, incident)
+        self._metrics.failed_requests.labels(reason=reason).inc()
+        return TokenOutput(
+            request_id, None, error=InternalFailure(f"internal error, incident {incident}", reason=reason)
+        )
+
+
+def _drop(outputs: list[TokenOutput]) -> None:
+    pass

@@ -1,0 +1,97 @@
+"""From a scheduled batch to the flat tensors of one forward. A pure function; engine thread only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.engine.scheduler import ScheduledRequest
+from server.kernels.segments import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """All tokens of a step in one row: the requests one after another, each with the tokens that it computes."""
+
+    input_ids: Tensor  # [1, num_tokens] int64
+    position_ids: Tensor  # [1, num_tokens] int64
+    slot_mapping: Tensor  # [num_tokens] int64: where each token's K and V go, block * block_size + offset
+    query_start_loc: Tensor  # [num_requests + 1] int32: where each request's tokens start
+    context_lens: Tensor  # [num_requests] int32: tokens in the cache after this step
+    block_tables: Tensor  # [num_requests, most blocks of a request] int32, padded with 0
+    logits_indices: Tensor  # [num_sampled] int64: rows whose logits are needed
+    segments: tuple[Segment, ...]  # runs of tokens of one adapter slot; tokens without adapter are in none
+    logits_segments: tuple[Segment, ...]  # the same over the rows of logits_indices
+    query_lens: tuple[int, ...]  # host copies for loops over requests
+    kv_lens: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.shape[1])
+
+
+def build_forward_batch(
+    scheduled: Sequence[ScheduledRequest], block_size: int, device: torch.device, *, all_logits: bool = False
+) -> ForwardBatch:
+    """Builds the tensors of a step for requests that are ordered by adapter slot.
+
+    `all_logits` asks for the logits of each request's last row even where it does not sample yet.
+    """
+    requests = [item.request for item in scheduled]
+    query_lens = np.array([item.num_tokens for item in scheduled], dtype=np.int64)
+    computed = np.array([request.num_computed_tokens for request in requests], dtype=np.int64)
+    starts = np.concatenate(([0], np.cumsum(query_lens)))
+    num_tokens = int(starts[-1])
+
+    token_ids = np.fromiter(
+        chain.from_iterable(
+            item.request.token_ids[
+                item.request.num_computed_tokens : item.request.num_computed_tokens + item.num_tokens
+            ]
+            for item in scheduled
+        ),
+        dtype=np.int64,
+        count=num_tokens,
+    )
+    request_of_token = np.repeat(np.arange(len(requests)), query_lens)
+    positions = np.arange(num_tokens) + np.repeat(computed - starts[:-1], query_lens)
+
+    block_tables = np.zeros((len(requests), max(len(request.block_table) for request in requests)), dtype=np.int32)
+    for row, request in enumerate(requests):
+        block_tables[row, : len(request.block_table)] = request.block_table
+    slot_mapping = block_tables[request_of_token, positions // block_size].astype(np.int64) * block_size
+    slot_mapping += positions % block_size
+
+    sampled = [row for row, item in enumerate(scheduled) if item.samples or all_logits]
+    slots = [request.adapter_slot for request in requests]
+
+    def to_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return ForwardBatch(
+        input_ids=to_device(token_ids)[None],
+        position_ids=to_device(positions)[None],
+        slot_mapping=to_device(slot_mapping),
+        query_start_loc=to_device(starts.astype(np.int32)),
+        context_lens=to_device((computed + query_lens).astype(np.int32)),
+        block_tables=to_device(block_tables),
+        logits_indices=to_device(starts[1:][sampled] - 1),
+        segments=_segments(slots, query_lens.tolist()),
+        logits_segments=_segments([slots[row] for row in sampled], [1] * len(sampled)),
+        query_lens=tuple(query_lens.tolist()),
+        kv_lens=tuple((computed + query_lens).tolist()),
+    )
+
+
+def _segments(slots: Sequence[int], lengths: Sequence[int]) -> tuple[Segment, ...]:
+    """Runs of rows with the same adapter slot, leaving out slot −1."""
+    segments, start = [], 0
+    for slot, run in groupby(zip(slots, lengths, strict=True), key=lambda pair: pair[0]):
+        end = start + sum(length for _, length in run)
+        if slot >= 0:
+            segments.append(Segment(slot, start, end))
+        start = end
+    return tuple(segments)

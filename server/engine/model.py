@@ -1,0 +1,205 @@
+"""The frozen base model: loaded from transformers, with our attention under it and its own answers kept as proof."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from adapters.format import LinearShape
+from server.engine.attention import ATTENTION_NAME
+from server.engine.kv_cache import KVShape
+from server.errors import ConfigError
+
+_SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_PROBE_TOKENS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base model ready to be served: frozen, with the paged attention in place."""
+
+    name: str
+    model: PreTrainedModel
+    device: torch.device
+    dtype: torch.dtype
+    digest: str  # sha256 of every parameter's name and bytes, hex
+    kv_shape: KVShape
+    linear_layers: dict[str, LinearShape]  # what an adapter may target, by module path
+    head: str  # module path of the layer that makes the logits
+    vocab_size: int  # width of the logits
+    max_model_len: int  # what the position embeddings were made for
+    eos_token_ids: frozenset[int]
+    reference: "Reference"
+
+    @property
+    def architecture(self) -> str:
+        return type(self.model).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the model itself answers on a short prompt, taken before anything of it was replaced."""
+
+    token_ids: list[int]
+    logits: Tensor  # [num_tokens, vocab_size] float32, on the host
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Raises ConfigError if the folder or hub name has none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {path}: no tokenizer: {_first_line(error)}") from error
+    return tokenizer
+
+
+def load_base_model(path: str, name: str, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """Loads and freezes a model and puts the paged attention under it.
+
+    Raises:
+        ConfigError: the model cannot be read, or it is of a kind that cannot be served, with the reason.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--model {path} cannot be loaded: {_first_line(error)}") from error
+    return prepare_base_model(model, name, device)
+
+
+@torch.inference_mode()
+def prepare_base_model(model: PreTrainedModel, name: str, device: torch.device) -> BaseModel:
+    """Makes a loaded model servable; see `load_base_model`."""
+    model.eval().requires_grad_(False).to(device)
+    config = model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if unknown := layer_types - _SERVED_LAYER_TYPES:
+        raise ConfigError(f"--model {name}: layers of type {', '.join(sorted(unknown))} are not supported")
+
+    vocab_size = int(config.vocab_size)
+    token_ids = [7 * i % vocab_size for i in range(1, _PROBE_TOKENS + 1)]
+    input_ids = torch.tensor([token_ids], device=device)
+    logits = model(input_ids, use_cache=False).logits[0].float().cpu()
+    digest = _digest(model)
+
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+        probe = _probe(model, input_ids)
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise ConfigError(f"--model {name} cannot be served: {_first_line(error)}") from error
+    return BaseModel(
+        name=name,
+        model=model,
+        device=device,
+        dtype=model.dtype,
+        digest=digest,
+        kv_shape=probe.kv_shape(int(config.num_hidden_layers), name),
+        linear_layers=probe.linear_layers,
+        head=probe.head,
+        vocab_size=logits.shape[-1],
+        max_model_len=int(getattr(config, "max_position_embeddings", 0) or 4096),
+        eos_token_ids=_eos_token_ids(model),
+        reference=Reference(token_ids, logits),
+    )
+
+
+@dataclass(slots=True)
+class _Probe:
+    """Stands in for the attention of one forward and writes down how the model is made."""
+
+    kv_shapes: dict[int | None, tuple[int, int]] = field(default_factory=dict)  # layer → heads, head size
+    value_sizes: set[tuple[int, int]] = field(default_factory=set)
+    linear_layers: dict[str, LinearShape] = field(default_factory=dict)
+    head: str = ""
+
+    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        self.kv_shapes[layer] = (key.shape[0], key.shape[2])
+        self.value_sizes.add((key.shape[2], value.shape[2]))
+        return query.transpose(0, 1).contiguous()
+
+    def kv_shape(self, num_layers: int, name: str) -> KVShape:
+        refused = f"--model {name} cannot be served: "
+        if any(key_size != value_size for key_size, value_size in self.value_sizes):
+            raise ConfigError(refused + "keys and values have different head sizes")
+        if set(self.kv_shapes) != set(range(num_layers)):
+            raise ConfigError(
+                refused
+                + f"{len(self.kv_shapes)} of its {num_layers} layers use the attention interface of transformers, "
+                "so part of its state is kept elsewhere"
+            )
+        shapes = set(self.kv_shapes.values())
+        if len(shapes) > 1:
+            raise ConfigError(refused + f"its layers differ in KV heads and head size: {sorted(shapes)}")
+        num_kv_heads, head_dim = shapes.pop()
+        return KVShape(num_layers, num_kv_heads, head_dim)
+
+
+def _probe(model: PreTrainedModel, input_ids: Tensor) -> _Probe:
+    """Runs one forward to learn the attention's shapes and which linear layers see one row per token.
+
+    Only those can take part in a batch of many adapters: a layer that sees its rows regrouped (an expert) cannot.
+    """
+    probe = _Probe()
+    head = model.get_output_embeddings()
+    num_tokens = input_ids.shape[1]
+    rows: dict[str, int] = {}
+    calls: Counter[str] = Counter()
+    handles = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            if module is head:
+                probe.head = path
+
+            def record(module: nn.Module, args: tuple[Tensor, ...], *, path: str = path) -> None:
+                calls[path] += 1
+                rows[path] = args[0].numel() // args[0].shape[-1]
+
+            handles.append(module.register_forward_pre_hook(record))
+    try:
+        kept = torch.tensor([0, num_tokens - 1], device=input_ids.device)
+        logits = model(
+            input_ids,
+            position_ids=torch.arange(num_tokens, device=input_ids.device)[None],
+            use_cache=False,
+            logits_to_keep=kept,
+            attention_step=probe,
+        ).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if logits.shape[:2] != (1, 2):
+        raise ValueError("the model does not honour logits_to_keep")
+    for path, count in calls.items():
+        if count == 1 and rows[path] == (2 if path == probe.head else num_tokens):
+            probe.linear_layers[path] = _linear_shape(model.get_submodule(path))
+    return probe
+
+
+def _linear_shape(layer: nn.Module) -> LinearShape:
+    if isinstance(layer, Conv1D):
+        return LinearShape(int(layer.nx), int(layer.nf))
+    assert isinstance(layer, nn.Linear)
+    return LinearShape(layer.in_features, layer.out_features)
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    generation = model.generation_config
+    ids = generation.eos_token_id if generation is not None else None
+    ids = model.config.get_text_config().eos_token_id if ids is None else ids
+    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

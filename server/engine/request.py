@@ -1,0 +1,131 @@
+"""A generation request and what flows around it. Plain data: no torch, any thread."""
+
+import enum
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from server.lora.adapter import Adapter
+
+GREEDY_BELOW = 1e-5
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class RequestStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to end. Values are checked where they come in (`server.rpc.sampling`)."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0  # under GREEDY_BELOW: the most likely token
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    seed: int | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None  # alternatives per token
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits depend on more than the model: penalties, bias or a minimum length."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_tokens
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), the most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What one step made for one request; the only thing that travels from the engine thread to the event loop."""
+
+    request_id: int
+    token_id: int | None  # None: the request ended without a token
+    finish_reason: FinishReason | None = None
+    logprob: TokenLogprob | None = None
+    error: Exception | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+class Request:
+    """A request inside the engine. Owned by the scheduler from `add` to the end; engine thread only."""
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        adapter: Adapter | None,
+        stop_token_ids: frozenset[int],
+    ) -> None:
+        self.request_id = request_id
+        self.params = params
+        self.adapter = adapter  # None: the base model
+        self.stop_token_ids = stop_token_ids  # of the model and of the request, as far as they end this one
+        self.token_ids = list(prompt_token_ids)  # prompt and output
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.random = random.Random(params.seed)
+        self.status = RequestStatus.WAITING
+
+        # Set by the scheduler.
+        self.num_computed_tokens = 0  # tokens whose K and V are in the cache
+        self.block_table: list[int] = []
+        self.adapter_slot = -1  # -1: the base model, or not running
+        self.num_preemptions = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_missing_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def append(self, token_id: int, max_model_len: int) -> FinishReason | None:
+        """Takes a sampled token; says whether it ends the request."""
+        self.token_ids.append(token_id)
+        if token_id in self.stop_token_ids and self.num_output_tokens >= self.params.min_tokens:
+            return FinishReason.STOP
+        if self.num_output_tokens >= self.params.max_tokens or self.num_tokens >= max_model_len:
+            return FinishReason.LENGTH
+        return None

@@ -1,0 +1,109 @@
+"""From logits to tokens, for a whole batch at once. Engine thread only."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.request import Request, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What one row gave; `token_id` is None when its logits were not finite."""
+
+    token_id: int | None
+    logprob: TokenLogprob | None = None
+
+
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
+    """Chooses each request's next token.
+
+    Every row depends on its own logits and its own request only, so a request samples the same in any batch.
+
+    Args:
+        logits: [num_requests, vocab_size]; not changed.
+    """
+    logits = logits.float()
+    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
+    adjusted = _adjust(logits, requests)
+    token_ids = adjusted.argmax(dim=-1).tolist()
+    drawing = [row for row, request in enumerate(requests) if not request.params.greedy and finite[row]]
+    if drawing:
+        drawn = _draw(adjusted[drawing], [requests[row] for row in drawing])
+        for row, token_id in zip(drawing, drawn, strict=True):
+            token_ids[row] = token_id
+    return [
+        Sampled(token_ids[row], _logprob(logits[row], token_ids[row], request.params.logprobs))
+        if finite[row]
+        else Sampled(None)
+        for row, request in enumerate(requests)
+    ]
+
+
+def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Applies penalties, bias and minimum length to the rows that ask for them; the others are shared, not copied."""
+    changing = [row for row, request in enumerate(requests) if request.params.changes_logits]
+    if not changing:
+        return logits
+    logits = logits.clone()
+    for row in changing:
+        _adjust_row(logits[row], requests[row])
+    return logits
+
+
+def _adjust_row(logits: Tensor, request: Request) -> None:
+    params = request.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(request.token_ids)), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        counts = Counter(request.output_token_ids)
+        ids = torch.tensor(list(counts), dtype=torch.long, device=logits.device)
+        times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * times
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+    if request.num_output_tokens < params.min_tokens and request.stop_token_ids:
+        logits[sorted(request.stop_token_ids)] = float("-inf")
+
+
+def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """Temperature, then top-k, min-p and top-p on the sorted distribution, then one uniform number per request.
+
+    The numbers come from each request's own generator by inverse transform, so a seed gives the same tokens on every
+    device and in every batch.
+    """
+    device = logits.device
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=device)[:, None]
+
+    params = [request.params for request in requests]
+    probabilities = torch.softmax(logits / column([p.temperature for p in params]), dim=-1)
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(logits.shape[-1], device=device)[None]
+    keep = ranks < column([p.top_k or logits.shape[-1] for p in params])
+    keep &= probabilities >= probabilities[:, :1] * column([p.min_p for p in params])
+    before = torch.where(keep, probabilities, 0).cumsum(dim=-1) - probabilities
+    total = torch.where(keep, probabilities, 0).sum(dim=-1, keepdim=True)
+    keep &= before < column([p.top_p for p in params]) * total
+    cumulative = torch.where(keep, probabilities, 0).double().cumsum(dim=-1)
+    targets = column([request.random.random() for request in requests]).double() * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, targets, right=True).clamp_(max=logits.shape[-1] - 1)
+    chosen = torch.minimum(chosen, keep.sum(dim=-1, keepdim=True) - 1)
+    return order.gather(1, chosen)[:, 0].tolist()
+
+
+def _logprob(logits: Tensor, token_id: int, num_top: int | None) -> TokenLogprob | None:
+    """Log-probabilities of the model's own distribution, before temperature and penalties."""
+    if num_top is None:
+        return None
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, ids = logprobs.topk(num_top)
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token_id, float(logprobs[token_id]), top)

@@ -1,0 +1,178 @@
+"""What runs in the next step. Plain Python over ids; engine thread only.
+
+There is no prefill phase and no decode phase: every request has tokens that are computed and tokens that are not, and a
+step lets each running request catch up under one token budget. A prompt longer than what is left of the budget is
+computed in chunks; a decoding request lacks exactly one token. When KV blocks run out, the youngest running request is
+preempted: it gives its blocks back and waits, at the head of the queue, to be computed again.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from server.engine.block_allocator import BlockAllocator
+from server.engine.request import FinishReason, Request, RequestStatus
+from server.lora.adapter import Adapter
+from server.lora.slots import AdapterSlots
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """A request and how many of its tokens the step computes."""
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the last known token, so that the next one can be sampled."""
+        return self.num_tokens == self.request.num_missing_tokens
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """One step's work: requests ordered by adapter slot, and the slots to write before they run."""
+
+    requests: list[ScheduledRequest] = field(default_factory=list)
+    slot_writes: list[tuple[int, Adapter]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(scheduled.num_tokens for scheduled in self.requests)
+
+
+class Scheduler:
+    """Owns the requests, their KV blocks and their adapter slots from `add` until they finish."""
+
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        slots: AdapterSlots,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self.allocator = allocator
+        self.slots = slots
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # oldest first
+        self.num_preemptions = 0
+        self._requests: dict[int, Request] = {}
+        self._max_num_seqs = max_num_seqs
+        self._token_budget = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._passed_over = 0  # admissions since the oldest waiting request lacked a slot
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def abort(self, request_id: int) -> None:
+        """Ends a request and frees all it holds; one that is gone already is no error."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request)
+
+    def schedule(self) -> ScheduledBatch:
+        batch = ScheduledBatch()
+        preemptions = self.num_preemptions
+        budget = self._schedule_running(batch)
+        if self.num_preemptions == preemptions:
+            self._admit_waiting(batch, budget)
+        batch.requests.sort(key=lambda scheduled: scheduled.request.adapter_slot)
+        return batch
+
+    def update(self, batch: ScheduledBatch, sampled: dict[int, int]) -> dict[int, FinishReason]:
+        """Books a finished step: `sampled` maps request ids to new tokens; returns the requests that end and why."""
+        finished: dict[int, FinishReason] = {}
+        for scheduled in batch.requests:
+            request = scheduled.request
+            request.num_computed_tokens += scheduled.num_tokens
+            token_id = sampled.get(request.request_id)
+            if token_id is None:
+                continue
+            reason = request.append(token_id, self._max_model_len)
+            if reason is not None:
+                finished[request.request_id] = reason
+                self._finish(request)
+        return finished
+
+    def _schedule_running(self, batch: ScheduledBatch) -> int:
+        """Gives decoding requests their token first, then prompts what is left; returns the budget that remains."""
+        budget = self._token_budget
+        pending = deque(sorted(self.running, key=lambda request: request.num_missing_tokens > 1))
+        while pending and budget > 0:
+            request = pending.popleft()
+            num_tokens = min(request.num_missing_tokens, budget)
+            while not self.allocator.grow(request.block_table, request.num_computed_tokens + num_tokens):
+                victim = pending.pop() if pending else request
+                self._preempt(victim)
+                if victim is request:
+                    return 0
+            batch.requests.append(ScheduledRequest(request, num_tokens))
+            budget -= num_tokens
+        return budget
+
+    def _admit_waiting(self, batch: ScheduledBatch, budget: int) -> None:
+        """Admits in order of arrival; a request that lacks only an adapter slot may be passed, but not for ever."""
+        blocked: list[Request] = []
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+            if blocked and self._passed_over >= self._max_num_seqs:
+                break
+            request = self.waiting.popleft()
+            num_tokens = min(request.num_missing_tokens, budget)
+            if not self._acquire_slot(request, batch):
+                blocked.append(request)
+                continue
+            if not self.allocator.grow(request.block_table, request.num_computed_tokens + num_tokens):
+                self._release_slot(request)
+                self.waiting.appendleft(request)
+                break
+            request.status = RequestStatus.RUNNING
+            self.running.append(request)
+            batch.requests.append(ScheduledRequest(request, num_tokens))
+            budget -= num_tokens
+            self._passed_over = self._passed_over + 1 if blocked else self._passed_over
+        if not blocked:
+            self._passed_over = 0
+        self.waiting.extendleft(reversed(blocked))
+
+    def _acquire_slot(self, request: Request, batch: ScheduledBatch) -> bool:
+        if request.adapter is None:
+            return True
+        acquired = self.slots.acquire(request.adapter)
+        if acquired is None:
+            return False
+        request.adapter_slot, is_new = acquired
+        if is_new:
+            batch.slot_writes.append((request.adapter_slot, request.adapter))
+        return True
+
+    def _release_slot(self, request: Request) -> None:
+        if request.adapter is not None and request.adapter_slot >= 0:
+            self.slots.release(request.adapter)
+            request.adapter_slot = -1
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self.allocator.release(request.block_table)
+        self._release_slot(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        request.status = RequestStatus.WAITING
+        self.waiting.appendleft(request)
+
+    def _finish(self, request: Request) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self.allocator.release(request.block_table)
+        self._release_slot(request)
+        request.status = RequestStatus.FINISHED
+        del self._requests[request.request_id]

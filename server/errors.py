@@ -1,0 +1,87 @@
+"""Every error a user can cause, with its gRPC status. Whatever is not a `ServingError` is our bug.
+
+ServingError
+├── InvalidRequest          INVALID_ARGUMENT      wrong whatever the server's state
+├── InvalidAdapter          INVALID_ARGUMENT      the adapter's files are wrong in themselves
+├── IncompatibleAdapter     FAILED_PRECONDITION   a good adapter, but not for this server
+├── AdapterNotFound         NOT_FOUND
+├── AdapterExists           ALREADY_EXISTS
+├── RequestAborted          ABORTED
+├── Overloaded              RESOURCE_EXHAUSTED
+├── Unavailable             UNAVAILABLE           starting, draining, or the engine is down
+└── InternalFailure         INTERNAL              the client sees only the incident id
+ConfigError                                       at start-up, before there is a client
+"""
+
+import grpc
+
+
+class ConfigError(Exception):
+    """The server cannot start as asked; the message names the setting to change."""
+
+
+class ServingError(Exception):
+    """Base of all errors that reach a client.
+
+    Attributes:
+        code: gRPC status.
+        reason: machine-readable reason, sent as `google.rpc.ErrorInfo.reason`.
+        field: request field at fault, sent as `google.rpc.BadRequest.FieldViolation.field`; empty if none.
+    """
+
+    code = grpc.StatusCode.INTERNAL
+    reason = "INTERNAL"
+
+    def __init__(self, message: str, *, field: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        if reason:
+            self.reason = reason
+
+
+class InvalidRequest(ServingError):
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "INVALID_REQUEST"
+
+
+class InvalidAdapter(ServingError):
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "INVALID_ADAPTER"
+
+
+class IncompatibleAdapter(ServingError):
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "INCOMPATIBLE_ADAPTER"
+
+
+class AdapterNotFound(ServingError):
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "ADAPTER_NOT_FOUND"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"adapter {name!r} is not known here; ListAdapters tells which are", field="adapter")
+
+
+class AdapterExists(ServingError):
+    code = grpc.StatusCode.ALREADY_EXISTS
+    reason = "ADAPTER_EXISTS"
+
+
+class RequestAborted(ServingError):
+    code = grpc.StatusCode.ABORTED
+    reason = "REQUEST_ABORTED"
+
+
+class Overloaded(ServingError):
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "OVERLOADED"
+
+
+class Unavailable(ServingError):
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "UNAVAILABLE"
+
+
+class InternalFailure(ServingError):
+    """Our bug. The message is the incident id under which the log holds the traceback."""

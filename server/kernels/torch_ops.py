@@ -1,0 +1,104 @@
+"""The operations of a step in plain torch: the reference for every kernel, and what runs where there is none."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters.format import LoRAWeights
+from server.kernels.segments import Segment
+
+
+def add_lora(y: Tensor, x: Tensor, slots: Sequence[LoRAWeights | None], segments: Sequence[Segment]) -> None:
+    """Adds the bypass of each token's adapter, in place.
+
+    Semantics: for every segment `(s, start, end)` whose slot holds weights, with rank r of its own,
+
+        y[start:end] += scaling_s · (x[start:end] @ lora_a_sᵀ) @ lora_b_sᵀ
+
+    Args:
+        y: [num_tokens, out_features], changed in place.
+        x: [num_tokens, in_features].
+        slots: per slot `lora_a` [r, in_features] and `lora_b` [out_features, r]; None: the adapter skips this layer.
+        segments: runs of tokens of one slot, without overlap. Tokens in no segment are left untouched.
+    """
+    for slot, start, end in segments:
+        weights = slots[slot]
+        if weights is not None:
+            shrunk = F.linear(x[start:end], weights.lora_a.to(x.dtype)) * weights.scaling
+            y[start:end] += F.linear(shrunk, weights.lora_b.to(x.dtype))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of a sequence's last tokens over all of its tokens.
+
+    Args:
+        query: [num_heads, q, head_dim], the last q of k tokens.
+        key, value: [num_kv_heads, k, head_dim]; num_heads is a multiple of num_kv_heads.
+        scaling: factor on the scores.
+        sliding_window: how many tokens a token sees, itself included.
+        softcap: scores become `softcap · tanh(score / softcap)`.
+        sinks: [num_heads], a score that takes part in each softmax but has no value.
+
+    Returns:
+        [num_heads, q, head_dim].
+    """
+    num_queries, num_keys = query.shape[1], key.shape[1]
+    if softcap is None and sinks is None:
+        causal = num_queries == num_keys and (sliding_window is None or num_keys <= sliding_window)
+        mask = None if causal or (num_queries == 1 and sliding_window is None) else _visible(query, key, sliding_window)
+        return F.scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=mask, is_causal=causal and num_queries > 1, scale=scaling,
+            enable_gqa=query.shape[0] != key.shape[0],
+        )[0]  # fmt: skip
+    groups = query.shape[0] // key.shape[0]
+    scores = query.float() @ key.float().repeat_interleave(groups, 0).transpose(1, 2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_visible(query, key, sliding_window), float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, num_queries, 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :num_keys]
+    return (weights @ value.float().repeat_interleave(groups, 0)).to(query.dtype)
+
+
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, kv_lens: Tensor, *, scaling: float, sliding_window: int | None = None
+) -> Tensor:
+    """Attention of one token of each of many sequences over its padded context.
+
+    Args:
+        query: [num_seqs, num_heads, head_dim].
+        key, value: [num_seqs, max_len, num_kv_heads, head_dim], padded at the end.
+        kv_lens: [num_seqs], tokens of each sequence, the query's own included.
+
+    Returns:
+        [num_seqs, num_heads, head_dim].
+    """
+    positions = torch.arange(key.shape[1], device=key.device)
+    visible = positions < kv_lens[:, None]
+    if sliding_window is not None:
+        visible &= positions >= kv_lens[:, None] - sliding_window
+    return F.scaled_dot_product_attention(
+        query[:, :, None], key.transpose(1, 2), value.transpose(1, 2), attn_mask=visible[:, None, None], scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[2],
+    )[:, :, 0]  # fmt: skip
+
+
+def _visible(query: Tensor, key: Tensor, sliding_window: int | None) -> Tensor:
+    """[q, k] mask of the keys that each query sees."""
+    num_queries, num_keys = query.shape[1], key.shape[1]
+    positions = torch.arange(num_keys, device=key.device)
+    distance = positions[num_keys - num_queries :, None] - positions[None]
+    visible = distance >= 0
+    return visible if sliding_window is None else visible & (distance < sliding_window)

@@ -1,0 +1,58 @@
+"""Which adapter sits in which device slot. Ids only; engine thread only."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from server.lora.adapter import Adapter
+
+
+@dataclass(slots=True)
+class _Slot:
+    index: int
+    adapter: Adapter
+    num_users: int = 0
+
+
+class AdapterSlots:
+    """Owns the map from adapters to device slots.
+
+    A slot that no running request uses keeps its adapter until somebody needs the room; the least recently used one
+    goes first. `acquire` and `release` come in pairs, one per running request.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._slots: OrderedDict[Adapter, _Slot] = OrderedDict()  # least recently used first
+        self._free = list(range(num_slots - 1, -1, -1))
+
+    def acquire(self, adapter: Adapter) -> tuple[int, bool] | None:
+        """The adapter's slot and whether its weights must be written there first; None if every slot is in use."""
+        slot = self._slots.get(adapter)
+        is_new = slot is None
+        if slot is None:
+            if not self._free and not self._evict_one():
+                return None
+            slot = self._slots[adapter] = _Slot(self._free.pop(), adapter)
+        self._slots.move_to_end(adapter)
+        slot.num_users += 1
+        return slot.index, is_new
+
+    def release(self, adapter: Adapter) -> None:
+        self._slots[adapter].num_users -= 1
+
+    def remove(self, adapter: Adapter) -> int | None:
+        """Frees the slot of an adapter that nobody uses; the slot's index, or None if there is nothing to free."""
+        slot = self._slots.get(adapter)
+        if slot is None or slot.num_users:
+            return None
+        del self._slots[adapter]
+        self._free.append(slot.index)
+        return slot.index
+
+    def adapters(self) -> list[Adapter]:
+        """The adapters that sit in a slot, the least recently used first."""
+        return list(self._slots)
+
+    def _evict_one(self) -> bool:
+        idle = next((slot.adapter for slot in self._slots.values() if not slot.num_users), None)
+        return idle is not None and self.remove(idle) is not None

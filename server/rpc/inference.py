@@ -1,0 +1,193 @@
+"""The Inference service: messages to requests and back, nothing else."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+
+import jinja2
+
+from server.engine.async_engine import AsyncEngine, GenerationOutput
+from server.engine.request import FinishReason, SamplingParams
+from server.errors import InvalidRequest
+from server.lora.adapter import Adapter
+from server.pb.loraplex.v1 import inference_pb2 as pb
+from server.pb.loraplex.v1 import inference_pb2_grpc as pb_grpc
+from server.rpc.sampling import sampling_params
+
+MAX_BYTES_PER_TOKEN = 64  # a text with more per token of the context is refused before it is tokenized
+MAX_REQUEST_ID = 256  # characters
+LONG_TEXT = 4096  # characters from which tokenizing leaves the event loop
+ROLES = ("system", "user", "assistant")
+_FINISH_REASONS = {None: pb.FINISH_REASON_UNSPECIFIED, FinishReason.STOP: pb.STOP, FinishReason.LENGTH: pb.LENGTH}
+
+
+class InferenceService(pb_grpc.InferenceServicer):
+    def __init__(self, engine: AsyncEngine, info: pb.ModelInfo) -> None:
+        self._engine = engine
+        self._info = info
+
+    async def Generate(self, request: pb.GenerateRequest, context: object) -> pb.GenerateResponse:
+        """Errors: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, RESOURCE_EXHAUSTED, UNAVAILABLE."""
+        if request.sampling.n > 1:
+            raise InvalidRequest(
+                f"sampling.n is {request.sampling.n}: more than one answer needs GenerateStream", field="sampling.n"
+            )
+        answer, pieces = pb.GenerateResponse(), []
+        async with aclosing(self._answers(request)) as messages:
+            async for message in messages:
+                pieces.append(message.text)
+                answer.MergeFrom(message)
+        answer.text = "".join(pieces)
+        return answer
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, context: object
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Errors: those of Generate."""
+        async with aclosing(self._answers(request)) as messages:
+            async for message in messages:
+                yield message
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: object) -> pb.TokenizeResponse:
+        """Errors: INVALID_ARGUMENT."""
+        return pb.TokenizeResponse(token_ids=await self._token_ids(request))
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: object) -> pb.ModelInfo:
+        return self._info
+
+    async def _answers(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
+        if len(request.request_id) > MAX_REQUEST_ID or not request.request_id.isprintable():
+            raise InvalidRequest(
+                f"request_id may have {MAX_REQUEST_ID} printable characters; it has {len(request.request_id)}",
+                field="request_id",
+            )
+        prompt = await self._token_ids(request)
+        engine = self._engine
+        params = sampling_params(request.sampling, len(prompt), engine.max_model_len, engine.base.vocab_size)
+        if request.sampling.n <= 1:
+            streams = [engine.generate(prompt, params, request.adapter)]
+        else:
+            streams = [
+                engine.generate(prompt, _nth(params, index), request.adapter) for index in range(request.sampling.n)
+            ]
+        async with aclosing(_merge(streams)) as outputs:
+            async for index, output in outputs:
+                yield _response(index, output, len(prompt))
+
+    async def _token_ids(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
+        """The prompt's tokens, whichever way it came.
+
+        Raises:
+            InvalidRequest: missing, empty, too long, or with ids outside the vocabulary.
+        """
+        kind = request.WhichOneof("input")
+        if kind == "prompt_token_ids":
+            assert isinstance(request, pb.GenerateRequest)
+            token_ids = list(request.prompt_token_ids.ids)
+            highest = max(token_ids, default=0)
+            if highest >= self._engine.base.vocab_size:
+                raise InvalidRequest(
+                    f"prompt_token_ids holds {highest}; the vocabulary ends at {self._engine.base.vocab_size - 1}",
+                    field="prompt_token_ids",
+                )
+        elif kind == "prompt":
+            token_ids = await self._encode(request.prompt, "prompt", add_special_tokens=True)
+        elif kind == "chat":
+            token_ids = await self._encode(self._render(request.chat), "chat", add_special_tokens=False)
+        else:
+            raise InvalidRequest("no input: set prompt, prompt_token_ids or chat", field="input")
+        if not token_ids:
+            raise InvalidRequest(f"{kind} is empty", field=kind)
+        if len(token_ids) >= self._engine.max_model_len:
+            raise InvalidRequest(
+                f"{kind} has {len(token_ids):,} tokens; with at least one to generate, {self._engine.max_model_len:,} "
+                "fit (--max-model-len)",
+                field=kind,
+            )
+        return token_ids
+
+    async def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+        limit = MAX_BYTES_PER_TOKEN * self._engine.max_model_len
+        size = len(text.encode())
+        if size > limit:
+            raise InvalidRequest(
+                f"{field} has {size:,} bytes; no more than {limit:,} can fit in {self._engine.max_model_len:,} tokens "
+                "(--max-model-len)",
+                field=field,
+            )
+
+        def encode() -> list[int]:
+            return list(self._engine.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+        return await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
+
+    def _render(self, chat: pb.Chat) -> str:
+        if not chat.messages:
+            raise InvalidRequest("chat has no messages", field="chat.messages")
+        for message in chat.messages:
+            if message.role not in ROLES:
+                raise InvalidRequest(
+                    f"chat role {message.role[:40]!r} is not one of {', '.join(ROLES)}", field="chat.messages.role"
+                )
+        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+        try:
+            return str(self._engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except (jinja2.TemplateError, ValueError) as error:
+            raise InvalidRequest(f"the chat template refuses these messages: {error}", field="chat.messages") from error
+
+
+def _nth(params: SamplingParams, index: int) -> SamplingParams:
+    """The same parameters for the n-th answer: a seed gives n different answers, always the same n."""
+    return params if params.seed is None else replace(params, seed=params.seed + index)
+
+
+async def _merge(
+    streams: list[AsyncGenerator[GenerationOutput, None]],
+) -> AsyncGenerator[tuple[int, GenerationOutput], None]:
+    """The outputs of several requests as they come, with their index; an error of one ends all."""
+    queue: asyncio.Queue[tuple[int, GenerationOutput]] = asyncio.Queue()
+
+    async def forward(index: int, stream: AsyncGenerator[GenerationOutput, None]) -> None:
+        async with aclosing(stream) as outputs:
+            async for output in outputs:
+                queue.put_nowait((index, output))
+
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+    async with asyncio.TaskGroup() as group:
+        for index, stream in enumerate(streams):
+            group.create_task(forward(index, stream))
+        unfinished = len(streams)
+        while unfinished:
+            index, output = await queue.get()
+            unfinished -= output.finish_reason is not None
+            yield index, output
+
+
+def _response(index: int, output: GenerationOutput, num_prompt_tokens: int) -> pb.GenerateResponse:
+    response = pb.GenerateResponse(
+        text=output.text,
+        token_ids=output.token_ids,
+        finish_reason=_FINISH_REASONS[output.finish_reason],
+        adapter=_identity(output.adapter),
+        index=index,
+    )
+    for logprob in output.logprobs:
+        top = [pb.TopLogprob(token_id=token_id, logprob=value) for token_id, value in logprob.top]
+        response.logprobs.add(token_id=logprob.token_id, logprob=logprob.logprob, top=top)
+    if output.finish_reason is not None:
+        response.usage.prompt_tokens = num_prompt_tokens
+        response.usage.completion_tokens = output.num_output_tokens
+    return response
+
+
+def _identity(adapter: Adapter | None) -> pb.AdapterIdentity | None:
+    if adapter is None:
+        return None
+    return pb.AdapterIdentity(
+        name=adapter.name, version=adapter.version, generation=adapter.generation, digest=adapter.digest
+    )

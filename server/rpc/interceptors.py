@@ -1,0 +1,93 @@
+"""What stands around every call of our services: errors become gRPC statuses, in this one place."""
+
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from server.errors import InternalFailure, InvalidRequest, Overloaded, ServingError
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "loraplex"
+RETRY_AFTER = 1  # seconds, told to clients that met a full queue
+_OWN_SERVICES = "/loraplex."
+
+Handler = Any  # grpc.RpcMethodHandler, whose attributes the stubs leave out
+Context = grpc.aio.ServicerContext[Any, Any]
+Parse = Callable[[bytes], Any]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Maps every error to a status with details.
+
+    grpc.aio alone answers UNKNOWN with the exception's text, for an unreadable message as for a bug of ours. Messages
+    are parsed in here, so that the first is the client's fault (INVALID_ARGUMENT); of the second only an incident id
+    goes out.
+    """
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
+    ) -> Handler:
+        handler = await continuation(details)
+        if handler is None or not str(details.method).startswith(_OWN_SERVICES):
+            return handler
+        parse, serialize = handler.request_deserializer, handler.response_serializer
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                _unary(handler.unary_unary, parse), response_serializer=serialize
+            )
+        return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, parse), response_serializer=serialize)
+
+
+def _unary(behavior: Callable[[Any, Context], Awaitable[Any]], parse: Parse) -> Any:
+    async def call(data: bytes, context: Context) -> Any:
+        try:
+            return await behavior(_parsed(parse, data), context)
+        except Exception as error:
+            await context.abort_with_status(_status(error))
+
+    return call
+
+
+def _stream(behavior: Callable[[Any, Context], AsyncIterator[Any]], parse: Parse) -> Any:
+    async def call(data: bytes, context: Context) -> AsyncIterator[Any]:
+        try:
+            async with aclosing(behavior(_parsed(parse, data), context)) as messages:  # type: ignore[type-var]
+                async for message in messages:
+                    yield message
+        except Exception as error:
+            await context.abort_with_status(_status(error))
+
+    return call
+
+
+def _parsed(parse: Parse, data: bytes) -> Any:
+    try:
+        return parse(data)
+    except (DecodeError, UnicodeDecodeError, ValueError) as error:
+        raise InvalidRequest("the message is not a valid protobuf of the expected type") from error
+
+
+def _status(error: Exception) -> Any:
+    if isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    if not isinstance(error, ServingError):
+        incident = uuid.uuid4().hex[:12]
+        log.error("unhandled error, incident %s", incident, exc_info=error)
+        error = InternalFailure(f"internal error, incident {incident}")
+    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, Overloaded):
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=RETRY_AFTER)))
+    return rpc_status.to_status(status)
