@@ -119,7 +119,7 @@ class _Probe:
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
         self.kv_shapes[layer] = (key.shape[0], key.shape[2])
         self.value_sizes.add((key.shape[2], value.shape[2]))
-        return query.transpose(0, 1).contiguous()
+        return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
 
     def kv_shape(self, num_layers: int, name: str) -> KVShape:
         refused = f"--model {name} cannot be served: "

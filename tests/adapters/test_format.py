@@ -1,0 +1,266 @@
+"""PEFT's files, read strictly: good ones as PEFT means them, bad ones refused with the reason."""
+
+import json
+import math
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from adapters.config import AdapterConfig, AdapterFormatError, AdapterIncompatibleError, parse_config
+from adapters.format import LinearShape, LoRAWeights, read_adapter, write_adapter
+
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+LAYERS = {Q: LinearShape(16, 16), V: LinearShape(16, 8), "model.layers.0.mlp.up_proj": LinearShape(16, 24)}
+CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+def tensors(rank: int = 4) -> dict[str, torch.Tensor]:
+    result = {}
+    for module in (Q, V):
+        shape = LAYERS[module]
+        result[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, shape.in_features)
+        result[f"base_model.model.{module}.lora_B.weight"] = torch.randn(shape.out_features, rank)
+    return result
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A good adapter, for a test to break."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+    safetensors.torch.save_file(tensors(), tmp_path / "adapter_model.safetensors")
+    return tmp_path
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **changes}))
+
+
+def read(folder: Path) -> Any:
+    return read_adapter(folder, LAYERS, max_rank=16)
+
+
+def test_a_good_adapter(folder: Path) -> None:
+    files = read(folder)
+    assert set(files.weights) == {Q, V}
+    assert files.weights[V].lora_a.shape == (4, 16)
+    assert files.weights[V].lora_b.shape == (8, 4)
+    assert files.weights[V].scaling == 2.0
+    assert files.num_bytes == sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_the_digest_follows_the_content(folder: Path) -> None:
+    digest = read(folder).digest
+    assert read(folder).digest == digest
+    configure(folder, lora_alpha=9)
+    changed = read(folder).digest
+    assert changed != digest
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    config = AdapterConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj"), use_rslora=True, base_model="tiny")
+    weights = {module: LoRAWeights(torch.randn(4, shape.in_features), torch.randn(shape.out_features, 4), 4.0)
+               for module, shape in list(LAYERS.items())[:2]}  # fmt: skip
+    for _ in range(2):  # the second replaces the first
+        write_adapter(tmp_path / "out", config, weights)
+        files = read(tmp_path / "out")
+        assert files.config == config
+        assert files.weights[Q].scaling == 8 / math.sqrt(4)
+        assert torch.equal(files.weights[Q].lora_b, weights[Q].lora_b)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError):
+        write_adapter(tmp_path, AdapterConfig(rank=1, alpha=1, target_modules=("q_proj",)), {})
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        changed = tensors()
+        change(changed)
+        safetensors.torch.save_file(changed, folder / "adapter_model.safetensors")
+
+    return apply
+
+
+def _value(value: float) -> Callable[[Path], None]:
+    return _weights(lambda t: t[f"base_model.model.{Q}.lora_A.weight"].view(-1)[3:4].fill_(value))
+
+
+def _raw(data: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / "adapter_model.safetensors").write_bytes(data)
+
+
+def _header(header: dict[str, Any], length: int | None = None) -> Callable[[Path], None]:
+    text = json.dumps(header).encode()
+    return _raw(struct.pack("<Q", len(text) if length is None else length) + text)
+
+
+def _pickle_only(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def _linked(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.symlink_to(path.rename(folder / "elsewhere"))
+
+
+A = f"base_model.model.{Q}.lora_A.weight"
+B = f"base_model.model.{Q}.lora_B.weight"
+EMPTY = {f"base_model.model.x{i}.lora_A.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(300)}
+
+BROKEN_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (_remove("adapter_config.json"), "adapter_config.json is missing"),
+    "no weights": (_remove("adapter_model.safetensors"), "adapter_model.safetensors is missing"),
+    "pickle only": (_pickle_only, "never opened"),
+    "a link": (_linked, "not a plain file"),
+    "truncated": (_truncate, "adapter_model.safetensors"),
+    "empty": (_raw(b""), "truncated"),
+    "a zip": (_raw(b"PK\3\4" + b"\0" * 100), "header"),
+    "endless header": (_header({}, length=2**62), "does not fit"),
+    "header is no JSON": (_raw(struct.pack("<Q", 4) + b"nope"), "not valid JSON"),
+    "header is a bomb": (_raw(struct.pack("<Q", 200_000) + b"[" * 200_000), "not valid JSON"),
+    "many empty tensors": (_header(EMPTY), "does not have"),
+    "not a number": (_value(math.nan), "not finite"),
+    "infinite": (_value(math.inf), "not finite"),
+    "A without B": (_weights(lambda t: t.pop(B)), "1 of 4 tensors are missing"),
+    "extra tensor": (_weights(lambda t: t.update({"lm_head.weight": torch.zeros(1)})), "unexpected tensor"),
+    "tensor of an untargeted layer": (
+        _weights(lambda t: t.update({A.replace("self_attn.q", "mlp.up"): torch.zeros(4, 16)})), "unexpected tensor"),
+    "another layer index": (
+        _weights(lambda t: t.update({A.replace(".0.", ".7."): torch.zeros(4, 16)})), "does not have"),
+    "transposed": (_weights(lambda t: t.update({A: torch.zeros(16, 4)})), "shape"),
+    "wrong rank": (_weights(lambda t: t.update({A: torch.zeros(3, 16)})), "shape"),
+    "double precision": (_weights(lambda t: t.update({A: torch.zeros(4, 16, dtype=torch.float64)})), "dtype F64"),
+    "integers": (_weights(lambda t: t.update({A: torch.zeros(4, 16, dtype=torch.int32)})), "dtype I32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN_FILES)
+def test_broken_files(folder: Path, fault: str) -> None:
+    damage, reason = BROKEN_FILES[fault]
+    damage(folder)
+    with pytest.raises(AdapterFormatError, match=reason):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"r": 0}, "r is 0"),
+        ({"r": -1}, "r is -1"),
+        ({"r": 1.5}, "r is 1.5"),
+        ({"r": "8"}, "r is '8'"),
+        ({"r": True}, "r is True"),
+        ({"r": 10**6}, "r is 1000000"),
+        ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"lora_alpha": math.nan}, "not valid JSON"),
+        ({"lora_alpha": 1e30}, "lora_alpha is 1e"),
+        ({"target_modules": None}, "target_modules"),
+        ({"target_modules": []}, "target_modules"),
+        ({"target_modules": [1]}, "target_modules"),
+        ({"target_modules": "(?!x)y"}, "regular expression"),
+        ({"rank_pattern": {"(": 4}}, "regular expression"),
+        ({"rank_pattern": {"q_proj": "4"}}, "q_proj is '4'"),
+        ({"rank_pattern": [4]}, "rank_pattern"),
+        ({"use_rslora": "yes"}, "use_rslora"),
+        ({"surprise": 1}, "unknown key 'surprise'"),
+    ],
+)
+def test_bad_configurations(folder: Path, changes: dict[str, Any], reason: str) -> None:
+    configure(folder, **changes)
+    with pytest.raises(AdapterFormatError, match=reason) as caught:
+        read(folder)
+    assert not isinstance(caught.value, AdapterIncompatibleError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"peft_type": "LOHA"}, "only LORA"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"r": 17}, "--max-lora-rank 17"),
+        ({"rank_pattern": {"v_proj": 32}}, "--max-lora-rank 32"),
+        ({"target_modules": ["c_attn"]}, "match no linear layer"),
+    ],
+)
+def test_what_is_not_served_is_named(folder: Path, changes: dict[str, Any], reason: str) -> None:
+    configure(folder, **changes)
+    with pytest.raises(AdapterIncompatibleError, match=reason):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"nope", b'{"r": 4, "r": 5}', b'{"a":' * 100_000, b"\xff\xfe", b'"' + b"x" * (2 << 20) + b'"']
+)
+def test_configurations_that_are_no_json_object(folder: Path, text: bytes) -> None:
+    (folder / "adapter_config.json").write_bytes(text)
+    with pytest.raises(AdapterFormatError, match=r"adapter_config\.json"):
+        read(folder)
+
+
+def test_a_catastrophic_pattern_costs_nothing(folder: Path) -> None:
+    configure(folder, target_modules=r"(([a-z_.0-9])+.)+[A-Z]([a-z_.0-9])+$")
+    with pytest.raises(AdapterIncompatibleError, match="match no linear layer"):
+        read(folder)
+
+
+def test_keys_that_import_code_import_nothing(folder: Path) -> None:
+    configure(
+        folder,
+        auto_mapping={"base_model_class": "X", "parent_library": "antigravity"},
+        megatron_core="antigravity",
+        megatron_config={"x": 1},
+    )
+    read(folder)
+    assert "antigravity" not in sys.modules
+
+
+def test_other_files_are_never_opened(folder: Path) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja", "modeling.py", "adapter_model.bin"):
+        (folder / name).write_bytes(b"\0")
+        (folder / name).chmod(0)
+    read(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "expected"),
+    [
+        ({"target_modules": ["q_proj"]}, Q, True),
+        ({"target_modules": ["proj"]}, Q, False),
+        ({"target_modules": ["self_attn.q_proj"]}, Q, True),
+        ({"target_modules": [Q]}, Q, True),
+        ({"target_modules": r".*\.q_proj"}, Q, True),
+        ({"target_modules": "q_proj"}, Q, False),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, Q, False),
+        ({"target_modules": ["q_proj"], "exclude_modules": r".*layers\.0.*"}, Q, False),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, Q, False),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0}, Q, True),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, Q, True),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["blocks"]}, Q, False),
+    ],
+)
+def test_targets_as_peft_means_them(config: dict[str, Any], module: str, expected: bool) -> None:
+    assert parse_config(json.dumps({**CONFIG, **config}).encode()).targets(module) is expected

@@ -1,0 +1,121 @@
+"""The heart: a request's tokens are the same alone, in any batch, in any chunking, after preemption, and PEFT's own."""
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from server.engine.forward_batch import build_forward_batch
+from server.engine.request import Request, SamplingParams
+from server.engine.scheduler import ScheduledRequest
+from server.lora.adapter import Adapter
+from tests.conftest import ADAPTERS
+from tests.server.engine.conftest import Engine, peft_greedy, peft_logits
+
+NUM_TOKENS = 12
+NAMES = ["", *ADAPTERS]  # the empty name is the base
+BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4  # block_size · (K, V) · layers · KV heads · head size · float32
+
+
+@pytest.fixture(scope="module")
+def expected(reference: peft.PeftModel, prompts: list[list[int]]) -> list[list[int]]:
+    """PEFT's greedy tokens: request i uses name i mod 9."""
+    return [
+        peft_greedy(reference, prompt, NAMES[index % len(NAMES)], NUM_TOKENS) for index, prompt in enumerate(prompts)
+    ]
+
+
+def mixed(engine: Engine, adapters_dir: Path, prompts: list[list[int]]) -> list[tuple[list[int], Adapter | None]]:
+    adapters = {name: engine.load(adapters_dir / name) for name in ADAPTERS}
+    return [(prompt, adapters.get(NAMES[index % len(NAMES)])) for index, prompt in enumerate(prompts)]
+
+
+def test_the_mix_is_a_mix(expected: list[list[int]], reference: peft.PeftModel, prompts: list[list[int]]) -> None:
+    """Every adapter says something else than the base does, else equality would prove nothing."""
+    for index, prompt in enumerate(prompts):
+        if NAMES[index % len(NAMES)]:
+            assert expected[index] != peft_greedy(reference, prompt, "", NUM_TOKENS)
+
+
+def test_alone(model_dir: Path, adapters_dir: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    engine = Engine(model_dir)
+    work = mixed(engine, adapters_dir, prompts)
+    assert [engine.generate([item])[0] for item in work] == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_num_batched_tokens": 16, "max_num_seqs": 16},
+        {"max_num_batched_tokens": 37, "max_num_seqs": 5},
+        {"block_size": 16, "kv_cache_bytes": 16 * BLOCK_BYTES},
+        {"adapter_slots": 2},
+        {"adapter_slots": 1, "max_num_seqs": 3, "max_num_batched_tokens": 8},
+    ],
+    ids=["mixed batch", "chunked prefill", "chunked, few at a time", "preemption", "slot eviction", "all tight"],
+)
+def test_together(
+    model_dir: Path,
+    adapters_dir: Path,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    settings: dict[str, int],
+) -> None:
+    engine = Engine(model_dir, **settings)
+    assert engine.generate(mixed(engine, adapters_dir, prompts)) == expected
+    if "kv_cache_bytes" in settings:
+        assert engine.parts.scheduler.num_preemptions > 0
+
+
+def test_logits_of_a_mixed_batch(
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], reference: peft.PeftModel
+) -> None:
+    engine = Engine(model_dir)
+    work = mixed(engine, adapters_dir, prompts)
+    scheduled, names = [], []
+    for slot, name in enumerate(ADAPTERS):
+        index = NAMES.index(name)
+        prompt, adapter = work[index]
+        engine.parts.runner.lora.write(slot, adapter)
+        scheduled.append(_scheduled(engine, prompt, slot))
+        names.append((prompt, name))
+    scheduled.insert(0, _scheduled(engine, prompts[0], -1))
+    names.insert(0, (prompts[0], ""))
+
+    batch = build_forward_batch(scheduled, engine.parts.runner.cache.block_size, torch.device("cpu"))
+    logits = engine.parts.runner.forward(batch)
+
+    for row, (prompt, name) in enumerate(names):
+        assert torch.allclose(logits[row], peft_logits(reference, prompt, name)[-1], atol=1e-4), name
+
+
+def _scheduled(engine: Engine, prompt: list[int], slot: int) -> ScheduledRequest:
+    request = Request(slot + 1, prompt, SamplingParams(), None, frozenset())
+    assert engine.parts.scheduler.allocator.grow(request.block_table, len(prompt))
+    request.adapter_slot = slot
+    return ScheduledRequest(request, len(prompt))
+
+
+def test_a_new_generation_of_a_name_meets_nothing_of_the_old(
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    engine = Engine(model_dir)
+    first = engine.load(adapters_dir / "plain", generation=1)
+    second = engine.load(adapters_dir / "attention", generation=2)
+    index = NAMES.index("plain")
+    other = NAMES.index("attention")
+    tokens = engine.generate([(prompts[index], first), (prompts[other], second), (prompts[index], first)])
+    assert tokens == [expected[index], expected[other], expected[index]]
+
+
+def test_sampling_with_a_seed_does_not_depend_on_the_batch(
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]]
+) -> None:
+    engine = Engine(model_dir)
+    work = mixed(engine, adapters_dir, prompts)
+    together = engine.generate(work, temperature=0.9, top_p=0.95, top_k=50, seed=7)
+    alone = [engine.generate([item], temperature=0.9, top_p=0.95, top_k=50, seed=7)[0] for item in work]
+    assert together == alone
+    assert together != engine.generate(work, temperature=0.9, top_p=0.95, top_k=50, seed=8)

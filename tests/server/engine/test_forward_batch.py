@@ -1,0 +1,37 @@
+"""The flat tensors of a step, by hand."""
+
+import torch
+
+from server.engine.forward_batch import build_forward_batch
+from server.engine.request import Request, SamplingParams
+from server.engine.scheduler import ScheduledRequest
+from server.kernels.segments import Segment
+
+
+def item(tokens: list[int], computed: int, num_tokens: int, blocks: list[int], slot: int) -> ScheduledRequest:
+    request = Request(0, tokens, SamplingParams(), None, frozenset())
+    request.num_computed_tokens, request.block_table, request.adapter_slot = computed, blocks, slot
+    return ScheduledRequest(request, num_tokens)
+
+
+def test_every_tensor() -> None:
+    batch = build_forward_batch(
+        [
+            item([10, 11, 12], computed=0, num_tokens=3, blocks=[7], slot=-1),  # a whole prompt of the base
+            item([20, 21, 22, 23, 24, 25], computed=5, num_tokens=1, blocks=[3, 1], slot=0),  # decoding
+            item([30, 31, 32, 33, 34, 35, 36], computed=2, num_tokens=3, blocks=[0, 2], slot=0),  # a chunk
+            item([40], computed=0, num_tokens=1, blocks=[5], slot=2),
+        ],
+        block_size=4,
+        device=torch.device("cpu"),
+    )
+    assert batch.input_ids.tolist() == [[10, 11, 12, 25, 32, 33, 34, 40]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 5, 2, 3, 4, 0]]
+    assert batch.slot_mapping.tolist() == [28, 29, 30, 5, 2, 3, 8, 20]
+    assert batch.query_start_loc.tolist() == [0, 3, 4, 7, 8]
+    assert batch.context_lens.tolist() == [3, 6, 5, 1]
+    assert batch.block_tables.tolist() == [[7, 0], [3, 1], [0, 2], [5, 0]]
+    assert batch.logits_indices.tolist() == [2, 3, 7]
+    assert batch.segments == (Segment(0, 3, 7), Segment(2, 7, 8))
+    assert batch.logits_segments == (Segment(0, 1, 2), Segment(2, 2, 3))
+    assert (batch.query_lens, batch.kv_lens) == ((3, 1, 3, 1), (3, 6, 5, 1))

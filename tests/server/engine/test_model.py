@@ -1,0 +1,112 @@
+"""Which transformers architectures are base models: the one attention function serves them, or they are refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from server.engine.model import prepare_base_model
+from server.engine.model_runner import ModelRunner
+from server.errors import ConfigError
+from server.kernels import torch_kernels
+
+CPU = torch.device("cpu")
+COMMON: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SERVED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "ministral": {"head_dim": 8, **WINDOW},
+    "qwen2": {"use_sliding_window": True, **WINDOW},
+    "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 16, **WINDOW},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 16, **WINDOW},
+    "phi": {},
+    "phi3": {"sliding_window": 5},
+    "olmo2": {},
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "starcoder2": {"sliding_window": 5},
+    "cohere": {},
+    "cohere2": {"head_dim": 8, **WINDOW},
+    "glm4": {"head_dim": 8},
+    "exaone4": WINDOW,
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "mixtral": EXPERTS,
+    "qwen3_moe": {"head_dim": 8, **EXPERTS},
+    "olmoe": EXPERTS,
+    "gpt_oss": {"head_dim": 8, **EXPERTS, **WINDOW},
+}
+REFUSED = {
+    "bloom": ({"n_layer": 2, "n_head": 4}, "attention interface"),
+    "stablelm": ({}, "keyword arguments"),
+    "nemotron": ({}, "keyword arguments"),
+    "deepseek_v3": (
+        {
+            "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
+            "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2, "num_key_value_heads": 4, "moe_intermediate_size": 16,
+            "n_routed_experts": 4, "num_experts_per_tok": 2,
+        },
+        "different head sizes",
+    ),
+    "lfm2": ({"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}, "layers of type conv"),
+}  # fmt: skip
+
+
+def tiny(model_type: str, settings: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**COMMON, **settings})
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("model_type", SERVED)
+def test_served(model_type: str) -> None:
+    """Packed, chunked and decoded steps give the logits of the model's own forward."""
+    base = prepare_base_model(tiny(model_type, SERVED[model_type]), model_type, CPU)
+    runner = ModelRunner(base, torch_kernels(), num_blocks=8, block_size=4, num_adapter_slots=1)
+    assert runner.verify() <= 5e-7 * max(1, float(base.reference.logits.abs().max()))
+    assert any(name.endswith(("q_proj", "qkv_proj", "query_key_value", "c_attn")) for name in base.linear_layers)
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused_with_the_reason(model_type: str) -> None:
+    settings, reason = REFUSED[model_type]
+    with pytest.raises(ConfigError, match=reason):
+        prepare_base_model(tiny(model_type, settings), model_type, CPU)
+
+
+def test_an_attention_that_is_wrong_does_not_serve() -> None:
+    """The self-check is real: a model whose weights change after its reference was taken is caught."""
+    base = prepare_base_model(tiny("llama", {}), "llama", CPU)
+    runner = ModelRunner(base, torch_kernels(), num_blocks=8, block_size=4, num_adapter_slots=1)
+    runner.verify()
+    base.model.get_parameter("model.layers.0.self_attn.o_proj.base.weight").mul_(1.5)
+    with pytest.raises(ConfigError, match="logits differ"):
+        runner.verify()
+
+
+def test_the_digest_covers_every_weight() -> None:
+    model = tiny("llama", {})
+    digest = prepare_base_model(model, "llama", CPU).digest
+    assert prepare_base_model(tiny("llama", {}), "llama", CPU).digest == digest
+    changed = tiny("llama", {})
+    with torch.no_grad():
+        changed.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-6
+    assert prepare_base_model(changed, "llama", CPU).digest != digest

@@ -1,0 +1,55 @@
+"""A server on a free port with the tiny model, and clients over a real socket."""
+
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+from prometheus_client import CollectorRegistry
+
+from server.config import EngineConfig, ServerConfig
+from server.engine.async_engine import AsyncEngine
+from server.engine.build import EngineParts, build_engine
+from server.metrics import Metrics
+from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
+from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
+from server.rpc.server import RpcServer
+from server.serve import model_info, running_engine
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that is up, and what a test needs to talk to it and look inside."""
+
+    parts: EngineParts
+    engine: AsyncEngine
+    server: RpcServer
+    metrics: Metrics
+    adapters_dir: Path
+    channel: grpc.aio.Channel
+    inference: InferenceStub
+    adapters: AdaptersStub
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+
+@pytest.fixture
+async def running(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> AsyncIterator[Running]:
+    store = tmp_path / "store"
+    shutil.copytree(adapters_dir, store)
+    engine_config = EngineConfig(model=str(model_dir), device="cpu", dtype="float32", max_num_seqs=16)
+    config = ServerConfig(adapters_dir=store, listen="127.0.0.1:0", max_waiting=8)
+    parts = build_engine(engine_config)
+    metrics = Metrics(CollectorRegistry())
+    async with running_engine(engine_config, config, parts, metrics) as engine:
+        server = RpcServer(config, engine, model_info(engine_config, parts))
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            yield Running(
+                parts, engine, server, metrics, store, channel, InferenceStub(channel), AdaptersStub(channel)
+            )
+        await server.drain(grace=5)
