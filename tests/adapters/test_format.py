@@ -91,7 +91,7 @@ def _truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def _weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         changed = tensors()
         change(changed)
@@ -104,11 +104,11 @@ def _value(value: float) -> Callable[[Path], None]:
     return _weights(lambda t: t[f"base_model.model.{Q}.lora_A.weight"].view(-1)[3:4].fill_(value))
 
 
-def _raw(data: bytes) -> Callable[[Path], None]:
+def _raw(data: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / "adapter_model.safetensors").write_bytes(data)
 
 
-def _header(header: dict[str, Any], length: int | None = None) -> Callable[[Path], None]:
+def _header(header: dict[str, Any], length: int | None = None) -> Callable[[Path], object]:
     text = json.dumps(header).encode()
     return _raw(struct.pack("<Q", len(text) if length is None else length) + text)
 
@@ -124,9 +124,11 @@ def _linked(folder: Path) -> None:
 
 A = f"base_model.model.{Q}.lora_A.weight"
 B = f"base_model.model.{Q}.lora_B.weight"
-EMPTY = {f"base_model.model.x{i}.lora_A.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(300)}
+EMPTY = {
+    f"base_model.model.x{i}.lora_A.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(300)
+}
 
-BROKEN_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+BROKEN_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (_remove("adapter_config.json"), "adapter_config.json is missing"),
     "no weights": (_remove("adapter_model.safetensors"), "adapter_model.safetensors is missing"),
     "pickle only": (_pickle_only, "never opened"),

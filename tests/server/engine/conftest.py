@@ -1,6 +1,7 @@
 """An engine without threads, and PEFT's answers to hold it against."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from adapters.format import read_adapter
 from server.config import EngineConfig
 from server.engine.build import build_engine
 from server.engine.core import EngineCore, Submit
+from server.engine.forward_batch import ForwardBatch
 from server.engine.request import Request, SamplingParams, TokenOutput
+from server.engine.scheduler import ScheduledBatch
 from server.lora.adapter import Adapter
 from server.metrics import Metrics
 from tests.conftest import ADAPTERS, VOCAB_SIZE, tiny_llama
@@ -54,6 +57,26 @@ class Engine:
         assert self.parts.scheduler.allocator.num_free == self.parts.num_blocks
         return [self.tokens(request_id) for request_id in ids]
 
+    def watch_logits(self, see: Callable[[int, torch.Tensor], None]) -> None:
+        """Calls `see` with each request's id and logits as they are sampled from."""
+        run = self.parts.runner.run
+
+        def watched(batch: ScheduledBatch) -> Any:
+            ids = [item.request.request_id for item in batch.requests if item.samples]
+            forward = self.parts.runner.forward
+
+            def forward_and_see(tensors: ForwardBatch) -> torch.Tensor:
+                logits = forward(tensors)
+                for request_id, row in zip(ids, logits, strict=True):
+                    see(request_id, row)
+                return logits
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(self.parts.runner, "forward", forward_and_see)
+                return run(batch)
+
+        self.parts.runner.run = watched  # type: ignore[method-assign]
+
     def load(self, folder: Path, generation: int = 1) -> Adapter:
         files = read_adapter(folder, self.parts.base.linear_layers, max_rank=64)
         return Adapter.from_files(files, folder.name, "1", generation)
@@ -79,11 +102,10 @@ def reference(adapters_dir: Path) -> peft.PeftModel:
 @torch.inference_mode()
 def peft_logits(model: peft.PeftModel, token_ids: list[int], name: str) -> torch.Tensor:
     """[num_tokens, vocab_size] of PEFT's own forward; the empty name is the base."""
-    if not name:
-        with model.disable_adapter():
-            return model(torch.tensor([token_ids])).logits[0]
-    model.set_adapter(name)
-    return model(torch.tensor([token_ids])).logits[0]
+    model.set_adapter(name or next(iter(ADAPTERS)))
+    with contextlib.nullcontext() if name else model.disable_adapter():
+        logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
+    return logits
 
 
 def peft_greedy(model: peft.PeftModel, prompt: list[int], name: str, num_tokens: int) -> list[int]:

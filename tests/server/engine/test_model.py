@@ -53,15 +53,15 @@ SERVED: dict[str, dict[str, Any]] = {
     "olmoe": EXPERTS,
     "gpt_oss": {"head_dim": 8, **EXPERTS, **WINDOW},
 }
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({"n_layer": 2, "n_head": 4}, "attention interface"),
     "stablelm": ({}, "keyword arguments"),
     "nemotron": ({}, "keyword arguments"),
     "deepseek_v3": (
         {
             "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
-            "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2, "num_key_value_heads": 4, "moe_intermediate_size": 16,
-            "n_routed_experts": 4, "num_experts_per_tok": 2,
+            "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2, "num_key_value_heads": 4,
+            "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
         },
         "different head sizes",
     ),

@@ -47,7 +47,8 @@ async def test_an_adapter_is_loaded_by_its_first_request_and_once(tmp_path: Path
             return adapter
 
     first, second = await asyncio.gather(use(), use())
-    assert first is second is not None
+    assert first is not None
+    assert first is second
     assert (first.name, first.version, first.generation, first.rank) == ("a", "1", 1, 4)
     assert first.num_bytes == ADAPTER_BYTES == cache.num_bytes
     async with cache.acquire("") as base:
@@ -103,7 +104,9 @@ async def test_a_bad_replacement_changes_nothing(tmp_path: Path, make_adapter: M
     assert cache.statuses()[0].error
 
 
-async def test_unload_refuses_new_requests_and_waits_for_running_ones(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+async def test_unload_refuses_new_requests_and_waits_for_running_ones(
+    tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
     make_adapter("a")
     cache, evicted = make_cache(tmp_path)
     async with cache.acquire("a") as adapter:

@@ -42,7 +42,10 @@ def test_find(store: AdapterStore) -> None:
     assert store.path(store.find("many", "2")) == store.root / "many" / "2"
 
 
-@pytest.mark.parametrize(("name", "version"), [("nobody", None), ("many", "3"), ("many", "11"), ("flat", "2"), ("link", None), ("empty", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [("nobody", None), ("many", "3"), ("many", "11"), ("flat", "2"), ("link", None), ("empty", None)],
+)
 def test_what_is_not_there_is_not_found(store: AdapterStore, name: str, version: str | None) -> None:
     with pytest.raises(AdapterNotFound):
         store.find(name, version)
@@ -50,8 +53,8 @@ def test_what_is_not_there_is_not_found(store: AdapterStore, name: str, version:
 
 @pytest.mark.parametrize(
     "name",
-    ["", " ", "..", ".", "a/../b", "/etc/passwd", "a/", " ..", "%2e%2e", "-a", "a" * 129, "naïve", "а", "a\nb", "a\0", "a@",
-     "a@x", "a@1@2", "a@²", "a b", "\x1b[31m"],
+    ["", " ", "..", ".", "a/../b", "/etc/passwd", "a/", " ..", "%2e%2e", "-a", "a" * 129, "naïve", "а", "a\nb", "a\0",
+     "a@", "a@x", "a@1@2", "a@²", "a b", "\x1b[31m"],
 )  # fmt: skip
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(InvalidRequest, match="is no adapter name"):

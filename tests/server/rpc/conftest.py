@@ -49,7 +49,5 @@ async def running(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> AsyncI
         server = RpcServer(config, engine, model_info(engine_config, parts))
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            yield Running(
-                parts, engine, server, metrics, store, channel, InferenceStub(channel), AdaptersStub(channel)
-            )
+            yield Running(parts, engine, server, metrics, store, channel, InferenceStub(channel), AdaptersStub(channel))
         await server.drain(grace=5)

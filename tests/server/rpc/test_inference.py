@@ -148,7 +148,7 @@ BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": VOCAB_SIZE}, "logprobs"),
     ({"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
     ({"logit_bias": {1: math.nan}}, "logit_bias"),
-    ({"logit_bias": {i: 1.0 for i in range(2000)}}, "logit_bias"),
+    ({"logit_bias": dict.fromkeys(range(2000), 1.0)}, "logit_bias"),
     ({"stop": [""]}, "stop"),
     ({"stop": ["x"] * 1000}, "stop"),
     ({"stop": ["x" * 1_000_000]}, "stop"),
@@ -204,7 +204,7 @@ async def test_the_longest_prompt_that_fits(running: Running) -> None:
 async def test_unreadable_messages(running: Running, data: bytes) -> None:
     """Garbage, bad UTF-8 and a truncated message are the client's fault, and the connection lives on."""
     for method in ("Generate", "GenerateStream"):
-        raw = running.channel.unary_unary(f"/loraplex.v1.Inference/{method}")
+        raw: Any = running.channel.unary_unary(f"/loraplex.v1.Inference/{method}")
         error = await failure(raw(data))
         assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert (await running.inference.Generate(ask())).token_ids
@@ -242,13 +242,10 @@ async def test_a_row_that_is_not_finite_fails_alone(running: Running, monkeypatc
     sick = await running.engine.adapters.load("plain", "", replace=True)
     next(iter(sick.weights.values())).lora_b.fill_(math.nan)
     bad, good = await asyncio.gather(
-        running.inference.Generate(ask(adapter="plain")),
+        failure(running.inference.Generate(ask(adapter="plain"))),
         running.inference.Generate(ask(adapter="attention")),
-        return_exceptions=True,
     )
-    assert isinstance(bad, grpc.aio.AioRpcError)
     assert bad.code() == grpc.StatusCode.INTERNAL
-    assert not isinstance(good, BaseException)
     assert good.token_ids == expected
 
 

@@ -1,0 +1,75 @@
+"""Settings: one definition each, four places to set it, one order of precedence."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from server.config import EngineConfig, ServerConfig, options, take
+from server.errors import ConfigError
+
+taken: dict[str, Any] = {}
+
+
+@click.command()
+@options(EngineConfig, ServerConfig)
+def command(**values: Any) -> None:
+    taken["engine"], taken["server"] = take(EngineConfig, values), take(ServerConfig, values)
+    assert not values
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> str:
+    result = CliRunner().invoke(command, arguments, env=env)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_defaults() -> None:
+    run()
+    assert taken["engine"] == EngineConfig()
+    assert taken["server"] == ServerConfig()
+
+
+def test_flag_over_environment_over_file_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        "max-num-seqs: 3\nadapter_slots: 4\nmax-lora-rank: 5\nadapters-dir: /from/file\nreflection: false\n"
+    )
+    env = {"LORAPLEX_ADAPTER_SLOTS": "40", "LORAPLEX_MAX_LORA_RANK": "50"}
+    for arguments in (
+        ["--config", str(file), "--max-lora-rank", "500"],
+        ["--max-lora-rank", "500", "--config", str(file)],
+    ):
+        run(*arguments, env=env)
+        engine = taken["engine"]
+        assert (engine.max_num_seqs, engine.adapter_slots, engine.max_lora_rank) == (3, 40, 500)
+        assert taken["server"].adapters_dir == Path("/from/file")
+        assert taken["server"].reflection is False
+
+
+def test_help_names_the_environment_twin_of_every_flag() -> None:
+    text = " ".join(run("--help").split())
+    for flag in ("MAX_NUM_SEQS", "ADAPTERS_DIR", "LISTEN", "DTYPE", "REFLECTION"):
+        assert f"LORAPLEX_{flag}" in text
+        assert f"--{flag.lower().replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("max-num-sequences: 3", "unknown setting 'max_num_sequences'"), ("[1, 2]", "no mapping"), ("a: [", "not YAML"),
+     ("max-num-seqs: many", "'many' is not a valid integer"), ("max-num-seqs: 0", "0 is not in the range")],
+)  # fmt: skip
+def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, reason: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    result = CliRunner().invoke(command, ["--config", str(file)])
+    assert result.exit_code == 2
+    assert reason in result.output
+    assert "Traceback" not in result.output
+
+
+def test_values_that_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="--max-num-batched-tokens 8 is less than --max-num-seqs 64"):
+        EngineConfig(max_num_batched_tokens=8)

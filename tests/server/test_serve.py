@@ -1,0 +1,193 @@
+"""The command `serve` as its users run it: a process, its banner, its clients, its end."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from click.testing import CliRunner
+
+from server.cli import main
+from server.pb.loraplex.v1 import inference_pb2 as pb
+from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
+from tests.conftest import ADAPTERS
+
+LORAPLEX = Path(sys.executable).with_name("loraplex")
+BUF = Path(sys.executable).with_name("buf")
+
+
+def loraplex(*arguments: str, **settings: Any) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [str(LORAPLEX), *arguments], capture_output=True, text=True, timeout=120, check=False, **settings
+    )
+
+
+class Server:
+    """A `loraplex serve` process."""
+
+    def __init__(self, model: Path, adapters: Path, *arguments: str) -> None:
+        command = [str(LORAPLEX), "serve", "--model", str(model), "--adapters-dir", str(adapters), "--device", "cpu"]
+        command += ["--listen", "127.0.0.1:0", "--metrics-listen", f"127.0.0.1:{free_port()}", *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert self.process.stdout is not None
+        self.banner = ""
+        for line in self.process.stdout:
+            self.banner += line
+            if ready := re.search(r"ready: listening on port (\d+)", line):
+                self.address = f"127.0.0.1:{ready.group(1)}"
+                return
+        raise AssertionError(f"the server ended: {self.banner}")
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        self.banner += self.process.communicate(timeout=60)[0]
+        return self.process.returncode
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(model_dir: Path, adapters_dir: Path) -> Iterator[Server]:
+    running = Server(model_dir, adapters_dir)
+    yield running
+    assert running.stop() == 0
+    assert "Traceback" not in running.banner
+
+
+def test_the_banner_says_what_runs(server: Server) -> None:
+    for text in ("LlamaForCausalLM, float32 on cpu", "answer as the model itself", f"{len(ADAPTERS)} in", "KV cache"):
+        assert text in server.banner
+
+
+def test_client_commands(server: Server) -> None:
+    address = ["--address", server.address]
+    answer = loraplex("generate", *address, "--adapter", "plain", "--max-tokens", "5", "hello")
+    assert answer.returncode == 0, answer.stderr
+    assert loraplex("generate", *address, "--chat", "--max-tokens", "5", "hello").returncode == 0
+    assert "SERVING" in loraplex("health", *address).stdout
+
+    listed = loraplex("adapters", "list", *address, env={"COLUMNS": "200"}).stdout
+    assert all(name in listed for name in ADAPTERS)
+    loaded = loraplex("adapters", "load", *address, "--replace", "plain")
+    assert "rank 8" in loaded.stdout
+    assert "freed" in loraplex("adapters", "unload", *address, "plain").stdout
+    gone = loraplex("generate", *address, "--adapter", "plain", "hello")
+    assert gone.returncode == 1
+    assert re.fullmatch(r"Error: NOT_FOUND from .*'plain' is not known here.*\n", gone.stderr)
+    assert loraplex("adapters", "load", *address, "plain").returncode == 0
+
+
+def test_load_test(server: Server, tmp_path: Path) -> None:
+    arguments = ["--num-requests", "12", "--concurrency", "4", "--prompt-tokens", "8", "--output-tokens", "6"]
+    summary = tmp_path / "summary.json"
+    adapters = ["--adapters", "plain,attention", "--json", str(summary)]
+    done = loraplex("loadtest", "--address", server.address, *arguments, *adapters)
+    assert done.returncode == 0, done.stderr
+    assert "12 requests" in done.stdout
+    assert json.loads(summary.read_text())["codes"] == {"OK": 12}
+    failed = loraplex("loadtest", "--address", server.address, *arguments, "--adapters", "nobody")
+    assert failed.returncode == 1
+    assert "12 requests failed, the first with NOT_FOUND" in failed.stderr
+
+
+def test_metrics(server: Server) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        request = pb.GenerateRequest(prompt="x", adapter="head", sampling=pb.SamplingParams(max_tokens=3))
+        InferenceStub(channel).Generate(request)
+    address = re.search(r"metrics (\S+),", server.banner)
+    assert address
+    with urllib.request.urlopen(f"http://{address.group(1)}/metrics") as response:
+        text = response.read().decode()
+    assert re.search(r'loraplex_generation_tokens_total\{adapter="head"\} [1-9]', text)
+    assert "loraplex_time_to_first_token_seconds_bucket" in text
+
+
+def test_a_reflection_client_that_is_not_ours(server: Server) -> None:
+    buf = [str(BUF), "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
+    url = f"http://{server.address}"
+    listed = subprocess.run([*buf, "--list-services", url], capture_output=True, text=True, check=True).stdout
+    assert "loraplex.v1.Inference" in listed
+    data = '{"prompt": "hello", "adapter": "attention", "sampling": {"maxTokens": 4, "ignoreEos": true}}'
+    command = [*buf, "--data", data, f"{url}/loraplex.v1.Inference/Generate"]
+    answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert answer["usage"]["completionTokens"] == 4
+    assert answer["adapter"]["name"] == "attention"
+    health = subprocess.run(
+        [*buf, "--data", "{}", f"{url}/grpc.health.v1.Health/Check"], capture_output=True, text=True, check=True
+    )
+    assert "SERVING" in health.stdout
+
+
+def test_sigterm_drains(model_dir: Path, adapters_dir: Path) -> None:
+    server = Server(model_dir, adapters_dir)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = InferenceStub(channel)
+        sampling = pb.SamplingParams(max_tokens=200, ignore_eos=True)
+        call = stub.GenerateStream(pb.GenerateRequest(prompt="x", adapter="plain", sampling=sampling))
+        next(call)
+        server.process.send_signal(signal.SIGTERM)
+        assert sum(len(message.token_ids) for message in call) == 199
+    assert server.wait() == 0
+    assert "draining" in server.banner
+
+
+def test_a_second_signal_stops_at_once(model_dir: Path, adapters_dir: Path) -> None:
+    server = Server(model_dir, adapters_dir)
+    with grpc.insecure_channel(server.address) as channel:
+        sampling = pb.SamplingParams(max_tokens=240, ignore_eos=True)
+        calls = [
+            InferenceStub(channel).GenerateStream(pb.GenerateRequest(prompt="x", sampling=sampling)) for _ in range(64)
+        ]
+        next(calls[0])
+        started = time.monotonic()
+        for _ in range(2):
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        assert server.wait() == 0
+        assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--model", "/nowhere"], "--model /nowhere: no such folder"),
+        (["--model", "{empty}"], "has no config.json"),
+        (["--max-model-len", "100000"], "the model was made for 256 tokens"),
+        (["--kv-cache-bytes", "1000"], "raise --kv-cache-bytes or lower --max-model-len"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--max-num-seqs", "5000"], "--max-num-batched-tokens"),
+        (["--listen", "127.0.0.1:{taken}"], "--listen 127.0.0.1:{taken}"),
+        (["--metrics-listen", "127.0.0.1:{taken}"], "--metrics-listen 127.0.0.1:{taken}"),
+        (["--metrics-listen", "nonsense"], "--metrics-listen nonsense"),
+        (["--config", "/nowhere.yaml"], "--config"),
+    ],
+)
+def test_what_cannot_start_says_why_in_one_line(
+    model_dir: Path, tmp_path: Path, arguments: list[str], reason: str
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        names = {"empty": str(tmp_path), "taken": str(taken.getsockname()[1])}
+        defaults = ["--model", str(model_dir), "--listen", "127.0.0.1:0", "--metrics-listen", "", "--device", "cpu"]
+        done = CliRunner().invoke(main, ["serve", *defaults, *[argument.format(**names) for argument in arguments]])
+    assert done.exit_code == 2, done.output
+    error = done.output.splitlines()[-1]
+    assert error.startswith("Error: ")
+    assert reason.format(**names) in error

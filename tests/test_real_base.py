@@ -1,0 +1,66 @@
+"""Equality once on the real base model, with adapters of every kind that the tiny one has."""
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from server.base_models import cache_dir
+from tests.conftest import ADAPTERS, save_adapter
+from tests.server.engine.conftest import Engine
+
+MODEL = cache_dir() / "smollm2-135m"
+NUM_TOKENS = 8
+NAMES = ["", *ADAPTERS]
+
+pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="run 'loraplex models fetch smollm2-135m' first")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_tokens_and_logits_are_pefts(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    for seed, (name, config) in enumerate(ADAPTERS.items()):
+        save_adapter(model, tmp_path / name, seed, std=0.02, **config)
+    reference = peft.PeftModel.from_pretrained(model, str(tmp_path / NAMES[1]), adapter_name=NAMES[1])
+    for name in NAMES[2:]:
+        reference.load_adapter(str(tmp_path / name), adapter_name=name)
+    reference.eval()
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    texts = [
+        f"{index}. Write a few words about {topic}"
+        for index, topic in enumerate(["rain", "chess", "bread", "bees"] * 4)
+    ]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    expected, expected_logits = [], []
+    for index, prompt in enumerate(prompts):
+        tokens, logits = _peft_generate(reference, prompt, NAMES[index % len(NAMES)])
+        expected.append(tokens)
+        expected_logits.append(logits)
+
+    engine = Engine(MODEL, max_model_len=256, max_num_batched_tokens=96)
+    adapters = {name: engine.load(tmp_path / name) for name in ADAPTERS}
+    work = [(prompt, adapters.get(NAMES[index % len(NAMES)])) for index, prompt in enumerate(prompts)]
+    logits: dict[int, list[torch.Tensor]] = {index: [] for index in range(len(prompts))}
+    engine.watch_logits(lambda request_id, row: logits[request_id].append(row.clone()))
+
+    assert engine.generate(work, max_tokens=NUM_TOKENS) == expected
+    for index, rows in enumerate(expected_logits):
+        assert torch.allclose(torch.stack(logits[index]), rows, atol=1e-4, rtol=0), NAMES[index % 9]
+
+
+def _peft_generate(model: peft.PeftModel, prompt: list[int], name: str) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens and the logits [NUM_TOKENS, vocab_size] they were chosen from."""
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    done = model.generate(
+        input_ids=torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=NUM_TOKENS,
+        adapter_names=[name or "__base__"],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return done.sequences[0, len(prompt) :].tolist(), torch.cat(done.logits)
