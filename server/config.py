@@ -28,6 +28,8 @@ class EngineConfig:
     model: str = setting("smollm2-135m", "Base model: a Hugging Face folder, a hub name, or a fetched embedded model.")
     device: str = setting("auto", "Device; auto takes CUDA when there is one.", choices=("auto", "cpu", "cuda"))
     dtype: str = setting("auto", "Number format of the weights.", choices=("auto", "float32", "bfloat16", "float16"))
+    kernels: str = setting("auto", "Kernels; torch: the plain ones, everywhere.", choices=("auto", "torch"))
+    quantization: str = setting("none", "Stores the base's linear layers in 8 bits (CPU).", choices=("none", "int8"))
     max_num_seqs: int = setting(64, "Most requests in one step.", low=1)
     max_num_batched_tokens: int = setting(2048, "Most tokens in one step; longer prompts run in chunks.", low=1)
     max_model_len: int = setting(0, "Most tokens of a request, prompt and output; 0: what the model allows.", low=0)

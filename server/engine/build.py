@@ -1,5 +1,6 @@
 """Puts an engine together from its settings."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from server.engine.scheduler import Scheduler
 from server.errors import ConfigError
 from server.lora.slots import AdapterSlots
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
@@ -28,6 +31,7 @@ class EngineParts:
     num_blocks: int
     kv_cache_bytes: int
     largest_difference: float  # of the self-check, in logits
+    storage: str  # of the weights
 
 
 def build_engine(config: EngineConfig) -> EngineParts:
@@ -38,18 +42,16 @@ def build_engine(config: EngineConfig) -> EngineParts:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = pick_device(config.device, config.dtype)
+    device = pick_device(config.device, config.dtype, config.quantization, config.kernels)
     path = resolve(config.model)
     base = load_base_model(path, Path(path).name, device.torch_device, device.dtype)
     max_model_len = _max_model_len(config, base)
     num_blocks = _num_blocks(config, base.kv_shape, device, max_model_len)
-    runner = ModelRunner(
-        base,
-        device.kernels,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        num_adapter_slots=config.adapter_slots,
-    )
+    cache = device.paged_cache(base.kv_shape, num_blocks, config.block_size)
+    runner = ModelRunner(base, device.kernels, cache, config.adapter_slots)
+    if device.native:
+        fused = runner.fuse()
+        log.info("fused: %s", ", ".join(f"{count} × {kind}" for kind, count in fused.items()) or "nothing")
     scheduler = Scheduler(
         BlockAllocator(num_blocks, config.block_size),
         AdapterSlots(config.adapter_slots),
@@ -58,7 +60,16 @@ def build_engine(config: EngineConfig) -> EngineParts:
         max_model_len=max_model_len,
     )
     kv_cache_bytes = num_blocks * config.block_size * base.kv_shape.bytes_per_token(base.dtype)
-    return EngineParts(base, runner, scheduler, max_model_len, num_blocks, kv_cache_bytes, runner.verify())
+    return EngineParts(
+        base,
+        runner,
+        scheduler,
+        max_model_len,
+        num_blocks,
+        kv_cache_bytes,
+        runner.verify(device.storage),
+        device.storage,
+    )
 
 
 def _max_model_len(config: EngineConfig, base: BaseModel) -> int:

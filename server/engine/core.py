@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import torch
+
 from server.engine.model_runner import ModelRunner
 from server.engine.request import Request, TokenOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler
@@ -69,6 +71,7 @@ class EngineCore:
 
     def run(self) -> None:
         """Steps until `Stop`; sleeps while there is nothing to do."""
+        torch.set_num_threads(torch.get_num_threads())  # OpenMP's count belongs to the thread that opens a region
         while not self._stopping:
             if self.scheduler.has_work:
                 self.step()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from server.engine.scheduler import ScheduledRequest
-from server.kernels.segments import Segment
+from server.kernels import Segment
 
 
 @dataclass(frozen=True, slots=True)

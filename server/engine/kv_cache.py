@@ -1,9 +1,12 @@
-"""The K and V tensors of every layer, in blocks. Engine thread only."""
+"""The paged KV cache and attention over it, in plain torch: runs on every device. Engine thread only."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from server.engine.forward_batch import ForwardBatch
+from server.kernels import torch_ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,19 +21,108 @@ class KVShape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
 
 
-class KVCache:
-    """Owns the tensors; which block belongs to whom is the scheduler's business."""
+class TorchKVCache:
+    """Owns K and V of every layer, a row for each token: block * block_size + offset."""
 
     def __init__(
         self, shape: KVShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.shape = shape
         self.block_size = block_size
         size = (shape.num_layers, num_blocks * block_size, shape.num_kv_heads, shape.head_dim)
-        self.keys = torch.zeros(size, dtype=dtype, device=device)  # row: block * block_size + offset
+        self.keys = torch.zeros(size, dtype=dtype, device=device)
         self.values = torch.zeros(size, dtype=dtype, device=device)
 
-    def write(self, layer: int, slot_mapping: Tensor, key: Tensor, value: Tensor) -> None:
-        """Stores K and V `[num_tokens, num_kv_heads, head_dim]` at `slot_mapping` [num_tokens]."""
-        self.keys[layer].index_copy_(0, slot_mapping, key)
-        self.values[layer].index_copy_(0, slot_mapping, value)
+    def step(self, batch: ForwardBatch) -> "TorchAttentionStep":
+        return TorchAttentionStep(self, batch)
+
+
+class TorchAttentionStep:
+    """Attention of one step: writes the new K and V into the cache and reads every request's context from it."""
+
+    def __init__(self, cache: TorchKVCache, batch: ForwardBatch) -> None:
+        self._batch = batch
+        self._cache = cache
+        decoding = [row for row, length in enumerate(batch.query_lens) if length == 1]
+        prefilling = [row for row, length in enumerate(batch.query_lens) if length > 1]
+        self._decode = _DecodeRows(batch, cache.block_size, decoding) if decoding else None
+        self._sequences = [_Sequence(batch, cache.block_size, row) for row in prefilling]
+        self._decode_sequences = [_Sequence(batch, cache.block_size, row) for row in decoding]
+
+    def attend(
+        self,
+        layer: int | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        assert layer is not None
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys.index_copy_(0, self._batch.slot_mapping, key.transpose(0, 1))
+        values.index_copy_(0, self._batch.slot_mapping, value.transpose(0, 1))
+        output = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format)
+        sequences = self._sequences
+        if self._decode is not None:
+            if softcap is None and sinks is None:
+                self._decode.attend(output, query, keys, values, scaling=scaling, sliding_window=sliding_window)
+            else:
+                sequences = sequences + self._decode_sequences
+        for sequence in sequences:
+            output[sequence.tokens] = torch_ops.attention(
+                query[:, sequence.tokens],
+                keys[sequence.cached].transpose(0, 1),
+                values[sequence.cached].transpose(0, 1),
+                scaling=scaling,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                sinks=sinks,
+            ).transpose(0, 1)
+        return output
+
+
+class _Sequence:
+    """One request's rows of the step and rows of the cache."""
+
+    def __init__(self, batch: ForwardBatch, block_size: int, row: int) -> None:
+        start = sum(batch.query_lens[:row])
+        self.tokens = slice(start, start + batch.query_lens[row])
+        self.cached = _cache_rows(batch.block_tables[row : row + 1], batch.kv_lens[row], block_size)[0]
+
+
+class _DecodeRows:
+    """All requests that compute a single token, handled together with contexts padded to the longest."""
+
+    def __init__(self, batch: ForwardBatch, block_size: int, rows: list[int]) -> None:
+        self._all = len(rows) == batch.num_tokens
+        row_index = torch.tensor(rows, device=batch.block_tables.device)
+        self._tokens = batch.query_start_loc[row_index].long()
+        self._kv_lens = batch.context_lens[row_index]
+        longest = max(batch.kv_lens[row] for row in rows)
+        self._cached = _cache_rows(batch.block_tables[row_index], longest, block_size)
+
+    def attend(
+        self, output: Tensor, query: Tensor, keys: Tensor, values: Tensor, *, scaling: float, sliding_window: int | None
+    ) -> None:
+        by_token = query.transpose(0, 1)
+        attended = torch_ops.decode_attention(
+            by_token if self._all else by_token[self._tokens],
+            keys[self._cached],
+            values[self._cached],
+            self._kv_lens,
+            scaling=scaling,
+            sliding_window=sliding_window,
+        )
+        if self._all:
+            output.copy_(attended)
+        else:
+            output[self._tokens] = attended
+
+
+def _cache_rows(block_tables: Tensor, length: int, block_size: int) -> Tensor:
+    """Rows of the cache [num_requests, length] that hold the first `length` tokens of each request."""
+    positions = torch.arange(length, device=block_tables.device)
+    return block_tables[:, positions // block_size].long() * block_size + positions % block_size

@@ -32,6 +32,7 @@ class BaseModel:
     digest: str  # sha256 of every parameter's name and bytes, hex
     kv_shape: KVShape
     linear_layers: dict[str, LinearShape]  # what an adapter may target, by module path
+    linear_groups: list[list[str]]  # the same layers, those together that read one input
     head: str  # module path of the layer that makes the logits
     vocab_size: int  # width of the logits
     max_model_len: int  # what the position embeddings were made for
@@ -103,6 +104,7 @@ def prepare_base_model(model: PreTrainedModel, name: str, device: torch.device) 
         digest=digest,
         kv_shape=probe.kv_shape(int(config.num_hidden_layers), name),
         linear_layers=probe.linear_layers,
+        linear_groups=probe.linear_groups,
         head=probe.head,
         vocab_size=logits.shape[-1],
         max_model_len=int(getattr(config, "max_position_embeddings", 0) or 4096),
@@ -118,6 +120,7 @@ class _Probe:
     kv_shapes: dict[int | None, tuple[int, int]] = field(default_factory=dict)  # layer → heads, head size
     value_sizes: set[tuple[int, int]] = field(default_factory=set)
     linear_layers: dict[str, LinearShape] = field(default_factory=dict)
+    linear_groups: list[list[str]] = field(default_factory=list)
     head: str = ""
 
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
@@ -150,7 +153,7 @@ def _probe(model: PreTrainedModel, input_ids: Tensor) -> _Probe:
     probe = _Probe()
     head = model.get_output_embeddings()
     num_tokens = input_ids.shape[1]
-    rows: dict[str, int] = {}
+    inputs: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
     handles = []
     for path, module in model.named_modules():
@@ -160,7 +163,7 @@ def _probe(model: PreTrainedModel, input_ids: Tensor) -> _Probe:
 
             def record(module: nn.Module, args: tuple[Tensor, ...], *, path: str = path) -> None:
                 calls[path] += 1
-                rows[path] = args[0].numel() // args[0].shape[-1]
+                inputs[path] = args[0]
 
             handles.append(module.register_forward_pre_hook(record))
     try:
@@ -177,9 +180,15 @@ def _probe(model: PreTrainedModel, input_ids: Tensor) -> _Probe:
             handle.remove()
     if logits.shape[:2] != (1, 2):
         raise ValueError("the model does not honour logits_to_keep")
-    for path, count in calls.items():
-        if count == 1 and rows[path] == (2 if path == probe.head else num_tokens):
+    previous: Tensor | None = None
+    for path, x in inputs.items():  # in the order of the calls
+        if calls[path] == 1 and x.shape[:-1] == (1, 2 if path == probe.head else num_tokens):
             probe.linear_layers[path] = _linear_shape(model.get_submodule(path))
+            if x is previous:
+                probe.linear_groups[-1].append(path)
+            else:
+                probe.linear_groups.append([path])
+            previous = x
     return probe
 
 

@@ -1,11 +1,13 @@
 """One forward of the model for one scheduled batch. Owns every tensor of the engine; engine thread only."""
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
-from server.engine.attention import PagedAttention
+from server.engine.attention import AttentionStep, PagedCache
 from server.engine.forward_batch import ForwardBatch, build_forward_batch
-from server.engine.kv_cache import KVCache
+from server.engine.fusion import fuse
 from server.engine.model import BaseModel
 from server.engine.request import Request, SamplingParams
 from server.engine.sampler import Sampled, sample
@@ -14,19 +16,26 @@ from server.errors import ConfigError
 from server.kernels import Kernels
 from server.lora.layers import LoRALayers
 
-# Largest difference from the model's own logits that is rounding, as a share of the largest logit.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Largest difference from the model's own logits that is rounding, as a share of the largest logit, by weight storage.
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2, "int8": 0.2}
 
 
 class ModelRunner:
     """Holds the model, the KV cache and the adapters' device slots, and runs steps on them."""
 
-    def __init__(
-        self, base: BaseModel, kernels: Kernels, *, num_blocks: int, block_size: int, num_adapter_slots: int
-    ) -> None:
+    def __init__(self, base: BaseModel, kernels: Kernels, cache: PagedCache, num_adapter_slots: int) -> None:
         self.base = base
-        self.cache = KVCache(base.kv_shape, num_blocks, block_size, base.dtype, base.device)
-        self.lora = LoRALayers(base.model, base.linear_layers, base.head, num_adapter_slots, kernels)
+        self.cache = cache
+        self.lora = LoRALayers(base.model, base.linear_groups, base.head, num_adapter_slots, kernels)
+
+    @torch.inference_mode()
+    def fuse(self) -> Counter[str]:
+        """Speeds up the model's small parts; see `server.engine.fusion`."""
+        reference = self.base.reference
+        request = self._reference_request(0)
+        scheduled = [ScheduledRequest(request, len(reference.token_ids))]
+        batch = build_forward_batch(scheduled, self.cache.block_size, self.base.device)
+        return fuse(self.base.model, lambda step: self._forward(batch, step), self.cache.step(batch))
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[tuple[Request, Sampled]]:
@@ -42,17 +51,20 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits [num_sampled, vocab_size] of the rows that the batch names."""
+        return self._forward(batch, self.cache.step(batch))
+
+    def _forward(self, batch: ForwardBatch, attention_step: AttentionStep) -> Tensor:
         with self.lora.activate(batch.segments, batch.logits_segments):
             logits: Tensor = self.base.model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
                 logits_to_keep=batch.logits_indices,
-                attention_step=PagedAttention(batch, self.cache),
+                attention_step=attention_step,
             ).logits[0]
         return logits
 
-    def verify(self) -> float:
+    def verify(self, storage: str) -> float:
         """Holds flat steps against the model's own forward; returns the largest difference of the logits.
 
         Two copies of a prompt are packed in one row and computed in two chunks and a last single token, so packing,
@@ -63,13 +75,7 @@ class ModelRunner:
         """
         reference = self.base.reference
         num_tokens = len(reference.token_ids)
-        copies = [
-            Request(row, reference.token_ids, SamplingParams(), adapter=None, stop_token_ids=frozenset())
-            for row in range(2)
-        ]
-        per_copy = -(-num_tokens // self.cache.block_size)
-        for row, request in enumerate(copies):
-            request.block_table = list(range(row * per_copy, (row + 1) * per_copy))
+        copies = [self._reference_request(row) for row in range(2)]
         difference = 0.0
         for chunk in (num_tokens // 2, num_tokens - 1 - num_tokens // 2, 1):
             scheduled = [ScheduledRequest(request, chunk) for request in copies]
@@ -79,10 +85,18 @@ class ModelRunner:
             logits = self.forward(batch).float().cpu()
             expected = reference.logits[copies[0].num_computed_tokens - 1]
             difference = max(difference, float((logits - expected).abs().max()))
-        limit = _TOLERANCE[self.base.dtype] * max(1.0, float(reference.logits.abs().max()))
+        limit = _TOLERANCE[storage] * max(1.0, float(reference.logits.abs().max()))
         if not difference <= limit:
             raise ConfigError(
                 f"--model {self.base.name} cannot be served: packed and chunked, its logits differ by {difference:.2g} "
                 f"from the model's own forward (at most {limit:.2g} is rounding)"
             )
         return difference
+
+    def _reference_request(self, row: int) -> Request:
+        """The n-th copy of the reference prompt, in KV blocks of its own."""
+        token_ids = self.base.reference.token_ids
+        request = Request(row, token_ids, SamplingParams(), adapter=None, stop_token_ids=frozenset())
+        num_blocks = -(-len(token_ids) // self.cache.block_size)
+        request.block_table = list(range(row * num_blocks, (row + 1) * num_blocks))
+        return request

@@ -1,24 +1,57 @@
-"""The operations of a step that Loraplex brings itself, behind one small interface."""
+"""The operations of a step that Loraplex brings itself: their interface, and what passes through it.
+
+`torch_ops` is the plain reference and runs everywhere; `cpu` is the native one. `server.device` chooses.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from adapters.format import LoRAWeights
-from server.kernels import torch_ops
-from server.kernels.segments import Segment
+Storage = Literal["float32", "bfloat16", "int8"]
 
-AddLoRA = Callable[[Tensor, Tensor, Sequence[LoRAWeights | None], Sequence[Segment]], None]
+
+class Segment(NamedTuple):
+    """Rows `start` to `end` (not included) of a step belong to adapter slot `slot`."""
+
+    slot: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer's part of an adapter, as the kernels take it: `y += scaling · x · lora_aᵀ · lora_b`."""
+
+    lora_a: Tensor  # [rank, in_features]
+    lora_b: Tensor  # [rank, out_features]: PEFT's B transposed, so that both are read along their rows
+    scaling: float
+
+
+class LinearGroup(Protocol):
+    """Frozen linear layers that read the same input, each with a bypass per adapter slot."""
+
+    def set_slot(self, layer: int, slot: int, weights: LayerWeights | None) -> None:
+        """Fills or empties a slot of the group's n-th layer."""
+
+    def __call__(self, x: Tensor, segments: Any) -> list[Tensor]:
+        """Every layer's output [..., out_features] for x [..., in_features]: base, plus the bypass within segments.
+
+        For a segment `(s, start, end)` and a layer whose slot s holds weights:
+
+            y[start:end] = base(x[start:end]) + scaling · (x[start:end] @ lora_aᵀ) @ lora_b
+
+        `segments` comes from `Kernels.prepare_segments`; it is false when there are none.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """One implementation of every operation; `server.device` chooses which."""
+    """One implementation of every operation."""
 
     name: str
-    add_lora: AddLoRA
-
-
-def torch_kernels() -> Kernels:
-    return Kernels("torch", torch_ops.add_lora)
+    linear_group: Callable[[Sequence[nn.Module], int], LinearGroup]  # frozen layers, number of slots
+    prepare_segments: Callable[[Sequence[Segment]], Any]  # once a step, for all its groups
+    groups_layers: bool  # whether layers that share their input are better computed in one call
+    tied_embedding: Callable[[LinearGroup], nn.Module] | None = None  # an embedding that shares the group's weight

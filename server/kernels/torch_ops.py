@@ -4,30 +4,52 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from adapters.format import LoRAWeights
-from server.kernels.segments import Segment
+from server.kernels import Kernels, LayerWeights, Segment
 
 
-def add_lora(y: Tensor, x: Tensor, slots: Sequence[LoRAWeights | None], segments: Sequence[Segment]) -> None:
+class TorchLinearGroup:
+    """The reference of `LinearGroup`; its layers stay as they are."""
+
+    def __init__(self, layers: Sequence[nn.Module], num_slots: int) -> None:
+        self._layers = layers
+        self._slots: list[list[LayerWeights | None]] = [[None] * num_slots for _ in layers]
+
+    def set_slot(self, layer: int, slot: int, weights: LayerWeights | None) -> None:
+        self._slots[layer][slot] = weights
+
+    def __call__(self, x: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
+        outputs = [layer(x) for layer in self._layers]
+        if segments:
+            rows = x.reshape(-1, x.shape[-1])
+            for y, slots in zip(outputs, self._slots, strict=True):
+                add_lora(y.view(-1, y.shape[-1]), rows, slots, segments)
+        return outputs
+
+
+def torch_kernels() -> Kernels:
+    return Kernels("torch", TorchLinearGroup, tuple, groups_layers=False)
+
+
+def add_lora(y: Tensor, x: Tensor, slots: Sequence[LayerWeights | None], segments: Sequence[Segment]) -> None:
     """Adds the bypass of each token's adapter, in place.
 
     Semantics: for every segment `(s, start, end)` whose slot holds weights, with rank r of its own,
 
-        y[start:end] += scaling_s · (x[start:end] @ lora_a_sᵀ) @ lora_b_sᵀ
+        y[start:end] += scaling_s · (x[start:end] @ lora_a_sᵀ) @ lora_b_s
 
     Args:
         y: [num_tokens, out_features], changed in place.
         x: [num_tokens, in_features].
-        slots: per slot `lora_a` [r, in_features] and `lora_b` [out_features, r]; None: the adapter skips this layer.
+        slots: per slot `lora_a` [r, in_features] and `lora_b` [r, out_features]; None: the adapter skips this layer.
         segments: runs of tokens of one slot, without overlap. Tokens in no segment are left untouched.
     """
     for slot, start, end in segments:
         weights = slots[slot]
         if weights is not None:
             shrunk = F.linear(x[start:end], weights.lora_a.to(x.dtype)) * weights.scaling
-            y[start:end] += F.linear(shrunk, weights.lora_b.to(x.dtype))
+            y[start:end] += shrunk @ weights.lora_b.to(x.dtype)
 
 
 def attention(

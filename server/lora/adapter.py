@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adapters.format import AdapterFiles, LoRAWeights
+from adapters.format import AdapterFiles
+from server.kernels import LayerWeights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,7 +20,7 @@ class Adapter:
     digest: str
     rank: int  # the largest of its layers
     target_modules: tuple[str, ...]  # last parts of the module paths
-    weights: Mapping[str, LoRAWeights] = field(repr=False)  # by module path
+    weights: Mapping[str, LayerWeights] = field(repr=False)  # by module path
     num_bytes: int  # of the weights
     num_bytes_disk: int
 
@@ -37,7 +38,7 @@ class Adapter:
             return placed.copy_(tensor)
 
         weights = {
-            module: LoRAWeights(place(layer.lora_a), place(layer.lora_b), layer.scaling)
+            module: LayerWeights(place(layer.lora_a), place(layer.lora_b.T), layer.scaling)
             for module, layer in files.weights.items()
         }
         return cls(

@@ -1,23 +1,45 @@
-"""The linear layers that serve many adapters at once, and the tensors in their slots. Engine thread only."""
+"""The linear layers that serve many adapters at once, and what is in their slots. Engine thread only."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from adapters.format import LinearShape, LoRAWeights
-from server.kernels import Kernels
-from server.kernels.segments import Segment
+from server.kernels import Kernels, LayerWeights, LinearGroup, Segment
 from server.lora.adapter import Adapter
 
 
-@dataclass(slots=True)
-class _Active:
-    """The segments of the running step; empty between steps. Shared by all layers that see the same rows."""
+class _Rows:
+    """The running step's segments, as the kernels want them; shared by layers that see the same rows."""
 
-    segments: Sequence[Segment] = ()
+    def __init__(self) -> None:
+        self.segments: Any = ()
+
+
+class _SharedInput:
+    """Layers that read one input, computed together when the first of them is called."""
+
+    def __init__(self, kernel: LinearGroup, size: int, rows: _Rows) -> None:
+        self._kernel = kernel
+        self._size = size
+        self._rows = rows
+        self._x: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        if self._size == 1:
+            return self._kernel(x, self._rows.segments)[0]
+        if x is not self._x or self._outputs[index] is None:
+            self._x, self._outputs = x, list(self._kernel(x, self._rows.segments))
+        y = self._outputs[index]
+        self._outputs[index] = None
+        if not any(output is not None for output in self._outputs):
+            self._x = None
+        assert y is not None
+        return y
 
 
 class MultiLoRALinear(nn.Module):
@@ -26,65 +48,66 @@ class MultiLoRALinear(nn.Module):
     A batch without adapters costs what the base layer costs.
     """
 
-    def __init__(self, base: nn.Module, shape: LinearShape, num_slots: int, active: _Active, kernels: Kernels) -> None:
+    def __init__(self, shared: _SharedInput, index: int) -> None:
         super().__init__()
-        self.base = base
-        self.shape = shape
-        self.slots: list[LoRAWeights | None] = [None] * num_slots
-        self._active = active
-        self._add_lora = kernels.add_lora
+        self._shared = shared
+        self._index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        if self._active.segments:
-            self._add_lora(
-                y.view(-1, self.shape.out_features),
-                x.reshape(-1, self.shape.in_features),
-                self.slots,
-                self._active.segments,
-            )
-        return y
+        return self._shared.output(self._index, x)
 
 
 class LoRALayers:
-    """Owns every `MultiLoRALinear` of a model, by the module path that adapters use."""
+    """Owns every linear layer that adapters may target, by the module path that adapters use."""
 
     def __init__(
-        self, model: nn.Module, shapes: dict[str, LinearShape], head: str, num_slots: int, kernels: Kernels
+        self, model: PreTrainedModel, groups: Sequence[Sequence[str]], head: str, num_slots: int, kernels: Kernels
     ) -> None:
-        """Puts a `MultiLoRALinear` in place of each layer in `shapes`; `head` is the one that makes the logits."""
+        """Puts a `MultiLoRALinear` in place of each layer.
+
+        Args:
+            groups: module paths of the layers, those together that read the same input.
+            head: the layer that makes the logits; its rows are the sampled ones.
+        """
         self.kernels_name = kernels.name
-        self._tokens = _Active()
-        self._logits = _Active()
+        self._prepare = kernels.prepare_segments
         self._device = next(model.parameters()).device
-        self._layers: dict[str, MultiLoRALinear] = {}
-        for name, shape in shapes.items():
-            active = self._logits if name == head else self._tokens
-            layer = MultiLoRALinear(model.get_submodule(name), shape, num_slots, active, kernels)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
-            self._layers[name] = layer
+        self._tokens, self._logits = _Rows(), _Rows()
+        self._slots: dict[str, tuple[LinearGroup, int]] = {}
+        embedding = model.get_input_embeddings()
+        tied = type(embedding) is nn.Embedding and embedding.weight is model.get_submodule(head).weight
+        parts = groups if kernels.groups_layers else [[name] for group in groups for name in group]
+        for names in parts:
+            kernel = kernels.linear_group([model.get_submodule(name) for name in names], num_slots)
+            shared = _SharedInput(kernel, len(names), self._logits if names == [head] else self._tokens)
+            for index, name in enumerate(names):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, MultiLoRALinear(shared, index))
+                self._slots[name] = kernel, index
+        if tied and kernels.tied_embedding:
+            model.set_input_embeddings(kernels.tied_embedding(self._slots[head][0]))
 
     def write(self, slot: int, adapter: Adapter | None) -> None:
         """Puts an adapter's weights into a slot, in place of whatever was there; None empties the slot.
 
         On the CPU the slot shares the host's tensors: a resident adapter is in memory once.
         """
-        for name, layer in self._layers.items():
+        for name, (kernel, index) in self._slots.items():
             weights = adapter.weights.get(name) if adapter is not None else None
             if weights is not None:
-                weights = LoRAWeights(
+                weights = LayerWeights(
                     weights.lora_a.to(self._device, non_blocking=True),
                     weights.lora_b.to(self._device, non_blocking=True),
                     weights.scaling,
                 )
-            layer.slots[slot] = weights
+            kernel.set_slot(index, slot, weights)
 
     @contextmanager
     def activate(self, segments: Sequence[Segment], logits_segments: Sequence[Segment]) -> Iterator[None]:
         """Within, every forward is a step whose tokens belong to adapters as `segments` say."""
         assert not self._tokens.segments, "a step is running already"
-        self._tokens.segments, self._logits.segments = segments, logits_segments
+        self._tokens.segments = self._prepare(segments)
+        self._logits.segments = self._prepare(logits_segments)
         try:
             yield
         finally:

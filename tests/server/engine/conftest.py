@@ -26,7 +26,7 @@ class Engine:
     """Steps an engine by hand."""
 
     def __init__(self, model: Path, **settings: Any) -> None:
-        self.parts = build_engine(EngineConfig(model=str(model), device="cpu", dtype="float32", **settings))
+        self.parts = build_engine(EngineConfig(model=str(model), device="cpu", **{"dtype": "float32", **settings}))
         self.core = EngineCore(self.parts.runner, self.parts.scheduler, Metrics(CollectorRegistry()))
         self.core.connect(self._collect)
         self.outputs: dict[int, list[TokenOutput]] = {}

@@ -9,6 +9,7 @@ import torch
 from server.engine.forward_batch import build_forward_batch
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import ScheduledRequest
+from server.kernels import native
 from server.lora.adapter import Adapter
 from tests.conftest import ADAPTERS
 from tests.server.engine.conftest import Engine, peft_greedy, peft_logits
@@ -16,6 +17,14 @@ from tests.server.engine.conftest import Engine, peft_greedy, peft_logits
 NUM_TOKENS = 12
 NAMES = ["", *ADAPTERS]  # the empty name is the base
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4  # block_size · (K, V) · layers · KV heads · head size · float32
+
+
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Both implementations of every operation; the native one where it is built."""
+    if request.param == "native" and not native.available():
+        pytest.skip("the native kernels are not built")
+    return "torch" if request.param == "torch" else "auto"
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +47,10 @@ def test_the_mix_is_a_mix(expected: list[list[int]], reference: peft.PeftModel, 
             assert expected[index] != peft_greedy(reference, prompt, "", NUM_TOKENS)
 
 
-def test_alone(model_dir: Path, adapters_dir: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    engine = Engine(model_dir)
+def test_alone(
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], expected: list[list[int]], kernels: str
+) -> None:
+    engine = Engine(model_dir, kernels=kernels)
     work = mixed(engine, adapters_dir, prompts)
     assert [engine.generate([item])[0] for item in work] == expected
 
@@ -62,17 +73,18 @@ def test_together(
     prompts: list[list[int]],
     expected: list[list[int]],
     settings: dict[str, int],
+    kernels: str,
 ) -> None:
-    engine = Engine(model_dir, **settings)
+    engine = Engine(model_dir, kernels=kernels, **settings)
     assert engine.generate(mixed(engine, adapters_dir, prompts)) == expected
     if "kv_cache_bytes" in settings:
         assert engine.parts.scheduler.num_preemptions > 0
 
 
 def test_logits_of_a_mixed_batch(
-    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], reference: peft.PeftModel
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], reference: peft.PeftModel, kernels: str
 ) -> None:
-    engine = Engine(model_dir)
+    engine = Engine(model_dir, kernels=kernels)
     work = mixed(engine, adapters_dir, prompts)
     scheduled, names = [], []
     for slot, name in enumerate(ADAPTERS):
@@ -96,6 +108,30 @@ def _scheduled(engine: Engine, prompt: list[int], slot: int) -> ScheduledRequest
     assert engine.parts.scheduler.allocator.grow(request.block_table, len(prompt))
     request.adapter_slot = slot
     return ScheduledRequest(request, len(prompt))
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+@pytest.mark.parametrize("storage", [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}], ids=["f32", "bf16", "int8"])
+def test_logits_are_the_same_bits_in_any_batch(
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], storage: dict[str, str]
+) -> None:
+    """Batch invariance: alone, mixed, in chunks of any size and after preemption, not one bit of the logits differs."""
+
+    def logits(**settings: int) -> list[torch.Tensor]:
+        engine = Engine(model_dir, **{**settings, **storage})
+        rows: dict[int, list[torch.Tensor]] = {}
+        engine.watch_logits(lambda request_id, row: rows.setdefault(request_id, []).append(row.clone()))
+        work = mixed(engine, adapters_dir, prompts)
+        if settings.get("max_num_seqs") == 1:
+            for item in work:
+                engine.generate([item])
+        else:
+            engine.generate(work)
+        return [torch.stack(rows[request_id]) for request_id in range(len(work))]
+
+    alone = logits(max_num_seqs=1)
+    for settings in ({}, {"max_num_batched_tokens": 16, "max_num_seqs": 16}, {"kv_cache_bytes": 16 * BLOCK_BYTES}):
+        assert all(map(torch.equal, logits(**settings), alone)), settings
 
 
 def test_a_new_generation_of_a_name_meets_nothing_of_the_old(

@@ -5,7 +5,7 @@ import torch
 from server.engine.forward_batch import build_forward_batch
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import ScheduledRequest
-from server.kernels.segments import Segment
+from server.kernels import Segment
 
 
 def item(tokens: list[int], computed: int, num_tokens: int, blocks: list[int], slot: int) -> ScheduledRequest:

@@ -6,10 +6,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from server.engine.model import prepare_base_model
+from server.engine.cpu_kv_cache import CpuKVCache
+from server.engine.kv_cache import TorchKVCache
+from server.engine.model import BaseModel, prepare_base_model
 from server.engine.model_runner import ModelRunner
 from server.errors import ConfigError
-from server.kernels import torch_kernels
+from server.kernels import native
+from server.kernels.cpu import cpu_kernels
+from server.kernels.torch_ops import torch_kernels
 
 CPU = torch.device("cpu")
 COMMON: dict[str, Any] = {
@@ -53,6 +57,16 @@ SERVED: dict[str, dict[str, Any]] = {
     "olmoe": EXPERTS,
     "gpt_oss": {"head_dim": 8, **EXPERTS, **WINDOW},
 }
+# What a model of two layers must have fused; the others fuse what they have.
+FUSED = {
+    "llama": {"RMS norm": 5, "gated feed-forward": 2, "rotary attention": 2, "decoder layer": 2},
+    "mistral": {"RMS norm": 5, "gated feed-forward": 2, "rotary attention": 2, "decoder layer": 2},
+    "qwen2": {"RMS norm": 5, "gated feed-forward": 2, "rotary attention": 2, "decoder layer": 2},
+    "gemma": {"RMS norm": 5, "gated feed-forward": 2, "rotary attention": 2, "decoder layer": 2},
+    "qwen3": {"gated feed-forward": 2},
+    "phi": {"layer norm": 3},
+    "gpt2": {"layer norm": 5},
+}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({"n_layer": 2, "n_head": 4}, "attention interface"),
     "stablelm": ({}, "keyword arguments"),
@@ -75,14 +89,31 @@ def tiny(model_type: str, settings: dict[str, Any]) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
+def torch_runner(base: BaseModel) -> ModelRunner:
+    cache = TorchKVCache(base.kv_shape, num_blocks=8, block_size=4, dtype=base.dtype, device=CPU)
+    return ModelRunner(base, torch_kernels(), cache, num_adapter_slots=1)
+
+
 @pytest.mark.parametrize("model_type", SERVED)
 def test_served(model_type: str) -> None:
     """Packed, chunked and decoded steps give the logits of the model's own forward."""
     base = prepare_base_model(tiny(model_type, SERVED[model_type]), model_type, CPU)
-    runner = ModelRunner(base, torch_kernels(), num_blocks=8, block_size=4, num_adapter_slots=1)
-    assert runner.verify() <= 5e-7 * max(1, float(base.reference.logits.abs().max()))
+    runner = torch_runner(base)
+    assert runner.verify("float32") <= 5e-7 * max(1, float(base.reference.logits.abs().max()))
     assert any(name.endswith(("q_proj", "qkv_proj", "query_key_value", "c_attn")) for name in base.linear_layers)
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+@pytest.mark.parametrize("model_type", SERVED)
+def test_served_by_the_native_kernels(model_type: str) -> None:
+    """Packed weights, native attention and whatever could be fused change the logits by rounding only."""
+    base = prepare_base_model(tiny(model_type, SERVED[model_type]), model_type, CPU)
+    runner = ModelRunner(base, cpu_kernels("float32"), CpuKVCache(base.kv_shape, num_blocks=4), num_adapter_slots=1)
+    fused = runner.fuse()
+    assert runner.verify("float32") <= 5e-6 * max(1, float(base.reference.logits.abs().max()))
+    for kind, count in FUSED.get(model_type, {}).items():
+        assert fused[kind] == count, kind
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
@@ -95,11 +126,11 @@ def test_refused_with_the_reason(model_type: str) -> None:
 def test_an_attention_that_is_wrong_does_not_serve() -> None:
     """The self-check is real: a model whose weights change after its reference was taken is caught."""
     base = prepare_base_model(tiny("llama", {}), "llama", CPU)
-    runner = ModelRunner(base, torch_kernels(), num_blocks=8, block_size=4, num_adapter_slots=1)
-    runner.verify()
-    base.model.get_parameter("model.layers.0.self_attn.o_proj.base.weight").mul_(1.5)
+    runner = torch_runner(base)
+    runner.verify("float32")
+    base.model.get_parameter("model.layers.0.input_layernorm.weight").mul_(1.5)
     with pytest.raises(ConfigError, match="logits differ"):
-        runner.verify()
+        runner.verify("float32")
 
 
 def test_the_digest_covers_every_weight() -> None:

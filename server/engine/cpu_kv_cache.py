@@ -1,0 +1,72 @@
+"""The paged KV cache and attention over it, by the native CPU kernel. Engine thread only."""
+
+from torch import Tensor
+
+from server.engine.forward_batch import ForwardBatch
+from server.engine.kv_cache import KVShape
+from server.kernels import native
+
+
+class CpuKVCache:
+    """Owns K and V of every layer in the kernel's own layout, whose blocks have a fixed size."""
+
+    block_size = native.BLOCK_SIZE
+
+    def __init__(self, shape: KVShape, num_blocks: int) -> None:
+        self._layers = [
+            native.KVCacheLayer(num_blocks, shape.num_kv_heads, shape.head_dim) for _ in range(shape.num_layers)
+        ]
+        self._options: dict[tuple[object, ...], native.AttentionOptions] = {}
+
+    def step(self, batch: ForwardBatch) -> "CpuAttentionStep":
+        return CpuAttentionStep(self, batch)
+
+    def layer(self, layer: int) -> native.KVCacheLayer:
+        return self._layers[layer]
+
+    def options(
+        self, layer: int, num_heads: int, scaling: float, sliding_window: int | None, softcap: float | None,
+        sinks: Tensor | None,
+    ) -> native.AttentionOptions:  # fmt: skip
+        """How a layer attends, made once."""
+        key = (layer, num_heads, scaling, sliding_window, softcap, sinks is None)
+        options = self._options.get(key)
+        if options is None:
+            options = self._options[key] = native.AttentionOptions(
+                num_heads, scaling, softcap=softcap, sliding_window=sliding_window, sinks=sinks
+            )
+        return options
+
+
+class CpuAttentionStep:
+    """Attention of one step. Each query reduces over its context in one fixed order, whatever else is in the batch."""
+
+    def __init__(self, cache: CpuKVCache, batch: ForwardBatch) -> None:
+        self._cache = cache
+        self._slot_mapping = batch.slot_mapping
+        self._batch = native.AttentionBatch(batch.block_tables, batch.query_start_loc, batch.position_ids[0])
+
+    def attend(
+        self,
+        layer: int | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        assert layer is not None
+        cache = self._cache.layer(layer)
+        native.write_kv(cache, _by_token(key), _by_token(value), self._slot_mapping)
+        options = self._cache.options(layer, query.shape[0], scaling, sliding_window, softcap, sinks)
+        return native.paged_attention(_by_token(query), cache, options, self._batch)
+
+
+def _by_token(heads: Tensor) -> Tensor:
+    """[num_heads, num_tokens, head_dim] → [num_tokens, num_heads, head_dim] with a token's heads side by side."""
+    tokens = heads.transpose(0, 1)
+    side_by_side = tokens.stride(2) == 1 and tokens.stride(1) == tokens.shape[2]
+    return tokens if side_by_side else tokens.contiguous()

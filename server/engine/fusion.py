@@ -1,0 +1,214 @@
+"""Fused forwards for the small parts of a model: norms, gated feed-forwards, rotary attention, residual sums.
+
+No architecture is known by name. One recorded forward shows what goes into every part and what comes out; a part gets a
+fused forward only if that gives the same output for the same input. Whatever is not recognized stays as it is.
+Engine thread, once at start.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from server.engine.attention import AttentionStep
+from server.kernels import native
+
+_TOLERANCE = 1e-5  # of the largest output: rounding in another order
+
+Forward = Callable[..., Any]
+
+
+@dataclass(slots=True)
+class _Call:
+    """One recorded call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass(slots=True)
+class _RecordingStep:
+    """Lets a real step do the attention and notes how each layer asked for it."""
+
+    step: AttentionStep
+    options: dict[int | None, dict[str, Any]] = field(default_factory=dict)
+
+    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        self.options[layer] = options
+        return self.step.attend(layer, query, key, value, **options)
+
+
+@torch.inference_mode()
+def fuse(model: nn.Module, run: Callable[[AttentionStep], Any], step: AttentionStep) -> Counter[str]:
+    """Gives the parts of a model fused forwards; says how many of each kind.
+
+    Args:
+        run: computes one forward of the model on the CPU, with the step it is given.
+        step: the attention of that forward.
+    """
+    recording = _RecordingStep(step)
+    calls = _record(model, run, recording)
+    done: Counter[str] = Counter()
+    # From the inside out: a layer is built from parts that are fused already.
+    for path, module in reversed(list(model.named_modules())):
+        if path not in calls:
+            continue
+        for kind, forward in _candidates(module, recording.options):
+            if _gives_the_same(forward, calls[path], recording):
+                module.forward = forward
+                done[kind] += 1
+                break
+    return done
+
+
+def _record(model: nn.Module, run: Callable[[AttentionStep], Any], recording: _RecordingStep) -> dict[str, _Call]:
+    calls: dict[str, _Call] = {}
+    handles = []
+    for path, module in model.named_modules():
+
+        def before(module: nn.Module, args: Any, kwargs: Any, *, path: str = path) -> None:
+            calls[path] = _Call(_copied(args), _copied(kwargs), None)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any, *, path: str = path) -> None:
+            calls[path].output = _copied(output)
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        run(recording)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _gives_the_same(forward: Forward, call: _Call, recording: _RecordingStep) -> bool:
+    try:
+        output = forward(*_copied(call.args), **_copied(call.kwargs))
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
+        return False  # the module is called in a way that the candidate does not know
+    got, expected = _tensor(output), _tensor(call.output)
+    if type(output) is not type(call.output) or got is None or expected is None or got.shape != expected.shape:
+        return False
+    return float((got - expected).abs().max()) <= _TOLERANCE * max(1.0, float(expected.abs().max()))
+
+
+def _candidates(module: Any, options: dict[int | None, dict[str, Any]]) -> Iterator[tuple[str, Forward]]:
+    """Fused forwards that the module's parts suggest; whether they are right is tried, not believed."""
+    if isinstance(module, nn.LayerNorm):
+        yield "layer norm", _layer_norm(module)
+    elif type(module).__name__.endswith("RMSNorm"):
+        for weight in _norm_weights(module):
+            yield "RMS norm", _rms_norm(weight, _eps(module))
+    elif _has(module, "gate_proj", "up_proj", "down_proj"):
+        for gate in (native.silu_mul, native.gelu_tanh_mul):
+            yield "gated feed-forward", _gated(module, gate)
+    elif _has(module, "q_proj", "k_proj", "v_proj", "o_proj"):
+        layer = getattr(module, "layer_idx", None)
+        if layer in options:
+            yield "rotary attention", _attention(module, layer, options[layer])
+    elif _has(module, "input_layernorm", "self_attn", "post_attention_layernorm", "mlp"):
+        for first in _norm_weights(module.input_layernorm):
+            for second in _norm_weights(module.post_attention_layernorm):
+                yield "decoder layer", _decoder_layer(module, first, second)
+
+
+def _layer_norm(module: nn.LayerNorm) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        return native.layer_norm(x, module.weight, module.bias, module.eps)
+
+    return forward
+
+
+def _rms_norm(weight: Tensor, eps: float) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        return native.rms_norm(x, weight, eps)
+
+    return forward
+
+
+def _gated(module: Any, gate_and_up: Callable[[Tensor, Tensor], Tensor]) -> Forward:
+    gate, up, down = module.gate_proj, module.up_proj, module.down_proj
+
+    def forward(x: Tensor) -> Tensor:
+        gated = gate_and_up(gate(x).flatten(0, -2), up(x).flatten(0, -2))
+        y: Tensor = down(gated.view(*x.shape[:-1], -1))
+        return y
+
+    return forward
+
+
+def _attention(module: Any, layer: int | None, options: dict[str, Any]) -> Forward:
+    """Projections, rotary embedding in place, attention, projection."""
+    q_proj, k_proj, v_proj, o_proj = module.q_proj, module.k_proj, module.v_proj, module.o_proj
+    head_dim = module.head_dim
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: None = None,
+        *,
+        attention_step: AttentionStep,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        heads = (hidden_states.shape[1], -1, head_dim)
+        query, key = q_proj(hidden_states).view(heads), k_proj(hidden_states).view(heads)
+        value = v_proj(hidden_states).view(heads)
+        cos, sin = position_embeddings
+        native.rotary(query, key, cos[0], sin[0])
+        attended = attention_step.attend(
+            layer, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), **options
+        )
+        return o_proj(attended.view(1, heads[0], -1)), None
+
+    return forward
+
+
+def _decoder_layer(module: Any, first: Tensor, second: Tensor) -> Forward:
+    """Norm, attention, sum and norm, feed-forward, sum; the sums go into the layer's own input."""
+    attention, mlp = module.self_attn, module.mlp
+    first_eps, second_eps = _eps(module.input_layernorm), _eps(module.post_attention_layernorm)
+
+    def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended, _ = attention(native.rms_norm(hidden_states, first, first_eps), **kwargs)
+        normed = native.rms_norm(attended, second, second_eps, residual=hidden_states)
+        return hidden_states.add_(mlp(normed))
+
+    return forward
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+
+
+def _norm_weights(module: Any) -> Iterator[Tensor]:
+    """What an RMS norm may multiply by: its weight, or one more than it."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and type(module).__name__.endswith("RMSNorm"):
+        yield weight.detach().float().contiguous()
+        yield (1 + weight.detach().float()).contiguous()
+
+
+def _eps(module: nn.Module) -> float:
+    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
+
+
+def _tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else None
+
+
+def _copied(value: Any) -> Any:
+    """The same with tensors cloned: fused forwards write into what they are given."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, tuple | list):
+        return type(value)(_copied(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value

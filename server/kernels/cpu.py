@@ -1,0 +1,70 @@
+"""The native CPU kernels as `LinearGroup`s: weights packed once, adapters read where they lie in host memory."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from server.kernels import Kernels, LayerWeights, LinearGroup, Storage, native
+
+
+class CpuLinearGroup:
+    """Packs its layers, whose own weights can go after that; bit-identical rows in any batch."""
+
+    def __init__(self, storage: Storage, layers: Sequence[nn.Module], num_slots: int) -> None:
+        packed = [_pack(layer, storage) for layer in layers]
+        self._linear = native.LinearGroup(packed)
+        self._slots = [native.LoRASlots(layer.in_features, layer.out_features, num_slots) for layer in packed]
+        self._lora = native.LoRAGroup(self._slots)
+
+    @property
+    def packed(self) -> Sequence[native.PackedLinear]:
+        return self._linear.layers
+
+    def set_slot(self, layer: int, slot: int, weights: LayerWeights | None) -> None:
+        if weights is None:
+            self._slots[layer].clear(slot)
+        else:
+            self._slots[layer].set(slot, weights.lora_a, weights.lora_b, weights.scaling)
+
+    def __call__(self, x: Tensor, segments: native.Segments) -> list[Tensor]:
+        outputs = native.linear_many(x, self._linear)
+        if segments:
+            native.add_lora(outputs, x, self._lora, segments)
+        return outputs
+
+
+class PackedEmbedding(nn.Module):
+    """The embedding of a model whose head has the same weight: reads its rows from the packed head."""
+
+    def __init__(self, packed: native.PackedLinear) -> None:
+        super().__init__()
+        self._packed = packed
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[...] ids → [..., hidden_size] in float32."""
+        rows = self._packed.data[token_ids // native.PANEL, :, token_ids % native.PANEL].float()
+        return rows if self._packed.scale is None else rows * self._packed.scale[token_ids][..., None]
+
+
+def cpu_kernels(storage: Storage) -> Kernels:
+    return Kernels(
+        f"native {native.isa()}",
+        partial(CpuLinearGroup, storage),
+        native.Segments,
+        groups_layers=True,
+        tied_embedding=_tied_embedding,
+    )
+
+
+def _tied_embedding(head: LinearGroup) -> nn.Module:
+    assert isinstance(head, CpuLinearGroup)
+    return PackedEmbedding(head.packed[0])
+
+
+def _pack(layer: nn.Module, storage: Storage) -> native.PackedLinear:
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    return native.pack_linear(weight.T if isinstance(layer, Conv1D) else weight, bias, storage)

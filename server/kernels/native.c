@@ -1,0 +1,1278 @@
+/*
+ * CPU kernels of the server. One call of any of these functions is one OpenMP region at most.
+ *
+ * The file includes itself once per instruction set (AVX-512, AVX2, generic = SSE2, NEON or plain C); the pass without
+ * LORAPLEX_ISA holds the shared types and, after the passes with it, the choice made at load time and the exported
+ * functions.
+ *
+ * Batch invariance: an output row has the same bits whatever other rows share its call. Every output element is reduced
+ * in one order that depends on its own row only: input features (or ranks, or keys) ascending, in a fixed number of
+ * accumulator chains, FMA at every step where the instruction set has it. Row blocks, column blocks and threads only
+ * choose which elements are worked on together. Different instruction sets may differ from each other.
+ *
+ * Activations are float32. `rows`, `stride` and friends count elements, not bytes.
+ */
+#ifndef LORAPLEX_ISA
+
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+enum { F32, BF16, F16, I8 }; /* element types of weights and caches */
+
+/*
+ * A frozen linear layer, W [out, in], packed as [ceil(out / 16)][in][16] with zeros past `out`. scale (int8: W = data *
+ * scale) and bias hold ceil(out / 16) * 16 floats, or are NULL.
+ */
+typedef struct {
+    const void *data;
+    const float *scale;
+    const float *bias;
+    int64_t in;
+    int64_t out;
+    int64_t kind;
+} packed_linear;
+
+/* The adapter slots of one linear layer: A [rank, in], B transposed [rank, out]; rank 0: nothing in this slot. */
+typedef struct {
+    const void *const *a;
+    const void *const *b;
+    const int64_t *ranks;
+    const int64_t *kinds;
+    const float *scalings;
+    int64_t in;
+    int64_t out;
+} lora_slots;
+
+/* Rows [start, end) of a batch use the adapter in `slot`. */
+typedef struct {
+    int64_t slot;
+    int64_t start;
+    int64_t end;
+} lora_segment;
+
+/*
+ * One layer of the KV cache in blocks of 16 positions: keys [num_blocks, kv_heads, head_dim, 16], values
+ * [num_blocks, kv_heads, 16, value_dim] with value_dim = head_dim rounded up to 16 and zeros past head_dim.
+ */
+typedef struct {
+    void *keys;
+    void *values;
+    int64_t kind;
+    int64_t kv_heads;
+    int64_t head_dim;
+} kv_layer;
+
+typedef struct {
+    int64_t heads;
+    int64_t sliding_window; /* 0: none */
+    const float *sinks;     /* [heads] or NULL */
+    float scaling;
+    float softcap; /* 0: none */
+} attention_options;
+
+/* The step's tokens: those of sequence s are rows query_start_loc[s] .. query_start_loc[s + 1] - 1. */
+typedef struct {
+    int64_t num_seqs;
+    int64_t max_blocks;
+    const int32_t *block_tables;    /* [num_seqs, max_blocks] */
+    const int32_t *query_start_loc; /* [num_seqs + 1] */
+    const int64_t *positions;       /* [num_tokens] */
+} attention_batch;
+
+typedef struct {
+    int32_t layer, segment, row0, row1, col0, col1;
+} lora_task;
+
+typedef struct {
+    int32_t seq, kv_head, row0, row1;
+} attention_task;
+
+enum {
+    PANEL = 16,         /* output columns of a packed panel */
+    SLIVER = 256,       /* input features worked on at a time: 16 kB of float32 panel stay in the L1 cache */
+    AHEAD_BYTES = 4096, /* distance of the prefetch in a plain stream of weights */
+    GROUP_ROWS = 192,   /* rows that share one pass over a panel: 192 x 256 floats stay in the L2 cache */
+    SLAB_ROWS = 768,    /* rows packed at a time: bounds the scratch memory of a long prefill */
+    GROUP_PANELS = 8,   /* panels a task works on when there are several row groups */
+    BLOCK = 16,         /* positions of a KV block */
+    SPAN = 64,          /* keys of one online softmax update; spans start at multiples of 64 positions */
+    SPAN_BLOCKS = SPAN / BLOCK,
+    MAX_HEAD_DIM = 256,
+    TILE_ROWS = 6,     /* query rows (token, head) of a register tile */
+    TASK_ROWS = 48,    /* query rows that share one pass over the cache */
+    SEGMENT_ROWS = 64, /* rows of a LoRA task */
+    SMALL = 16384      /* elements below which a thread is not worth waking */
+};
+
+#define INLINE static inline __attribute__((always_inline))
+#define EACH(i, n) _Pragma("GCC unroll 32") for (int i = 0; i < (n); i++) /* unrolled: n is a constant once inlined */
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define CEIL_DIV(a, b) (((a) + (b) - 1) / (b))
+
+/* A buffer of the calling thread that grows and stays: a step's calls come from one long-lived engine thread. */
+static _Thread_local struct {
+    void *data;
+    size_t bytes;
+} scratch_buffer;
+
+static void *scratch(size_t bytes) {
+    if (bytes >= scratch_buffer.bytes) {
+        free(scratch_buffer.data);
+        bytes = (bytes / 4096 + 1) * 4096;
+        scratch_buffer.data = aligned_alloc(64, bytes);
+        scratch_buffer.bytes = scratch_buffer.data ? bytes : 0;
+    }
+    return scratch_buffer.data;
+}
+
+INLINE long kind_bytes(int kind) { return kind == F32 ? 4 : kind == I8 ? 1 : 2; }
+
+/* Piece `i` of `n` nearly equal pieces of `total` starts here. */
+INLINE long part(long total, long n, long i) { return total * i / n; }
+
+/* The functions an instruction set provides. */
+typedef struct {
+    int (*linear)(const float *, long, long, const packed_linear *const *, float *const *, const int64_t *);
+    int (*add_lora)(const float *, long, const lora_slots *const *, float *const *, const int64_t *, long,
+                    const lora_segment *);
+    int (*attention)(const kv_layer *, const attention_options *, const attention_batch *, const float *, long, float *,
+                     long);
+    void (*write_kv)(const kv_layer *, const float *, long, const float *, long, const int64_t *, long);
+    void (*rms_norm)(const float *, float *, const float *, float, float *, long, long);
+    void (*layer_norm)(const float *, float *, const float *, const float *, float, float *, long, long);
+    void (*rotary)(float *, long, long, float *, long, long, const float *, const float *, long, long, long);
+    void (*gated)(const float *, long, const float *, long, float *, long, long, int);
+} kernel_set;
+
+/*
+ * Register tiles, by the lanes of a vector: 32 registers of 16 lanes, 16 of 8 lanes, 16 or 32 of 4 lanes. Accumulators
+ * take what is left beside one row of weights and a broadcast.
+ */
+#define VECTORS (PANEL / LANES)                                                  /* of a panel row */
+#define MAX_ROWS (LANES == 16 ? 16 : 6)                                          /* of a linear tile of one panel */
+#define WIDE_PANELS(rows) ((rows) == 1 ? 4 : (rows) <= 3 ? 2 : 1)                /* of a linear tile with few rows */
+#define SHRINK_ROWS (LANES == 8 ? 3 : 6)                                         /* of a LoRA tile of four ranks */
+#define EXPAND_PANELS (LANES == 16 ? 2 : 1)                                      /* of a LoRA tile of six rows */
+#define SPAN_PANELS(rows) (LANES == 16 ? 4 : LANES == 8 ? WIDE_PANELS(rows) : 1) /* key blocks or value columns */
+
+#define PASTE_(name, isa) name##_##isa
+#define PASTE(name, isa) PASTE_(name, isa)
+#define FN(name) PASTE(name, LORAPLEX_ISA)
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define X86_DISPATCH 1
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#define LORAPLEX_ISA avx512
+#define LANES 16
+#include "native.c"
+#undef LORAPLEX_ISA
+#undef LANES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define LORAPLEX_ISA avx2
+#define LANES 8
+#include "native.c"
+#undef LORAPLEX_ISA
+#undef LANES
+#pragma GCC pop_options
+#endif
+
+#define LORAPLEX_ISA generic
+#define LANES 4
+#include "native.c"
+#undef LORAPLEX_ISA
+#undef LANES
+
+/* -------------------------------------------------------------------------------------------- exported functions */
+
+static const struct {
+    const char *name;
+    const kernel_set *kernels;
+} sets[] = {
+#ifdef X86_DISPATCH
+    {"avx512", &kernels_avx512},
+    {"avx2", &kernels_avx2},
+#endif
+    {"generic", &kernels_generic},
+};
+
+static int chosen;
+
+static int supported(const char *name) {
+#ifdef X86_DISPATCH
+    __builtin_cpu_init();
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (!strcmp(name, "avx2"))
+        return avx2;
+    if (!strcmp(name, "avx512"))
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+    return !strcmp(name, "generic");
+}
+
+/* Takes the widest instruction set of this processor, or the named one; 0 on success, -1 if it cannot run here. */
+int loraplex_set_isa(const char *name) {
+    for (int i = 0; i < (int)(sizeof sets / sizeof *sets); i++)
+        if ((name == NULL || !strcmp(name, sets[i].name)) && supported(sets[i].name)) {
+            chosen = i;
+            return 0;
+        }
+    return -1;
+}
+
+const char *loraplex_isa(void) { return sets[chosen].name; }
+
+__attribute__((constructor)) static void choose_isa(void) { loraplex_set_isa(NULL); }
+
+int loraplex_linear(const float *x, int64_t rows, int64_t n, const packed_linear *const *weights, float *const *ys,
+                    const int64_t *y_strides) {
+    return sets[chosen].kernels->linear(x, rows, n, weights, ys, y_strides);
+}
+
+int loraplex_add_lora(const float *x, int64_t n, const lora_slots *const *slots, float *const *ys,
+                      const int64_t *y_strides, int64_t num_segments, const lora_segment *segments) {
+    return sets[chosen].kernels->add_lora(x, n, slots, ys, y_strides, num_segments, segments);
+}
+
+int loraplex_attention(const kv_layer *cache, const attention_options *options, const attention_batch *batch,
+                       const float *q, int64_t q_stride, float *out, int64_t out_stride) {
+    return sets[chosen].kernels->attention(cache, options, batch, q, q_stride, out, out_stride);
+}
+
+void loraplex_write_kv(const kv_layer *cache, const float *k, int64_t k_stride, const float *v, int64_t v_stride,
+                       const int64_t *slot_mapping, int64_t num_tokens) {
+    sets[chosen].kernels->write_kv(cache, k, k_stride, v, v_stride, slot_mapping, num_tokens);
+}
+
+void loraplex_rms_norm(const float *x, float *residual, const float *weight, float eps, float *out, int64_t rows,
+                       int64_t n) {
+    sets[chosen].kernels->rms_norm(x, residual, weight, eps, out, rows, n);
+}
+
+void loraplex_layer_norm(const float *x, float *residual, const float *weight, const float *bias, float eps, float *out,
+                         int64_t rows, int64_t n) {
+    sets[chosen].kernels->layer_norm(x, residual, weight, bias, eps, out, rows, n);
+}
+
+void loraplex_rotary(float *q, int64_t q_stride, int64_t heads, float *k, int64_t k_stride, int64_t kv_heads,
+                     const float *cos, const float *sin, int64_t rotary_dim, int64_t head_dim, int64_t num_tokens) {
+    sets[chosen].kernels->rotary(q, q_stride, heads, k, k_stride, kv_heads, cos, sin, rotary_dim, head_dim, num_tokens);
+}
+
+void loraplex_silu_mul(const float *gate, int64_t gate_stride, const float *up, int64_t up_stride, float *out,
+                       int64_t rows, int64_t n) {
+    sets[chosen].kernels->gated(gate, gate_stride, up, up_stride, out, rows, n, 0);
+}
+
+void loraplex_gelu_tanh_mul(const float *gate, int64_t gate_stride, const float *up, int64_t up_stride, float *out,
+                            int64_t rows, int64_t n) {
+    sets[chosen].kernels->gated(gate, gate_stride, up, up_stride, out, rows, n, 1);
+}
+
+#else /* LORAPLEX_ISA: everything below is compiled once per instruction set */
+
+#define vfloat FN(vfloat)
+#define vint FN(vint)
+#define vfloat_u FN(vfloat_u)
+
+typedef float vfloat __attribute__((vector_size(LANES * 4)));
+typedef int32_t vint __attribute__((vector_size(LANES * 4)));
+typedef float vfloat_u __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+/* --------------------------------------------------------------------------------------------- vector primitives */
+
+#define load FN(load)
+#define store FN(store)
+#define splat FN(splat)
+#define fma FN(fma)
+#define vmax FN(vmax)
+#define vmin FN(vmin)
+#define sum FN(sum)
+#define widen FN(widen)
+
+INLINE vfloat load(const float *p) { return *(const vfloat_u *)p; }
+INLINE void store(float *p, vfloat v) { *(vfloat_u *)p = v; }
+
+/*
+ * sum adds the lanes of a vector in a fixed tree. vmax and vmin return their second operand when it is NaN. widen reads
+ * LANES elements of `kind` at p.
+ */
+#if LANES == 16
+INLINE vfloat splat(float s) { return (vfloat)_mm512_set1_ps(s); }
+INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return (vfloat)_mm512_fmadd_ps(a, b, c); }
+INLINE vfloat vmax(vfloat a, vfloat b) { return (vfloat)_mm512_max_ps(a, b); }
+INLINE vfloat vmin(vfloat a, vfloat b) { return (vfloat)_mm512_min_ps(a, b); }
+INLINE float sum(vfloat v) { return _mm512_reduce_add_ps(v); }
+INLINE vfloat widen(int kind, const char *p) {
+    if (kind == F32)
+        return load((const float *)p);
+    if (kind == BF16)
+        return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+    if (kind == F16)
+        return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+    return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+#elif LANES == 8
+INLINE vfloat splat(float s) { return (vfloat)_mm256_set1_ps(s); }
+INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return (vfloat)_mm256_fmadd_ps(a, b, c); }
+INLINE vfloat vmax(vfloat a, vfloat b) { return (vfloat)_mm256_max_ps(a, b); }
+INLINE vfloat vmin(vfloat a, vfloat b) { return (vfloat)_mm256_min_ps(a, b); }
+INLINE float sum(vfloat v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+INLINE vfloat widen(int kind, const char *p) {
+    if (kind == F32)
+        return load((const float *)p);
+    if (kind == BF16)
+        return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+    if (kind == F16)
+        return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+    return (vfloat)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+#else
+INLINE vfloat splat(float s) { return (vfloat){s, s, s, s}; }
+INLINE vfloat select(vint mask, vfloat a, vfloat b) { return (vfloat)((mask & (vint)a) | (~mask & (vint)b)); }
+#if defined(__ARM_NEON)
+INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+    return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+#else
+INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
+#endif
+INLINE vfloat vmax(vfloat a, vfloat b) { return select((vint)(a > b), a, b); }
+INLINE vfloat vmin(vfloat a, vfloat b) { return select((vint)(a < b), a, b); }
+INLINE float sum(vfloat v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+INLINE vfloat widen(int kind, const char *p) {
+    if (kind == F32)
+        return load((const float *)p);
+    if (kind == I8) {
+        const int8_t *b = (const int8_t *)p;
+        return (vfloat){b[0], b[1], b[2], b[3]};
+    }
+    uint16_t h[4];
+    memcpy(h, p, sizeof h);
+    const vint w = {h[0], h[1], h[2], h[3]};
+    if (kind == BF16)
+        return (vfloat)(w << 16);
+    /* Half: shifted into place the exponent is 112 too small; scaling by 2^112 also makes subnormals right. */
+    const vint magnitude = (w & 0x7fff) << 13, special = magnitude >= 0x0f800000;
+    const vfloat scaled = (vfloat)magnitude * 0x1p112f;
+    return (vfloat)((vint)select(special, (vfloat)(magnitude | 0x7f800000), scaled) | ((w & 0x8000) << 16));
+}
+#endif
+
+#if LANES != 4
+#define select FN(select)
+INLINE vfloat select(vint mask, vfloat a, vfloat b) { return (vfloat)((mask & (vint)a) | (~mask & (vint)b)); }
+#endif
+
+#define load_tile FN(load_tile)
+#define store_tile FN(store_tile)
+#define rank_one FN(rank_one)
+
+/* A register tile: R rows of V vectors. Arrays of constant size, or the compiler keeps them in memory. */
+#define TILE(rows) vfloat acc[rows][4 * VECTORS]
+INLINE void load_tile(const int R, const int V, vfloat (*acc)[4 * VECTORS], const float *c, long stride) {
+    EACH(r, R)
+        EACH(v, V)
+            acc[r][v] = c == NULL ? splat(0.0f) : load(c + r * stride + v * LANES);
+}
+INLINE void store_tile(const int R, const int V, vfloat (*acc)[4 * VECTORS], float *c, long stride) {
+    EACH(r, R)
+        EACH(v, V)
+            store(c + r * stride + v * LANES, acc[r][v]);
+}
+/* acc[r][j] += x[r] * row[j] */
+INLINE void rank_one(const int R, const int V, vfloat (*acc)[4 * VECTORS], const float *x, long stride,
+                     const vfloat *row) {
+    EACH(r, R) {
+        const vfloat s = splat(x[r * stride]);
+        EACH(v, V)
+            acc[r][v] = fma(s, row[v], acc[r][v]);
+    }
+}
+
+#define vexp FN(vexp)
+#define vtanh FN(vtanh)
+#define load_some FN(load_some)
+#define store_some FN(store_some)
+#define widen_some FN(widen_some)
+#define lanes FN(lanes)
+
+/* The first n elements when there are fewer than LANES, zeros after them. */
+INLINE vfloat widen_some(const int kind, const char *p, long n) {
+    if (n >= LANES)
+        return widen(kind, p);
+    char buffer[LANES * 4] = {0};
+    memcpy(buffer, p, n * kind_bytes(kind));
+    return widen(kind, buffer);
+}
+INLINE vfloat load_some(const float *p, long n) { return widen_some(F32, (const char *)p, n); }
+INLINE void store_some(float *p, vfloat v, long n) {
+    if (n >= LANES)
+        store(p, v);
+    else
+        memcpy(p, &v, n * sizeof(float));
+}
+/* Lanes [from, to). */
+INLINE vint lanes(long from, long to) {
+    vint lane;
+    EACH(i, LANES)
+        lane[i] = i;
+    return (vint)(lane >= (int32_t)from) & (vint)(lane < (int32_t)to);
+}
+
+/* e^x to 1e-7 relative; 0 below the smallest normal result, finite above the largest, NaN for NaN. */
+INLINE vfloat vexp(vfloat x) {
+    const vfloat shift = splat(0x1.8p23f);
+    const vfloat low = splat(-87.3f);
+    const vint tiny = (vint)(x < low);
+    x = vmin(splat(88.3f), vmax(low, x));
+    const vfloat shifted = fma(x, splat(0x1.715476p0f), shift); /* round(x / ln 2) in the low bits */
+    const vfloat n = shifted - shift;
+    vfloat r = fma(n, splat(-0x1.62e4p-1f), x);
+    r = fma(n, splat(-0x1.7f7d1cp-20f), r);
+    vfloat p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + splat(1.0f);
+    const vfloat power = (vfloat)(((vint)shifted + (127 - 0x4b400000)) << 23);
+    return select(tiny, splat(0.0f), p * power);
+}
+
+INLINE vfloat vtanh(vfloat x) {
+    const vint sign = (vint)x & (int32_t)0x80000000;
+    const vfloat a = (vfloat)((vint)x ^ sign), z = x * x;
+    vfloat p = splat(-5.70498872745e-3f);
+    p = fma(p, z, splat(2.06390887954e-2f));
+    p = fma(p, z, splat(-5.37397155531e-2f));
+    p = fma(p, z, splat(1.33314422036e-1f));
+    p = fma(p, z, splat(-3.33332819422e-1f));
+    p = fma(p, z * x, x);
+    const vfloat far = splat(1.0f) - splat(2.0f) / (vexp(a + a) + splat(1.0f));
+    return select((vint)(a < splat(0.625f)), p, (vfloat)((vint)far | sign));
+}
+
+/* ------------------------------------------------------------------------------------------------- packed linear */
+
+#define tile FN(tile)
+#define tile_fn FN(tile_fn)
+#define tiles FN(tiles)
+#define wide_tiles FN(wide_tiles)
+#define pack_rows FN(pack_rows)
+#define finish FN(finish)
+#define few_rows FN(few_rows)
+#define many_rows FN(many_rows)
+#define linear_slab FN(linear_slab)
+
+/*
+ * c[r][16 p + j] (+)= sum_k a[k][r] * w[p][k][j] for R rows and P panels `panel_bytes` apart, the sums held in
+ * registers. a is [features][R]; c continues from what it holds when `resume`. Narrow weights leave their float32 in
+ * `wide`, unless NULL. `ahead` walks over weights the next tiles need.
+ */
+INLINE void tile(const int R, const int P, const int kind, const float *a, const char *w, long panel_bytes,
+                 long features, float *c, long c_stride, int resume, float *wide, const char *ahead, long ahead_step) {
+    TILE(MAX_ROWS);
+    vfloat row[4 * VECTORS];
+    const long row_bytes = PANEL * kind_bytes(kind);
+    load_tile(R, P * VECTORS, acc, resume ? c : NULL, c_stride);
+#pragma GCC unroll 2
+    for (long k = 0; k < features; k++, a += R, w += row_bytes, ahead += ahead_step) {
+        __builtin_prefetch(ahead, 0, 2);
+        EACH(v, P * VECTORS)
+            row[v] = widen(kind, w + v / VECTORS * panel_bytes + v % VECTORS * LANES * kind_bytes(kind));
+        if (P == 1 && kind != F32 && wide != NULL)
+            EACH(v, VECTORS)
+                store(wide + k * PANEL + v * LANES, row[v]);
+        rank_one(R, P * VECTORS, acc, a, 1, row);
+    }
+    store_tile(R, P * VECTORS, acc, c, c_stride);
+}
+
+typedef void (*tile_fn)(const float *, const char *, long, long, float *, long, int, float *, const char *, long);
+
+#define DEFINE_TILE(R, P, KIND)                                                                                        \
+    static void FN(tile_##R##_##P##_##KIND)(const float *a, const char *w, long panel_bytes, long features, float *c,  \
+                                            long c_stride, int resume, float *wide, const char *ahead,                 \
+                                            long ahead_step) {                                                         \
+        tile(R, P, KIND, a, w, panel_bytes, features, c, c_stride, resume, wide, ahead, ahead_step);                   \
+    }
+#define DEFINE_TILES(R, P) DEFINE_TILE(R, P, F32) DEFINE_TILE(R, P, BF16) DEFINE_TILE(R, P, I8)
+#define LIST_TILES(R, P) {FN(tile_##R##_##P##_F32), FN(tile_##R##_##P##_BF16), NULL, FN(tile_##R##_##P##_I8)}
+#if LANES == 16
+#define EACH_ROW_COUNT(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16)
+#else
+#define EACH_ROW_COUNT(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#endif
+#define DEFINE_ONE_PANEL(R) DEFINE_TILES(R, 1)
+#define LIST_ONE_PANEL(R) LIST_TILES(R, 1),
+EACH_ROW_COUNT(DEFINE_ONE_PANEL)
+DEFINE_TILES(1, 4)
+DEFINE_TILES(2, 2)
+DEFINE_TILES(3, 2)
+
+static const tile_fn tiles[MAX_ROWS + 1][4] = {{NULL}, EACH_ROW_COUNT(LIST_ONE_PANEL)};
+/* One to three rows leave registers for several panels, whose independent sums hide the latency of FMA. */
+static const tile_fn wide_tiles[4][4] = {{NULL}, LIST_TILES(1, 4), LIST_TILES(2, 2), LIST_TILES(3, 2)};
+
+#undef DEFINE_TILE
+#undef DEFINE_TILES
+#undef LIST_TILES
+#undef EACH_ROW_COUNT
+#undef DEFINE_ONE_PANEL
+#undef LIST_ONE_PANEL
+
+/* x [rows, in] -> [in][rows], so that a tile reads its broadcasts from one stream. */
+static void pack_rows(const float *x, long rows, long in, float *packed) {
+    for (long k = 0; k < in; k++)
+        for (long r = 0; r < rows; r++)
+            *packed++ = x[r * in + k];
+}
+
+/* Scale and bias of one panel, and the copy out of the edge buffer when the panel is cut by `out`. */
+static void finish(const packed_linear *w, long panel, float *c, long c_stride, float *y, long y_stride, long rows) {
+    const long column = panel * PANEL, columns = MIN(w->out - column, PANEL);
+    for (long r = 0; r < rows; r++, c += c_stride, y += y_stride) {
+        for (int v = 0; v < PANEL && (w->scale || w->bias); v += LANES) {
+            const vfloat scaled = w->scale ? load(c + v) * load(w->scale + column + v) : load(c + v);
+            store(c + v, w->bias ? scaled + load(w->bias + column + v) : scaled);
+        }
+        if (c != y)
+            memcpy(y, c, columns * sizeof(float));
+    }
+}
+
+/* Panels [panel0, panel1) for so few rows that one tile holds them: the weights are read once, straight through. */
+static void few_rows(const float *a, long rows, const packed_linear *w, float *y, long y_stride, long panel0,
+                     long panel1) {
+    const long panel_bytes = w->in * PANEL * kind_bytes(w->kind);
+    const long whole_panels = w->out / PANEL;
+    float edge[MAX_ROWS * PANEL];
+    for (long p = panel0; p < panel1;) {
+        const char *data = (const char *)w->data + p * panel_bytes;
+        const long width = WIDE_PANELS(rows);
+        const long step = p + width <= MIN(panel1, whole_panels) ? width : 1;
+        float *c = p < whole_panels ? y + p * PANEL : edge;
+        const long c_stride = p < whole_panels ? y_stride : PANEL;
+        const tile_fn run = step > 1 ? wide_tiles[rows][w->kind] : tiles[rows][w->kind];
+        run(a, data, panel_bytes, w->in, c, c_stride, 0, NULL, data + AHEAD_BYTES, PANEL * kind_bytes(w->kind));
+        for (long i = 0; i < step; i++)
+            finish(w, p + i, c + i * PANEL, c_stride, y + (p + i) * PANEL, y_stride, rows);
+        p += step;
+    }
+}
+
+/*
+ * Panels [panel0, panel1) for the row blocks [block0, block1) of `blocks`. A sliver of a panel serves all row blocks
+ * out of the L1 cache while the tiles prefetch the next sliver; narrow weights are widened once per sliver. A single
+ * row group walks each panel to its end (one stream of weights), several walk `panel1 - panel0` panels per sliver of
+ * rows.
+ */
+static void many_rows(const float *packed, long rows, long blocks, long block0, long block1, const packed_linear *w,
+                      float *y, long y_stride, long panel0, long panel1) {
+    const long row_bytes = PANEL * kind_bytes(w->kind), panel_bytes = w->in * row_bytes;
+    const long slivers = CEIL_DIV(w->in, SLIVER), panels = panel1 - panel0;
+    const long first = part(rows, blocks, block0), last = part(rows, blocks, block1);
+    const int by_panel = block0 == 0 && block1 == blocks;
+    float edge[(GROUP_ROWS + 2 * MAX_ROWS) * PANEL];
+    float wide[SLIVER * PANEL] __attribute__((aligned(64)));
+    const char *next = (const char *)w->data + panel0 * panel_bytes;
+    for (long i = 0; i < panels * slivers; i++) {
+        const long p = panel0 + (by_panel ? i / slivers : i % panels),
+                   k = (by_panel ? i % slivers : i / panels) * SLIVER;
+        const long features = MIN(w->in - k, SLIVER);
+        const char *data = next;
+        const long p2 = panel0 + (by_panel ? (i + 1) / slivers : (i + 1) % panels);
+        const long k2 = (by_panel ? (i + 1) % slivers : (i + 1) / panels) * SLIVER;
+        next = (const char *)w->data + p2 * panel_bytes + k2 * row_bytes;
+        const int whole = (p + 1) * PANEL <= w->out;
+        float *c = whole ? y + first * y_stride + p * PANEL : edge;
+        const long c_stride = whole ? y_stride : PANEL;
+        const long ahead_step = row_bytes / (block1 - block0);
+        const char *ahead = next;
+        for (long b = block0; b < block1; b++, ahead += features * ahead_step) {
+            const long row = part(rows, blocks, b), n = part(rows, blocks, b + 1) - row;
+            tiles[n][b == block0 ? w->kind : F32](packed + row * w->in + k * n, data, 0, features,
+                                                  c + (row - first) * c_stride, c_stride, k > 0, wide, ahead,
+                                                  ahead_step);
+            if (w->kind != F32)
+                data = (const char *)wide;
+        }
+        if (k + features == w->in)
+            finish(w, p, c, c_stride, y + first * y_stride + p * PANEL, y_stride, last - first);
+    }
+}
+
+static int linear_slab(const float *x, long rows, long n, const packed_linear *const *weights, float *const *ys,
+                       const int64_t *y_strides, long row0) {
+    const long in = weights[0]->in, blocks = CEIL_DIV(rows, MAX_ROWS);
+    const long groups = CEIL_DIV(rows, GROUP_ROWS);
+    long panels = 0;
+    for (long j = 0; j < n; j++)
+        panels += CEIL_DIV(weights[j]->out, PANEL);
+    const long fair = panels / (8 * omp_get_max_threads());
+    const long chunk = groups > 1 ? GROUP_PANELS : MAX(1, MIN(fair, GROUP_PANELS));
+    long chunks = 0;
+    for (long j = 0; j < n; j++)
+        chunks += CEIL_DIV(CEIL_DIV(weights[j]->out, PANEL), chunk);
+    x += row0 * in;
+    float *packed = rows > 1 ? scratch(rows * in * sizeof(float)) : NULL;
+    if (rows > 1 && packed == NULL)
+        return -1;
+#pragma omp parallel if (rows * in * panels * PANEL > 4 * SMALL)
+    {
+        if (rows > 1) {
+#pragma omp for schedule(static)
+            for (long b = 0; b < blocks; b++) {
+                const long row = part(rows, blocks, b);
+                pack_rows(x + row * in, part(rows, blocks, b + 1) - row, in, packed + row * in);
+            }
+        }
+#pragma omp for schedule(dynamic) nowait
+        for (long task = 0; task < chunks * groups; task++) {
+            const long group = task / chunks;
+            long j = 0, p = task % chunks;
+            for (long of_j; p >= (of_j = CEIL_DIV(CEIL_DIV(weights[j]->out, PANEL), chunk)); j++)
+                p -= of_j;
+            const packed_linear *w = weights[j];
+            float *y = ys[j] + row0 * y_strides[j];
+            const long panel0 = p * chunk, panel1 = MIN(panel0 + chunk, CEIL_DIV(w->out, PANEL));
+            if (blocks == 1)
+                few_rows(rows > 1 ? packed : x, rows, w, y, y_strides[j], panel0, panel1);
+            else
+                many_rows(packed, rows, blocks, part(blocks, groups, group), part(blocks, groups, group + 1), w, y,
+                          y_strides[j], panel0, panel1);
+        }
+    }
+    return 0;
+}
+
+/* y_j [rows, out_j] = x [rows, in] @ W_j.T (* scale_j) (+ bias_j) for n layers that read the same x. */
+static int FN(linear)(const float *x, long rows, long n, const packed_linear *const *weights, float *const *ys,
+                      const int64_t *y_strides) {
+    for (long row = 0; row < rows; row += SLAB_ROWS)
+        if (linear_slab(x, MIN(rows - row, SLAB_ROWS), n, weights, ys, y_strides, row))
+            return -1;
+    return 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- LoRA */
+
+#define shrink_tile FN(shrink_tile)
+#define shrink FN(shrink)
+#define shrink_kind FN(shrink_kind)
+#define expand_tile FN(expand_tile)
+#define expand FN(expand)
+#define expand_rows FN(expand_rows)
+#define expand_kind FN(expand_kind)
+
+/* h[r][q] = scaling * sum_k x[r][k] * a[q][k] for R rows and Q ranks, LANES partial sums over k each. */
+INLINE void shrink_tile(const int R, const int Q, const int kind, const float *x, const char *a, long in, float scaling,
+                        float *h, long h_stride) {
+    vfloat acc[TILE_ROWS][8], rows[TILE_ROWS];
+    const long size = kind_bytes(kind), whole = in - in % LANES;
+    EACH(r, R)
+        EACH(q, Q)
+            acc[r][q] = splat(0.0f);
+    for (long k = 0; k < whole; k += LANES) {
+        EACH(r, R)
+            rows[r] = load(x + r * in + k);
+        EACH(q, Q) {
+            const vfloat w = widen(kind, a + (q * in + k) * size);
+            EACH(r, R)
+                acc[r][q] = fma(rows[r], w, acc[r][q]);
+        }
+    }
+    EACH(r, R)
+        EACH(q, Q) {
+            if (whole < in)
+                acc[r][q] = fma(load_some(x + r * in + whole, in - whole),
+                                widen_some(kind, a + (q * in + whole) * size, in - whole), acc[r][q]);
+            h[r * h_stride + q] = scaling * sum(acc[r][q]);
+        }
+}
+
+INLINE void shrink_kind(const int kind, const float *x, const char *a, long in, float scaling, float *h, long h_stride,
+                        long rows, long ranks) {
+    const long a_step = in * kind_bytes(kind);
+    for (long step; ranks > 0; ranks -= step, a += step * a_step, h += step) {
+        step = ranks >= 8 ? 8 : ranks >= 4 ? 4 : 1;
+        long r = 0;
+        for (; step >= 4 && rows - r >= SHRINK_ROWS; r += SHRINK_ROWS)
+            for (long q = 0; q < step; q += 4)
+                shrink_tile(SHRINK_ROWS, 4, kind, x + r * in, a + q * a_step, in, scaling, h + r * h_stride + q,
+                            h_stride);
+        for (; step >= 4 && rows - r >= 2; r += 2)
+            for (long q = 0; q < step; q += 4)
+                shrink_tile(2, 4, kind, x + r * in, a + q * a_step, in, scaling, h + r * h_stride + q, h_stride);
+        for (; r < rows; r++)
+            if (step == 8)
+                shrink_tile(1, 8, kind, x + r * in, a, in, scaling, h + r * h_stride, h_stride);
+            else if (step == 4)
+                shrink_tile(1, 4, kind, x + r * in, a, in, scaling, h + r * h_stride, h_stride);
+            else
+                shrink_tile(1, 1, kind, x + r * in, a, in, scaling, h + r * h_stride, h_stride);
+    }
+}
+
+static void shrink(int kind, const float *x, const char *a, long in, float scaling, float *h, long h_stride, long rows,
+                   long ranks) {
+    if (kind == F32)
+        shrink_kind(F32, x, a, in, scaling, h, h_stride, rows, ranks);
+    else if (kind == BF16)
+        shrink_kind(BF16, x, a, in, scaling, h, h_stride, rows, ranks);
+    else
+        shrink_kind(F16, x, a, in, scaling, h, h_stride, rows, ranks);
+}
+
+/* y[r][o] += sum_q h[r][q] * b[q][o] for R rows and P * 16 columns; the sum starts from y. */
+INLINE void expand_tile(const int R, const int P, const int kind, const float *h, long rank, const char *b, long out,
+                        float *y, long y_stride) {
+    TILE(TILE_ROWS);
+    vfloat row[4 * VECTORS];
+    load_tile(R, P * VECTORS, acc, y, y_stride);
+    for (long q = 0; q < rank; q++, b += out * kind_bytes(kind)) {
+        EACH(v, P * VECTORS)
+            row[v] = widen(kind, b + v * LANES * kind_bytes(kind));
+        rank_one(R, P * VECTORS, acc, h + q, rank, row);
+    }
+    store_tile(R, P * VECTORS, acc, y, y_stride);
+}
+
+INLINE void expand_rows(const int R, const int P, const int kind, const float *h, long rank, const char *b, long out,
+                        float *y, long y_stride, long columns) {
+    long o = 0;
+    for (; columns - o >= P * PANEL; o += P * PANEL)
+        expand_tile(R, P, kind, h, rank, b + o * kind_bytes(kind), out, y + o, y_stride);
+    for (; columns - o >= PANEL; o += PANEL)
+        expand_tile(R, 1, kind, h, rank, b + o * kind_bytes(kind), out, y + o, y_stride);
+    for (; o < columns; o += LANES)
+        for (long r = 0; r < R; r++) {
+            vfloat acc = load_some(y + r * y_stride + o, columns - o);
+            for (long q = 0; q < rank; q++)
+                acc = fma(splat(h[r * rank + q]), widen_some(kind, b + (q * out + o) * kind_bytes(kind), columns - o),
+                          acc);
+            store_some(y + r * y_stride + o, acc, columns - o);
+        }
+}
+
+INLINE void expand_kind(const int kind, const float *h, long rank, const char *b, long out, float *y, long y_stride,
+                        long rows, long columns) {
+    long r = 0;
+    for (; rows - r >= TILE_ROWS; r += TILE_ROWS)
+        expand_rows(TILE_ROWS, EXPAND_PANELS, kind, h + r * rank, rank, b, out, y + r * y_stride, y_stride, columns);
+    for (; rows - r >= 2; r += 2)
+        expand_rows(2, 2, kind, h + r * rank, rank, b, out, y + r * y_stride, y_stride, columns);
+    for (; r < rows; r++)
+        expand_rows(1, 4, kind, h + r * rank, rank, b, out, y + r * y_stride, y_stride, columns);
+}
+
+static void expand(int kind, const float *h, long rank, const char *b, long out, float *y, long y_stride, long rows,
+                   long columns) {
+    if (kind == F32)
+        expand_kind(F32, h, rank, b, out, y, y_stride, rows, columns);
+    else if (kind == BF16)
+        expand_kind(BF16, h, rank, b, out, y, y_stride, rows, columns);
+    else
+        expand_kind(F16, h, rank, b, out, y, y_stride, rows, columns);
+}
+
+/*
+ * y_j[t] += scaling[s] * (x[t] @ A_j[s].T) @ B_j[s] for n layers that read the same x and every row t of a segment with
+ * slot s; such a pair of segment and layer is a unit. Two lists of tasks, all shrinks before all expands: (unit, rows,
+ * ranks), then (unit, rows, columns), each task some tens of kilobytes of A or B (less when a few units must feed all
+ * cores) so that the cores stream evenly when every segment is one row.
+ */
+static int FN(add_lora)(const float *x, long n, const lora_slots *const *slots, float *const *ys,
+                        const int64_t *y_strides, long num_segments, const lora_segment *segments) {
+    const long in = slots[0]->in, units = n * num_segments;
+    const int many = units >= 4 * omp_get_max_threads();
+    const long rank_step = many ? 16 : 4, task_floats = many ? 8192 : 2048;
+    long shrinks = 0, expands = 0, hidden = 0, work = 0;
+    for (long u = 0; u < units; u++) {
+        const lora_segment *s = &segments[u / n];
+        const long rank = slots[u % n]->ranks[s->slot], out = slots[u % n]->out,
+                   row_steps = CEIL_DIV(s->end - s->start, SEGMENT_ROWS);
+        if (rank == 0)
+            continue;
+        shrinks += row_steps * CEIL_DIV(rank, rank_step);
+        expands += row_steps * CEIL_DIV(out, MAX(1, task_floats / rank / 64) * 64);
+        hidden += (s->end - s->start) * rank;
+        work += (s->end - s->start) * rank * (in + out);
+    }
+    char *memory = scratch((shrinks + expands) * sizeof(lora_task) + units * sizeof(long) + hidden * sizeof(float));
+    if (memory == NULL)
+        return -1;
+    long *offsets = (long *)memory; /* of each unit's [rows, rank] in h */
+    lora_task *tasks = (lora_task *)(offsets + units);
+    float *h = (float *)(tasks + shrinks + expands);
+    lora_task *next_shrink = tasks, *next_expand = tasks + shrinks;
+    hidden = 0;
+    for (long u = 0; u < units; u++) {
+        const lora_segment *s = &segments[u / n];
+        const long rank = slots[u % n]->ranks[s->slot], out = slots[u % n]->out;
+        offsets[u] = hidden;
+        if (rank == 0)
+            continue;
+        hidden += (s->end - s->start) * rank;
+        const long column_step = MAX(1, task_floats / rank / 64) * 64;
+        for (long row = s->start; row < s->end; row += SEGMENT_ROWS) {
+            const long row1 = MIN(row + SEGMENT_ROWS, s->end);
+            for (long q = 0; q < rank; q += rank_step)
+                *next_shrink++ = (lora_task){u % n, u / n, row, row1, q, MIN(q + rank_step, rank)};
+            for (long o = 0; o < out; o += column_step)
+                *next_expand++ = (lora_task){u % n, u / n, row, row1, o, MIN(o + column_step, out)};
+        }
+    }
+#pragma omp parallel if (work > SMALL)
+    {
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < shrinks; i++) {
+            const lora_task t = tasks[i];
+            const lora_slots *layer = slots[t.layer];
+            const lora_segment s = segments[t.segment];
+            const long rank = layer->ranks[s.slot], kind = layer->kinds[s.slot];
+            shrink(kind, x + t.row0 * in, (const char *)layer->a[s.slot] + t.col0 * in * kind_bytes(kind), in,
+                   layer->scalings[s.slot], h + offsets[t.segment * n + t.layer] + (t.row0 - s.start) * rank + t.col0,
+                   rank, t.row1 - t.row0, t.col1 - t.col0);
+        }
+#pragma omp for schedule(dynamic) nowait
+        for (long i = shrinks; i < shrinks + expands; i++) {
+            const lora_task t = tasks[i];
+            const lora_slots *layer = slots[t.layer];
+            const lora_segment s = segments[t.segment];
+            const long rank = layer->ranks[s.slot], kind = layer->kinds[s.slot];
+            expand(kind, h + offsets[t.segment * n + t.layer] + (t.row0 - s.start) * rank, rank,
+                   (const char *)layer->b[s.slot] + t.col0 * kind_bytes(kind), layer->out,
+                   ys[t.layer] + t.row0 * y_strides[t.layer] + t.col0, y_strides[t.layer], t.row1 - t.row0,
+                   t.col1 - t.col0);
+        }
+    }
+    return 0;
+}
+
+/* ----------------------------------------------------------------------------------------------- paged attention */
+
+#define score_tile FN(score_tile)
+#define score_rows FN(score_rows)
+#define scores FN(scores)
+#define value_tile FN(value_tile)
+#define value_rows FN(value_rows)
+#define sum_values FN(sum_values)
+#define softmax FN(softmax)
+#define attention_rows FN(attention_rows)
+#define row_state FN(row_state)
+
+/* The online softmax of one query row over the keys seen so far; it attends to positions [low, high). */
+typedef struct {
+    int64_t low;
+    int64_t high;
+    float max;
+    float denominator;
+} row_state;
+
+/*
+ * s[r][16 b + j] = sum_d q[d][r] * keys[b][d][j] for R rows (64 scores apart) and B key blocks. Reading a cache is
+ * waiting for memory: meanwhile the blocks `ahead`, of the same size, are prefetched (here the values of these keys).
+ */
+INLINE void score_tile(const int R, const int B, const int kind, const float *q, long head_dim, const char *const *keys,
+                       const char *const *ahead, float *s) {
+    TILE(TILE_ROWS);
+    vfloat row[4 * VECTORS];
+    const long size = kind_bytes(kind);
+    load_tile(R, B * VECTORS, acc, NULL, 0);
+    for (long d = 0; d < head_dim; d++, q += R) {
+        EACH(b, B)
+            __builtin_prefetch(ahead[b] + d * BLOCK * size, 0, 3);
+        EACH(v, B * VECTORS)
+            row[v] = widen(kind, keys[v / VECTORS] + (d * BLOCK + v % VECTORS * LANES) * size);
+        rank_one(R, B * VECTORS, acc, q, 1, row);
+    }
+    store_tile(R, B * VECTORS, acc, s, SPAN);
+}
+
+INLINE void score_rows(const int R, const int kind, const float *q, long head_dim, const char *const *keys,
+                       const char *const *ahead, long blocks, float *s) {
+    long b = 0;
+    for (; SPAN_PANELS(R) >= 4 && blocks - b >= 4; b += 4)
+        score_tile(R, 4, kind, q, head_dim, keys + b, ahead + b, s + b * BLOCK);
+    for (; SPAN_PANELS(R) >= 2 && blocks - b >= 2; b += 2)
+        score_tile(R, 2, kind, q, head_dim, keys + b, ahead + b, s + b * BLOCK);
+    for (; b < blocks; b++)
+        score_tile(R, 1, kind, q, head_dim, keys + b, ahead + b, s + b * BLOCK);
+}
+
+/* acc[r][o] += sum_j p[r][j] * values[j][o] over keys [key0, key1) of the span, for R rows and P * 16 columns. */
+INLINE void value_tile(const int R, const int P, const int kind, const float *p, const char *const *blocks,
+                       const char *const *ahead, long key0, long key1, long value_dim, long column, float *out) {
+    TILE(TILE_ROWS);
+    vfloat row[4 * VECTORS];
+    const long size = kind_bytes(kind);
+    load_tile(R, P * VECTORS, acc, out + column, value_dim);
+    for (long j = key0; j < key1;) {
+        long offset = (j % BLOCK * value_dim + column) * size;
+        const char *block = blocks[j / BLOCK], *next = ahead[j / BLOCK];
+        for (const long end = MIN(key1, (j / BLOCK + 1) * BLOCK); j < end; j++, offset += value_dim * size) {
+            EACH(i, P)
+                __builtin_prefetch(next + offset + i * PANEL * size, 0, 3);
+            EACH(v, P * VECTORS)
+                row[v] = widen(kind, block + offset + v * LANES * size);
+            rank_one(R, P * VECTORS, acc, p + j, SPAN, row);
+        }
+    }
+    store_tile(R, P * VECTORS, acc, out + column, value_dim);
+}
+
+INLINE void value_rows(const int R, const int kind, const float *p, const char *const *blocks, const char *const *ahead,
+                       long key0, long key1, long value_dim, float *out) {
+    long column = 0;
+    for (; SPAN_PANELS(R) >= 4 && value_dim - column >= 4 * PANEL; column += 4 * PANEL)
+        value_tile(R, 4, kind, p, blocks, ahead, key0, key1, value_dim, column, out);
+    for (; SPAN_PANELS(R) >= 2 && value_dim - column >= 2 * PANEL; column += 2 * PANEL)
+        value_tile(R, 2, kind, p, blocks, ahead, key0, key1, value_dim, column, out);
+    for (; column < value_dim; column += PANEL)
+        value_tile(R, 1, kind, p, blocks, ahead, key0, key1, value_dim, column, out);
+}
+
+#define EACH_TILE(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#define CASE_SCORES(R)                                                                                                 \
+    case R:                                                                                                            \
+        if (kind == F32)                                                                                               \
+            score_rows(R, F32, q, head_dim, keys, ahead, blocks, s);                                                   \
+        else                                                                                                           \
+            score_rows(R, BF16, q, head_dim, keys, ahead, blocks, s);                                                  \
+        break;
+#define CASE_VALUES(R)                                                                                                 \
+    case R:                                                                                                            \
+        if (kind == F32)                                                                                               \
+            value_rows(R, F32, p, blocks, ahead, key0, key1, value_dim, out);                                          \
+        else                                                                                                           \
+            value_rows(R, BF16, p, blocks, ahead, key0, key1, value_dim, out);                                         \
+        break;
+
+static void scores(long rows, int kind, const float *q, long head_dim, const char *const *keys,
+                   const char *const *ahead, long blocks, float *s) {
+    switch (rows) { EACH_TILE(CASE_SCORES) }
+}
+
+static void sum_values(long rows, int kind, const float *p, const char *const *blocks, const char *const *ahead,
+                       long key0, long key1, long value_dim, float *out) {
+    switch (rows) { EACH_TILE(CASE_VALUES) }
+}
+
+#undef EACH_TILE
+#undef CASE_SCORES
+#undef CASE_VALUES
+
+/*
+ * Turns the scores of span keys [key0, key1) into weights relative to the new maximum, 0 for the other keys of the
+ * blocks they touch, and rescales the row's sums. s holds 64 scores.
+ */
+static void softmax(float *s, long key0, long key1, float softcap, row_state *row, float *acc, long value_dim) {
+    const long first = key0 - key0 % BLOCK, last = CEIL_DIV(key1, BLOCK) * BLOCK;
+    const vfloat hidden = splat(-__builtin_inff());
+    vfloat top = splat(row->max);
+    for (long j = first; j < last; j += LANES) {
+        vfloat v = load(s + j);
+        if (softcap > 0.0f)
+            v = splat(softcap) * vtanh(v / splat(softcap));
+        if (j < key0 || j + LANES > key1)
+            v = select(lanes(key0 - j, key1 - j), v, hidden);
+        store(s + j, v);
+        top = vmax(top, v);
+    }
+    float max = top[0];
+    for (int i = 1; i < LANES; i++)
+        max = top[i] > max ? top[i] : max;
+    vfloat total = splat(0.0f);
+    for (long j = first; j < last; j += LANES) {
+        const vfloat p = vexp(load(s + j) - splat(max));
+        store(s + j, p);
+        total += p;
+    }
+    if (max != row->max) {
+        const vfloat correction = vexp(splat(row->max - max));
+        row->denominator *= correction[0];
+        for (long i = 0; i < value_dim; i += LANES)
+            store(acc + i, load(acc + i) * correction);
+        row->max = max;
+    }
+    row->denominator += sum(total);
+}
+
+/* Query rows [row0, row1) of one sequence and KV head; row i is token i / group, head i % group of the group. */
+static void attention_rows(const kv_layer *cache, const attention_options *o, const attention_batch *batch,
+                           const float *q, long q_stride, float *out, long out_stride, attention_task task) {
+    const long head_dim = cache->head_dim, value_dim = CEIL_DIV(head_dim, PANEL) * PANEL,
+               group = o->heads / cache->kv_heads;
+    const long rows = task.row1 - task.row0, num_tiles = CEIL_DIV(rows, TILE_ROWS);
+    const long key_bytes = head_dim * BLOCK * kind_bytes(cache->kind),
+               value_bytes = BLOCK * value_dim * kind_bytes(cache->kind);
+    const long token0 = batch->query_start_loc[task.seq], head0 = task.kv_head * group;
+    const int32_t *table = batch->block_tables + task.seq * batch->max_blocks;
+    float packed[TASK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64))); /* each tile: [head_dim][rows of the tile] */
+    float acc[TASK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64)));
+    float s[TILE_ROWS * SPAN] __attribute__((aligned(64)));
+    row_state state[TASK_ROWS];
+    int64_t low = INT64_MAX, high = 0;
+    for (long t = 0; t < num_tiles; t++) {
+        const long first = part(rows, num_tiles, t), n = part(rows, num_tiles, t + 1) - first;
+        for (long r = first; r < first + n; r++) {
+            const long token = token0 + (task.row0 + r) / group, head = head0 + (task.row0 + r) % group;
+            const float *source = q + token * q_stride + head * head_dim;
+            for (long d = 0; d < head_dim; d++)
+                packed[first * head_dim + d * n + r - first] = source[d] * o->scaling;
+            const int64_t end = batch->positions[token] + 1;
+            state[r].low = o->sliding_window > 0 ? MAX(0, end - o->sliding_window) : 0;
+            state[r].high = end;
+            state[r].max = o->sinks ? o->sinks[head] : -__builtin_inff();
+            state[r].denominator = o->sinks ? 1.0f : 0.0f;
+            low = MIN(low, state[r].low);
+            high = MAX(high, end);
+        }
+    }
+    memset(acc, 0, rows * value_dim * sizeof(float));
+    for (long span = low - low % SPAN; span < high; span += SPAN) {
+        const char *keys[SPAN_BLOCKS] = {0}, *value_blocks[SPAN_BLOCKS] = {0}, *next_keys[SPAN_BLOCKS];
+        for (long b = MAX(span, low) / BLOCK; b < CEIL_DIV(MIN(high, span + SPAN), BLOCK); b++) {
+            const long block = (long)table[b] * cache->kv_heads + task.kv_head;
+            const long next = (long)table[MIN(b + SPAN_BLOCKS, (high - 1) / BLOCK)] * cache->kv_heads + task.kv_head;
+            keys[b - span / BLOCK] = (const char *)cache->keys + block * key_bytes;
+            value_blocks[b - span / BLOCK] = (const char *)cache->values + block * value_bytes;
+            next_keys[b - span / BLOCK] = (const char *)cache->keys + next * key_bytes;
+        }
+        for (long t = 0; t < num_tiles; t++) {
+            const long first = part(rows, num_tiles, t), n = part(rows, num_tiles, t + 1) - first;
+            long key0[TILE_ROWS], key1[TILE_ROWS]; /* of the span, per row; equal: none */
+            long any0 = SPAN, any1 = 0, all0 = 0, all1 = SPAN;
+            for (long r = 0; r < n; r++) {
+                const row_state *row = &state[first + r];
+                key0[r] = MIN(MAX(row->low - span, 0), SPAN);
+                key1[r] = MAX(MIN(row->high - span, SPAN), key0[r]);
+                if (key0[r] < key1[r]) {
+                    any0 = MIN(any0, key0[r]);
+                    any1 = MAX(any1, key1[r]);
+                }
+                all0 = MAX(all0, key0[r]);
+                all1 = MIN(all1, key1[r]);
+            }
+            if (any0 >= any1)
+                continue;
+            const long block = any0 / BLOCK;
+            scores(n, cache->kind, packed + first * head_dim, head_dim, keys + block, value_blocks + block,
+                   CEIL_DIV(any1, BLOCK) - block, s + block * BLOCK);
+            for (long r = 0; r < n; r++)
+                if (key0[r] < key1[r])
+                    softmax(s + r * SPAN, key0[r], key1[r], o->softcap, &state[first + r],
+                            acc + (first + r) * value_dim, value_dim);
+            /* Keys that every row attends to together; before and after them row by row, so that no row meets 0 * x. */
+            all1 = MAX(all0, all1);
+            for (long r = 0; r < n; r++)
+                if (key0[r] < MIN(all0, key1[r]))
+                    sum_values(1, cache->kind, s + r * SPAN, value_blocks, next_keys, key0[r], MIN(all0, key1[r]),
+                               value_dim, acc + (first + r) * value_dim);
+            if (all0 < all1)
+                sum_values(n, cache->kind, s, value_blocks, next_keys, all0, all1, value_dim, acc + first * value_dim);
+            for (long r = 0; r < n; r++)
+                if (MAX(all1, key0[r]) < key1[r])
+                    sum_values(1, cache->kind, s + r * SPAN, value_blocks, next_keys, MAX(all1, key0[r]), key1[r],
+                               value_dim, acc + (first + r) * value_dim);
+        }
+    }
+    for (long r = 0; r < rows; r++) {
+        const long token = token0 + (task.row0 + r) / group, head = head0 + (task.row0 + r) % group;
+        for (long d = 0; d < head_dim; d++)
+            out[token * out_stride + head * head_dim + d] = acc[r * value_dim + d] / state[r].denominator;
+    }
+}
+
+/*
+ * out[t, h] = softmax(scaling * q[t, h] @ K.T) @ V over the cached positions 0 .. positions[t] of the token's sequence
+ * (the last `sliding_window` of them). Tasks are (sequence, KV head, rows); the late rows of a prompt, which attend to
+ * most keys, come first.
+ */
+static int FN(attention)(const kv_layer *cache, const attention_options *o, const attention_batch *batch,
+                         const float *q, long q_stride, float *out, long out_stride) {
+    const long group = o->heads / cache->kv_heads;
+    long count = 0;
+    for (long s = 0; s < batch->num_seqs; s++)
+        count +=
+            cache->kv_heads * CEIL_DIV((batch->query_start_loc[s + 1] - batch->query_start_loc[s]) * group, TASK_ROWS);
+    attention_task *tasks = scratch(count * sizeof *tasks);
+    if (tasks == NULL)
+        return -1;
+    attention_task *next = tasks;
+    for (long s = 0; s < batch->num_seqs; s++) {
+        const long rows = (batch->query_start_loc[s + 1] - batch->query_start_loc[s]) * group,
+                   pieces = CEIL_DIV(rows, TASK_ROWS);
+        for (long i = pieces - 1; i >= 0; i--)
+            for (long h = 0; h < cache->kv_heads; h++)
+                *next++ = (attention_task){s, h, part(rows, pieces, i), part(rows, pieces, i + 1)};
+    }
+#pragma omp parallel for schedule(dynamic) if (count > 1)
+    for (long i = 0; i < count; i++)
+        attention_rows(cache, o, batch, q, q_stride, out, out_stride, tasks[i]);
+    return 0;
+}
+
+#define write_head FN(write_head)
+#define to_bf16 FN(to_bf16)
+
+/* Rounds to nearest, ties to even; NaN stays NaN. */
+INLINE uint16_t to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return f != f ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+INLINE void write_head(const int kind, char *keys, char *values, const float *k, const float *v, long offset,
+                       long head_dim, long value_dim) {
+    for (long d = 0; d < head_dim; d++)
+        if (kind == F32) {
+            ((float *)keys)[d * BLOCK + offset] = k[d];
+            ((float *)values)[offset * value_dim + d] = v[d];
+        } else {
+            ((uint16_t *)keys)[d * BLOCK + offset] = to_bf16(k[d]);
+            ((uint16_t *)values)[offset * value_dim + d] = to_bf16(v[d]);
+        }
+}
+
+/* Scatters keys and values [num_tokens, kv_heads, head_dim] to positions block * 16 + offset; negative: not cached. */
+static void FN(write_kv)(const kv_layer *cache, const float *k, long k_stride, const float *v, long v_stride,
+                         const int64_t *slot_mapping, long num_tokens) {
+    const long head_dim = cache->head_dim, value_dim = CEIL_DIV(head_dim, PANEL) * PANEL, heads = cache->kv_heads;
+    const long key_bytes = head_dim * BLOCK * kind_bytes(cache->kind),
+               value_bytes = BLOCK * value_dim * kind_bytes(cache->kind);
+#pragma omp parallel for collapse(2) schedule(static) if (num_tokens * heads * head_dim > SMALL)
+    for (long h = 0; h < heads; h++)
+        for (long t = 0; t < num_tokens; t++) {
+            if (slot_mapping[t] < 0)
+                continue;
+            const long block = slot_mapping[t] / BLOCK * heads + h, offset = slot_mapping[t] % BLOCK;
+            char *keys = (char *)cache->keys + block * key_bytes, *values = (char *)cache->values + block * value_bytes;
+            const float *key = k + t * k_stride + h * head_dim, *value = v + t * v_stride + h * head_dim;
+            if (cache->kind == F32)
+                write_head(F32, keys, values, key, value, offset, head_dim, value_dim);
+            else
+                write_head(BF16, keys, values, key, value, offset, head_dim, value_dim);
+        }
+}
+
+/* ---------------------------------------------------------------------------------------------- small operations */
+
+#define add_residual FN(add_residual)
+#define rotate FN(rotate)
+#define gate FN(gate)
+
+/* The row to normalise: x itself, or residual += x. */
+INLINE const float *add_residual(const float *x, float *residual, long n) {
+    if (residual == NULL)
+        return x;
+    for (long i = 0; i < n; i += LANES)
+        store_some(residual + i, load_some(residual + i, n - i) + load_some(x + i, n - i), n - i);
+    return residual;
+}
+
+/* residual += x when there is one; out = weight * r / sqrt(mean(r^2) + eps), r = residual or x; all [rows, n]. */
+static void FN(rms_norm)(const float *x, float *residual, const float *weight, float eps, float *out, long rows,
+                         long n) {
+#pragma omp parallel for schedule(static) if (rows * n > SMALL)
+    for (long row = 0; row < rows; row++) {
+        const float *r = add_residual(x + row * n, residual ? residual + row * n : NULL, n);
+        vfloat squares = splat(0.0f);
+        for (long i = 0; i < n; i += LANES)
+            squares = fma(load_some(r + i, n - i), load_some(r + i, n - i), squares);
+        const vfloat scale = splat(1.0f / __builtin_sqrtf(sum(squares) / n + eps));
+        for (long i = 0; i < n; i += LANES)
+            store_some(out + row * n + i, load_some(weight + i, n - i) * (load_some(r + i, n - i) * scale), n - i);
+    }
+}
+
+/* As rms_norm, with out = weight * (r - mean(r)) / sqrt(var(r) + eps) + bias; weight and bias may be NULL. */
+static void FN(layer_norm)(const float *x, float *residual, const float *weight, const float *bias, float eps,
+                           float *out, long rows, long n) {
+#pragma omp parallel for schedule(static) if (rows * n > SMALL)
+    for (long row = 0; row < rows; row++) {
+        const float *r = add_residual(x + row * n, residual ? residual + row * n : NULL, n);
+        vfloat total = splat(0.0f), squares = splat(0.0f);
+        for (long i = 0; i < n; i += LANES)
+            total += load_some(r + i, n - i);
+        const vfloat mean = splat(sum(total) / n);
+        for (long i = 0; i < n; i += LANES) {
+            const vfloat d = select(lanes(0, n - i), load_some(r + i, n - i) - mean, splat(0.0f));
+            squares = fma(d, d, squares);
+        }
+        const vfloat scale = splat(1.0f / __builtin_sqrtf(sum(squares) / n + eps));
+        for (long i = 0; i < n; i += LANES) {
+            vfloat v = (load_some(r + i, n - i) - mean) * scale;
+            v = weight ? v * load_some(weight + i, n - i) : v;
+            v = bias ? v + load_some(bias + i, n - i) : v;
+            store_some(out + row * n + i, v, n - i);
+        }
+    }
+}
+
+/* x = x * cos + rotate_half(x) * sin over the first rotary_dim elements of each head, in place. */
+INLINE void rotate(float *x, long heads, long head_dim, const float *cos, const float *sin, long rotary_dim) {
+    const long half = rotary_dim / 2;
+    for (long h = 0; h < heads; h++, x += head_dim)
+        for (long d = 0; d < half; d += LANES) {
+            const long n = half - d;
+            const vfloat a = load_some(x + d, n), b = load_some(x + half + d, n);
+            store_some(x + d, fma(a, load_some(cos + d, n), -(b * load_some(sin + d, n))), n);
+            store_some(x + half + d, fma(b, load_some(cos + half + d, n), a * load_some(sin + half + d, n)), n);
+        }
+}
+
+/* q [num_tokens, heads, head_dim] and k [num_tokens, kv_heads, head_dim] by cos, sin [num_tokens, rotary_dim]. */
+static void FN(rotary)(float *q, long q_stride, long heads, float *k, long k_stride, long kv_heads, const float *cos,
+                       const float *sin, long rotary_dim, long head_dim, long num_tokens) {
+#pragma omp parallel for schedule(static) if (num_tokens * (heads + kv_heads) * head_dim > SMALL)
+    for (long t = 0; t < num_tokens; t++) {
+        rotate(q + t * q_stride, heads, head_dim, cos + t * rotary_dim, sin + t * rotary_dim, rotary_dim);
+        rotate(k + t * k_stride, kv_heads, head_dim, cos + t * rotary_dim, sin + t * rotary_dim, rotary_dim);
+    }
+}
+
+/* silu(g) = g / (1 + e^-g); gelu(g) = g / 2 * (1 + tanh(u)) = g / (1 + e^-2u), u = sqrt(2 / pi) * (g + 0.044715 g^3) */
+INLINE vfloat gate(const int gelu, vfloat g) {
+    const vfloat u = gelu ? splat(1.5957691216f) * fma(splat(0.044715f) * g * g, g, g) : g;
+    return g / (splat(1.0f) + vexp(-u));
+}
+
+/* out [rows, n] = act(gate) * up. */
+static void FN(gated)(const float *gates, long gate_stride, const float *up, long up_stride, float *out, long rows,
+                      long n, int gelu) {
+#pragma omp parallel for schedule(static) if (rows * n > SMALL / 4)
+    for (long row = 0; row < rows; row++) {
+        const float *g = gates + row * gate_stride, *u = up + row * up_stride;
+        for (long i = 0; i < n; i += LANES) {
+            const vfloat v = load_some(g + i, n - i);
+            store_some(out + row * n + i, (gelu ? gate(1, v) : gate(0, v)) * load_some(u + i, n - i), n - i);
+        }
+    }
+}
+
+static const kernel_set FN(kernels) = {FN(linear),   FN(add_lora),   FN(attention), FN(write_kv),
+                                       FN(rms_norm), FN(layer_norm), FN(rotary),    FN(gated)};
+
+#endif
