@@ -108,8 +108,7 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, LoR
     Raises:
         FileExistsError: `folder` exists and holds something that is not an adapter.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
-        raise FileExistsError(f"{folder} exists and is not an adapter folder")
+    check_writable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module, layer in weights.items():
@@ -120,6 +119,7 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, LoR
         fresh.mkdir()
         (fresh / CONFIG_FILE).write_text(json.dumps(to_peft(config), indent=2) + "\n")
         safetensors.torch.save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        (fresh / WEIGHTS_FILE).chmod((fresh / CONFIG_FILE).stat().st_mode)  # the library makes it private to its owner
         for path in (fresh / CONFIG_FILE, fresh / WEIGHTS_FILE, fresh):
             _fsync(path)
         if folder.exists():
@@ -127,6 +127,12 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, LoR
         fresh.rename(folder)
         _fsync(folder.parent)
         shutil.rmtree(Path(scratch) / "old", ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises FileExistsError if `folder` holds something that is not an adapter, which `write_adapter` would refuse."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+        raise FileExistsError(f"{folder} holds something that is not an adapter: choose another folder")
 
 
 def _expected_tensors(

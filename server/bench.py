@@ -42,10 +42,10 @@ def measure_throughput(
             "tokens of a request (--max-model-len)"
         )
     adapters = _load_adapters(config, parts, adapters_dir, num_adapters)
-    prompts = _prompts(num_prompts, prompt_tokens, parts.base.vocab_size)
+    prompts, other_prompts = _prompts(num_prompts, prompt_tokens, parts.base.vocab_size)
     core = EngineCore(parts.runner, parts.scheduler, Metrics(CollectorRegistry()))
 
-    _generate(core, parts, prompts, adapters, min(8, output_tokens))
+    _generate(core, parts, other_prompts, adapters, min(8, output_tokens))
     gc.collect()
     started = time.perf_counter()
     outputs = _generate(core, parts, prompts, adapters, output_tokens)
@@ -87,9 +87,10 @@ def _load_adapters(config: EngineConfig, parts: EngineParts, folder: str | None,
         raise ConfigError(f"--adapters-dir {folder}: {error}") from error
 
 
-def _prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
+def _prompts(count: int, length: int, vocab_size: int) -> list[list[list[int]]]:
+    """Two sets of random prompts: nothing of the warm-up may be in the prefix cache."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size, (count, length), generator=generator).tolist()
+    return torch.randint(vocab_size, (2, count, length), generator=generator).tolist()
 
 
 def _generate(

@@ -34,6 +34,7 @@ class EngineConfig:
     max_num_batched_tokens: int = setting(2048, "Most tokens in one step; longer prompts run in chunks.", low=1)
     max_model_len: int = setting(0, "Most tokens of a request, prompt and output; 0: what the model allows.", low=0)
     block_size: int = setting(16, "Tokens per KV block.", low=1)
+    prefix_cache: bool = setting(True, "Reuse the KV blocks of equal prompt beginnings on the same adapter.")
     kv_cache_bytes: int = setting(0, "Memory for the KV cache in bytes; 0: chosen for the device.", low=0)
     adapter_slots: int = setting(32, "Adapters on the device at a time.", low=1)
     max_lora_rank: int = setting(64, "Largest rank of an adapter.", low=1)

@@ -34,6 +34,7 @@ class Metrics:
         self.preemptions = counter("num_preemptions", "Requests that gave their KV blocks back")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts", "adapter")
         self.generation_tokens = counter("generation_tokens", "Tokens generated", "adapter")
+        self.cached_tokens = counter("prefix_cache_hit_tokens", "Tokens of prompts taken from the prefix cache")
         self.requests = counter("requests", "Finished requests", "finish_reason")
         self.failed_requests = counter("failed_requests", "Requests ended by an internal error", "reason")
         self.adapter_loads = counter("adapter_loads", "Adapters brought to a tier", "tier")

@@ -32,6 +32,7 @@ class GenerationOutput:
     logprobs: list[TokenLogprob]
     finish_reason: FinishReason | None
     num_output_tokens: int  # so far
+    num_cached_tokens: int  # of the prompt
     adapter: Adapter | None
 
 
@@ -87,7 +88,7 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join)
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, adapter: str
+        self, prompt_token_ids: list[int], params: SamplingParams, adapter: str, cache_salt: str = ""
     ) -> AsyncGenerator[GenerationOutput, None]:
         """Runs one request and yields what is new as it comes; whatever ends the iteration also ends the request.
 
@@ -100,7 +101,7 @@ class AsyncEngine:
         try:
             timer = RequestTimer(self._metrics)
             async with self.adapters.acquire(adapter) as acquired:
-                request = self._new_request(prompt_token_ids, params, acquired)
+                request = self._new_request(prompt_token_ids, params, acquired, cache_salt)
                 label = self._metrics.adapter_label(acquired.name if acquired else "")
                 self._metrics.prompt_tokens.labels(adapter=label).inc(len(prompt_token_ids))
                 generated = self._metrics.generation_tokens.labels(adapter=label)
@@ -110,6 +111,7 @@ class AsyncEngine:
                         timer.tokens()
                         if output.finish_reason is not None:
                             timer.finished(output.finish_reason)
+                            self._metrics.cached_tokens.inc(output.num_cached_tokens)
                         yield output
         finally:
             self._leave()
@@ -117,9 +119,11 @@ class AsyncEngine:
     def is_on_device(self, adapter: Adapter) -> bool:
         return adapter in self._core.resident
 
-    def _new_request(self, prompt_token_ids: list[int], params: SamplingParams, adapter: Adapter | None) -> Request:
+    def _new_request(
+        self, prompt_token_ids: list[int], params: SamplingParams, adapter: Adapter | None, cache_salt: str
+    ) -> Request:
         stop = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self.base.eos_token_ids
-        return Request(next(self._request_ids), prompt_token_ids, params, adapter, stop)
+        return Request(next(self._request_ids), prompt_token_ids, params, adapter, stop, cache_salt)
 
     async def _run(self, request: Request) -> AsyncGenerator[GenerationOutput, None]:
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
@@ -147,7 +151,15 @@ class AsyncEngine:
                     if text.stopped:
                         finish_reason = FinishReason.STOP
                         break
-                yield GenerationOutput(piece, token_ids, logprobs, finish_reason, num_output_tokens, request.adapter)
+                yield GenerationOutput(
+                    piece,
+                    token_ids,
+                    logprobs,
+                    finish_reason,
+                    num_output_tokens,
+                    outputs[-1].num_cached_tokens,
+                    request.adapter,
+                )
         finally:
             del self._streams[request.request_id]
             self._core.put(Abort(request.request_id))

@@ -53,7 +53,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         fused = runner.fuse()
         log.info("fused: %s", ", ".join(f"{count} × {kind}" for kind, count in fused.items()) or "nothing")
     scheduler = Scheduler(
-        BlockAllocator(num_blocks, config.block_size),
+        BlockAllocator(num_blocks, config.block_size, prefix_cache=config.prefix_cache),
         AdapterSlots(config.adapter_slots),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

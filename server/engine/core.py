@@ -93,18 +93,20 @@ class EngineCore:
             self._publish_resident()
         outputs = []
         sampled = {}
-        logprobs = {}
+        produced = {}
         for request, result in results:
             if result.token_id is None:
                 self.scheduler.abort(request.request_id)
                 outputs.append(self._incident(request.request_id, "NON_FINITE_LOGITS"))
             else:
                 sampled[request.request_id] = result.token_id
-                logprobs[request.request_id] = result.logprob
+                produced[request.request_id] = (request, result)
         finished = self.scheduler.update(batch, sampled)
         outputs += [
-            TokenOutput(request_id, token_id, finished.get(request_id), logprobs[request_id])
-            for request_id, token_id in sampled.items()
+            TokenOutput(
+                request_id, result.token_id, finished.get(request_id), result.logprob, request.num_cached_tokens
+            )
+            for request_id, (request, result) in produced.items()
         ]
         self._metrics.step(batch, self.scheduler, len(sampled), time.monotonic() - started)
         if outputs:

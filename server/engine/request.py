@@ -72,6 +72,7 @@ class TokenOutput:
     token_id: int | None  # None: the request ended without a token
     finish_reason: FinishReason | None = None
     logprob: TokenLogprob | None = None
+    num_cached_tokens: int = 0
     error: Exception | None = None
 
     @property
@@ -89,6 +90,7 @@ class Request:
         params: SamplingParams,
         adapter: Adapter | None,
         stop_token_ids: frozenset[int],
+        cache_salt: str = "",
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -96,6 +98,7 @@ class Request:
         self.stop_token_ids = stop_token_ids  # of the model and of the request, as far as they end this one
         self.token_ids = list(prompt_token_ids)  # prompt and output
         self.num_prompt_tokens = len(prompt_token_ids)
+        self.cache_identity = (adapter, cache_salt)  # KV blocks are shared within it and never across
         self.random = random.Random(params.seed)
         self.status = RequestStatus.WAITING
 
@@ -104,6 +107,7 @@ class Request:
         self.block_table: list[int] = []
         self.adapter_slot = -1  # -1: the base model, or not running
         self.num_preemptions = 0
+        self.num_cached_tokens = 0  # of the prompt, taken from the prefix cache
 
     @property
     def num_tokens(self) -> int:

@@ -91,7 +91,7 @@ class Scheduler:
         finished: dict[int, FinishReason] = {}
         for scheduled in batch.requests:
             request = scheduled.request
-            request.num_computed_tokens += scheduled.num_tokens
+            self._count_computed(request, scheduled.num_tokens)
             token_id = sampled.get(request.request_id)
             if token_id is None:
                 continue
@@ -100,6 +100,15 @@ class Scheduler:
                 finished[request.request_id] = reason
                 self._finish(request)
         return finished
+
+    def _count_computed(self, request: Request, num_tokens: int) -> None:
+        block_size = self.allocator.block_size
+        filled_a_block = request.num_computed_tokens % block_size + num_tokens >= block_size
+        request.num_computed_tokens += num_tokens
+        if filled_a_block:
+            self.allocator.publish(
+                request.cache_identity, request.token_ids, request.block_table, request.num_computed_tokens
+            )
 
     def _schedule_running(self, batch: ScheduledBatch) -> int:
         """Gives decoding requests their token first, then prompts what is left; returns the budget that remains."""
@@ -124,12 +133,13 @@ class Scheduler:
             if blocked and self._passed_over >= self._max_num_seqs:
                 break
             request = self.waiting.popleft()
-            num_tokens = min(request.num_missing_tokens, budget)
             if not self._acquire_slot(request, batch):
                 blocked.append(request)
                 continue
+            self._share_prefix(request)
+            num_tokens = min(request.num_missing_tokens, budget)
             if not self.allocator.grow(request.block_table, request.num_computed_tokens + num_tokens):
-                self._release_slot(request)
+                self._release(request)
                 self.waiting.appendleft(request)
                 break
             request.status = RequestStatus.RUNNING
@@ -140,6 +150,12 @@ class Scheduler:
         if not blocked:
             self._passed_over = 0
         self.waiting.extendleft(reversed(blocked))
+
+    def _share_prefix(self, request: Request) -> None:
+        request.block_table = self.allocator.share(request.cache_identity, request.token_ids)
+        request.num_computed_tokens = len(request.block_table) * self.allocator.block_size
+        if not request.num_preemptions:
+            request.num_cached_tokens = request.num_computed_tokens
 
     def _acquire_slot(self, request: Request, batch: ScheduledBatch) -> bool:
         if request.adapter is None:
@@ -152,16 +168,17 @@ class Scheduler:
             batch.slot_writes.append((request.adapter_slot, request.adapter))
         return True
 
-    def _release_slot(self, request: Request) -> None:
+    def _release(self, request: Request) -> None:
+        """Gives back the KV blocks and the adapter slot."""
+        self.allocator.release(request.block_table)
+        request.num_computed_tokens = 0
         if request.adapter is not None and request.adapter_slot >= 0:
             self.slots.release(request.adapter)
             request.adapter_slot = -1
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self.allocator.release(request.block_table)
-        self._release_slot(request)
-        request.num_computed_tokens = 0
+        self._release(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
         request.status = RequestStatus.WAITING
@@ -172,7 +189,6 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
-        self.allocator.release(request.block_table)
-        self._release_slot(request)
+        self._release(request)
         request.status = RequestStatus.FINISHED
         del self._requests[request.request_id]

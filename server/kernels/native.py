@@ -7,10 +7,12 @@ that a call is little more than its pointers. The library needs torch imported f
 
 import ctypes
 import importlib.machinery
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ Storage = Literal["float32", "bfloat16", "int8"]
 PANEL = 16  # output features of a packed panel
 BLOCK_SIZE = 16  # positions of a KV block
 MAX_HEAD_DIM = 256
+CACHE_LINE = 64  # bytes
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _STORAGE: dict[Storage, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -304,8 +307,8 @@ class KVCacheLayer:
             raise ValueError(f"the KV cache is float32 or bfloat16, not {dtype}")
         self.kv_heads, self.head_dim = kv_heads, head_dim
         value_dim = -(-head_dim // PANEL) * PANEL
-        self.keys = torch.zeros(num_blocks, kv_heads, head_dim, BLOCK_SIZE, dtype=dtype)
-        self.values = torch.zeros(num_blocks, kv_heads, BLOCK_SIZE, value_dim, dtype=dtype)
+        self.keys = _lazy_zeros((num_blocks, kv_heads, head_dim, BLOCK_SIZE), dtype)
+        self.values = _lazy_zeros((num_blocks, kv_heads, BLOCK_SIZE, value_dim), dtype)
         self._struct = _CacheStruct(self.keys.data_ptr(), self.values.data_ptr(), _KINDS[dtype], kv_heads, head_dim)
         self.pointer = ctypes.addressof(self._struct)
 
@@ -429,6 +432,14 @@ def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(rows, n)
     _gelu_tanh_mul(gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), out.data_ptr(), rows, n)
     return out
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory page by page as they are first written, aligned to cache lines."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + CACHE_LINE, dtype=np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -16,7 +16,7 @@ from server.pb.loraplex.v1 import inference_pb2_grpc as pb_grpc
 from server.rpc.sampling import sampling_params
 
 MAX_BYTES_PER_TOKEN = 64  # a text with more per token of the context is refused before it is tokenized
-MAX_REQUEST_ID = 256  # characters
+MAX_LABEL = 256  # characters of request_id and cache_salt
 LONG_TEXT = 4096  # characters from which tokenizing leaves the event loop
 ROLES = ("system", "user", "assistant")
 _FINISH_REASONS = {None: pb.FINISH_REASON_UNSPECIFIED, FinishReason.STOP: pb.STOP, FinishReason.LENGTH: pb.LENGTH}
@@ -57,19 +57,20 @@ class InferenceService(pb_grpc.InferenceServicer):
         return self._info
 
     async def _answers(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
-        if len(request.request_id) > MAX_REQUEST_ID or not request.request_id.isprintable():
-            raise InvalidRequest(
-                f"request_id may have {MAX_REQUEST_ID} printable characters; it has {len(request.request_id)}",
-                field="request_id",
-            )
+        for field, text in (("request_id", request.request_id), ("cache_salt", request.cache_salt)):
+            if len(text) > MAX_LABEL or not text.isprintable():
+                raise InvalidRequest(
+                    f"{field} may have {MAX_LABEL} characters, all printable; it has {len(text)}", field=field
+                )
         prompt = await self._token_ids(request)
         engine = self._engine
         params = sampling_params(request.sampling, len(prompt), engine.max_model_len, engine.base.vocab_size)
         if request.sampling.n <= 1:
-            streams = [engine.generate(prompt, params, request.adapter)]
+            streams = [engine.generate(prompt, params, request.adapter, request.cache_salt)]
         else:
             streams = [
-                engine.generate(prompt, _nth(params, index), request.adapter) for index in range(request.sampling.n)
+                engine.generate(prompt, _nth(params, index), request.adapter, request.cache_salt)
+                for index in range(request.sampling.n)
             ]
         async with aclosing(_merge(streams)) as outputs:
             async for index, output in outputs:
@@ -182,6 +183,7 @@ def _response(index: int, output: GenerationOutput, num_prompt_tokens: int) -> p
     if output.finish_reason is not None:
         response.usage.prompt_tokens = num_prompt_tokens
         response.usage.completion_tokens = output.num_output_tokens
+        response.usage.cached_tokens = output.num_cached_tokens
     return response
 
 

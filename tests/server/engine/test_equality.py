@@ -129,7 +129,7 @@ def test_logits_are_the_same_bits_in_any_batch(
             engine.generate(work)
         return [torch.stack(rows[request_id]) for request_id in range(len(work))]
 
-    alone = logits(max_num_seqs=1)
+    alone = logits(max_num_seqs=1, prefix_cache=False)
     for settings in ({}, {"max_num_batched_tokens": 16, "max_num_seqs": 16}, {"kv_cache_bytes": 16 * BLOCK_BYTES}):
         assert all(map(torch.equal, logits(**settings), alone)), settings
 
@@ -155,3 +155,33 @@ def test_sampling_with_a_seed_does_not_depend_on_the_batch(
     alone = [engine.generate([item], temperature=0.9, top_p=0.95, top_k=50, seed=7)[0] for item in work]
     assert together == alone
     assert together != engine.generate(work, temperature=0.9, top_p=0.95, top_k=50, seed=8)
+
+
+def test_a_prefix_from_the_cache_changes_not_one_bit(
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], expected: list[list[int]], kernels: str
+) -> None:
+    engine = Engine(model_dir, kernels=kernels)
+    work = mixed(engine, adapters_dir, prompts)
+    rows: dict[int, list[torch.Tensor]] = {}
+    engine.watch_logits(lambda request_id, row: rows.setdefault(request_id, []).append(row.clone()))
+    assert engine.generate(work) == expected
+    assert engine.generate(work) == expected
+    for index, (prompt, _) in enumerate(work):
+        first, second = index, index + len(work)
+        assert engine.outputs[first][0].num_cached_tokens == 0
+        assert engine.outputs[second][0].num_cached_tokens == (len(prompt) - 1) // 16 * 16
+        if kernels == "auto":
+            assert torch.equal(torch.stack(rows[first]), torch.stack(rows[second]))
+
+
+def test_a_prefix_is_shared_only_by_the_same_adapter(
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]]
+) -> None:
+    engine = Engine(model_dir)
+    prompt = max(prompts, key=len)
+    plain, again = (engine.load(adapters_dir / "plain", generation) for generation in (1, 2))
+    engine.generate([(prompt, plain)])
+    for adapter, cached in ((None, False), (again, False), (plain, True)):
+        engine.generate([(prompt, adapter)])
+        last = max(engine.outputs)
+        assert bool(engine.outputs[last][0].num_cached_tokens) == cached
