@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from server.config import EngineConfig
 from server.engine.attention import PagedCache
 from server.engine.cpu_kv_cache import CpuKVCache
 from server.engine.kv_cache import KVShape, TorchKVCache
@@ -44,8 +45,8 @@ class Device:
         return TorchKVCache(shape, num_blocks, block_size, self.dtype, self.torch_device)
 
 
-def pick_device(device: str, dtype: str, quantization: str, kernels: str) -> Device:
-    """Device, number format and kernels from their settings; `auto` takes CUDA when there is one.
+def pick_device(config: EngineConfig) -> Device:
+    """Device, number format and kernels from the settings; `auto` takes CUDA when there is one.
 
     On the CPU the native kernels compute in float32 whatever the weights are stored in; without them torch does the
     work in the dtype that is asked for.
@@ -54,26 +55,45 @@ def pick_device(device: str, dtype: str, quantization: str, kernels: str) -> Dev
         ConfigError: what is asked for cannot be had here.
     """
     has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
+    if config.device == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
-    if device == "cuda" or (device == "auto" and has_cuda):
-        if quantization != "none":
-            raise ConfigError(f"--quantization {quantization} is for the CPU; this server runs on CUDA")
-        chosen = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
-        return Device(torch.device("cuda"), chosen, _name(chosen), torch_kernels(), native=False)
-    chosen = torch.float32 if dtype == "auto" else DTYPES[dtype]
-    cpu = torch.device("cpu")
-    if kernels == "auto" and native.available() and chosen != torch.float16:
-        storage: Storage = "int8" if quantization == "int8" else "float32" if chosen == torch.float32 else "bfloat16"
-        return Device(cpu, torch.float32, storage, cpu_kernels(storage), native=True)
-    if quantization != "none":
+    if config.device == "cuda" or (config.device == "auto" and has_cuda):
+        return _cuda(config)
+    return _cpu(config)
+
+
+def _cuda(config: EngineConfig) -> Device:
+    if config.quantization != "none":
+        raise ConfigError(f"--quantization {config.quantization} is for the CPU; this server runs on CUDA")
+    device = torch.device("cuda")
+    dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
+    kernels = torch_kernels()
+    if config.kernels == "auto":
+        try:
+            from server.kernels.triton_ops import triton_kernels
+        except ImportError:
+            log.warning("Triton is not installed: torch applies the adapters, one after the other")
+        else:
+            kernels = triton_kernels(device, config.max_lora_rank)
+    return Device(device, dtype, _name(dtype), kernels, native=False)
+
+
+def _cpu(config: EngineConfig) -> Device:
+    device = torch.device("cpu")
+    dtype = torch.float32 if config.dtype == "auto" else DTYPES[config.dtype]
+    if config.kernels == "auto" and native.available() and dtype != torch.float16:
+        storage: Storage = "float32" if dtype == torch.float32 else "bfloat16"
+        if config.quantization == "int8":
+            storage = "int8"
+        return Device(device, torch.float32, storage, cpu_kernels(storage), native=True)
+    if config.quantization != "none":
         raise ConfigError(
-            f"--quantization {quantization} needs the native kernels (a C compiler at install, --kernels auto) and "
-            "--dtype float32 or bfloat16"
+            f"--quantization {config.quantization} needs the native kernels (a C compiler at install, --kernels auto) "
+            "and --dtype float32 or bfloat16"
         )
     if not native.available():
         log.warning("the native CPU kernels are not built (no C compiler at install): torch does their work, slower")
-    return Device(cpu, chosen, _name(chosen), torch_kernels(), native=False)
+    return Device(device, dtype, _name(dtype), torch_kernels(), native=False)
 
 
 def _name(dtype: torch.dtype) -> str:

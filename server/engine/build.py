@@ -42,7 +42,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = pick_device(config.device, config.dtype, config.quantization, config.kernels)
+    device = pick_device(config)
     path = resolve(config.model)
     base = load_base_model(path, Path(path).name, device.torch_device, device.dtype)
     max_model_len = _max_model_len(config, base)

@@ -54,7 +54,9 @@ def test_an_adapter_in_the_way_is_replaced_and_nothing_else(train: Run, tmp_path
     (tmp_path / "notes" / "todo.txt").write_text("mine")
     result = train(out=tmp_path / "notes")
     assert result.exit_code == 1
-    assert result.output == f"Error: {tmp_path / 'notes'} holds something that is not an adapter: choose another folder\n"
+    assert (
+        result.output == f"Error: {tmp_path / 'notes'} holds something that is not an adapter: choose another folder\n"
+    )
 
 
 @pytest.mark.parametrize(

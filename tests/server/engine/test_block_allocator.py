@@ -53,9 +53,8 @@ def test_nothing_is_shared_across_identities_or_positions() -> None:
 
 def test_the_least_recently_used_content_is_forgotten_first() -> None:
     allocator = BlockAllocator(4, block_size=4)
-    old = [filled(allocator, name, list(range(5))) for name in "ab"]  # two blocks each, the second not full
-    for table in old:
-        allocator.release(table)
+    for old in [filled(allocator, name, list(range(5))) for name in "ab"]:  # two blocks each, the second not full
+        allocator.release(old)
     table: list[int] = []
     assert allocator.grow(table, 8), "blocks without content go first"
     allocator.release(allocator.share("a", list(range(5))))  # a is used again

@@ -1,0 +1,254 @@
+"""The Triton kernels without a GPU: values by Triton's interpreter, machine code by its compiler for GPUs not there."""
+
+import copy
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from server.kernels import LayerWeights, LinearGroup, Segment
+from server.kernels.torch_ops import TorchLinearGroup
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+triton_ops = pytest.importorskip("server.kernels.triton_ops")
+
+CPU = torch.device("cpu")
+MAX_RANK = 128
+RANKS = (8, 1, 16, 3, 64, 128, 13, 40)
+POPULARITY = {
+    "distinct": [1] * 8,
+    "identical": [50],
+    "uniform": [5, 5, 5, 5],
+    "skewed": [34, 9, 3, 1, 1],
+}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Any]:
+    """The module with its kernels interpreted on CPU tensors: a copy of its own, since triton.jit decides at import."""
+    spec = importlib.util.spec_from_file_location("interpreted_triton_ops", triton_ops.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)
+        repair_bfloat16(patch)
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = True
+            spec.loader.exec_module(module)
+        yield module
+
+
+def repair_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps bfloat16 as uint16: its dot multiplies those as integers, its rounding loses carries."""
+    interpreter, tl = pytest.importorskip("triton.runtime.interpreter"), triton.language
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def repaired_convert(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if target != tl.bfloat16:
+            return convert(data, source, target, rounding_mode)
+        return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
+
+    def repaired_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+        return dot(self, a, b, *others)
+
+    patch.setattr(interpreter, "_convert_float", repaired_convert)
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", repaired_dot)
+
+
+def random_weights(rank: int, in_features: int, out_features: int, scaling: float) -> LayerWeights:
+    return LayerWeights(
+        torch.randn(rank, in_features) / math.sqrt(in_features),
+        torch.randn(rank, out_features) / math.sqrt(rank),
+        scaling,
+    )
+
+
+def fill(groups: Sequence[LinearGroup], ranks: Sequence[int], in_features: int, outs: Sequence[int]) -> None:
+    """Gives all groups the same weights: in slot s of layer n a rank of its own."""
+    for layer, out_features in enumerate(outs):
+        for slot in range(len(ranks)):
+            weights = random_weights(ranks[(slot + layer) % len(ranks)], in_features, out_features, 0.5 + slot)
+            for group in groups:
+                group.set_slot(layer, slot, weights)
+
+
+def bypasses(module: Any, ranks: Sequence[int], in_features: int, outs: Sequence[int], dtype: torch.dtype) -> Any:
+    """A filled group whose layers are zero."""
+    layers = [nn.Linear(in_features, out, bias=False, dtype=dtype).requires_grad_(False) for out in outs]
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+    group = module.TritonLinearGroup(CPU, MAX_RANK, layers, len(ranks))
+    fill([group], ranks, in_features, outs)
+    return group
+
+
+def segments_of(lengths: Sequence[int], start: int = 2) -> list[Segment]:
+    """One segment a slot, in order, after `start` rows without an adapter."""
+    segments = []
+    for slot, length in enumerate(lengths):
+        segments.append(Segment(slot, start, start + length))
+        start += length
+    return segments
+
+
+def equal(ys: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(torch.equal(y, other) for y, other in zip(ys, others, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------- values
+
+
+def test_cut_tiles() -> None:
+    tiles = triton_ops.cut_tiles(CPU, [Segment(3, 1, 18), Segment(0, 18, 19)])
+    assert tiles.table.tolist() == [[3, 1, 17], [3, 17, 18], [0, 18, 19]]
+    padded = triton_ops.cut_tiles(CPU, [Segment(3, 1, 2)], num_tiles=3)
+    assert padded.table.tolist() == [[3, 1, 2], [-1, 0, 0], [-1, 0, 0]]
+    assert padded
+    assert not triton_ops.cut_tiles(CPU, [])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize(("in_features", "outs"), [(640, (272, 48)), (37, (19, 1, 100))])
+@torch.inference_mode()
+def test_linear_group(
+    interpreted: Any, in_features: int, outs: tuple[int, ...], popularity: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    lengths = POPULARITY[popularity]
+    layers = [nn.Linear(in_features, out, dtype=dtype) for out in outs]
+    group = interpreted.TritonLinearGroup(CPU, MAX_RANK, layers, len(lengths))
+    reference = TorchLinearGroup([copy.deepcopy(layer).double() for layer in layers], len(lengths))
+    fill([group, reference], RANKS[: len(lengths)], in_features, outs)
+    segments = segments_of(lengths)
+    x = torch.randn(1, segments[-1].end + 3, in_features, dtype=dtype)
+    ys = group(x, interpreted.cut_tiles(CPU, segments))
+    for y, layer, expected in zip(ys, layers, reference(x.double(), segments), strict=True):
+        torch.testing.assert_close(y.double(), expected, rtol=TOLERANCE[dtype], atol=8 * TOLERANCE[dtype])
+        assert torch.equal(y[:, :2], layer(x)[:, :2])
+        assert torch.equal(y[:, -3:], layer(x)[:, -3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_rows_do_not_depend_on_their_batch(interpreted: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    group = bypasses(interpreted, (13, 40), 700, (90, 33), dtype)
+    x = torch.randn(40, 700, dtype=dtype)
+    whole = group(x, interpreted.cut_tiles(CPU, [Segment(0, 0, 35), Segment(1, 35, 40)]))
+    for slot, row in ((0, 0), (0, 15), (0, 16), (0, 34), (1, 35), (1, 39)):
+        alone = group(x[row : row + 1], interpreted.cut_tiles(CPU, [Segment(slot, 0, 1)]))
+        assert equal(alone, [y[row : row + 1] for y in whole])
+    pieces = [Segment(0, 0, 3), Segment(0, 3, 30), Segment(0, 30, 35), Segment(1, 35, 40)]
+    assert equal(group(x, interpreted.cut_tiles(CPU, pieces, num_tiles=9)), whole)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, on NaN
+@torch.inference_mode()
+def test_nan_stays_in_its_slot_and_in_its_row(interpreted: Any) -> None:
+    torch.manual_seed(0)
+    group = bypasses(interpreted, (8, 8, 8), 32, (48,), torch.float32)
+    tiles = interpreted.cut_tiles(CPU, segments_of([3, 3, 3], start=0))
+    x = torch.randn(9, 32)
+    (clean,) = group(x, tiles)
+    bad = random_weights(8, 32, 48, 1.0)
+    bad.lora_a.fill_(math.nan)
+    group.set_slot(0, 1, bad)
+    (y,) = group(x, tiles)
+    assert y[3:6].isnan().all()
+    assert torch.equal(y[:3], clean[:3])
+    assert torch.equal(y[6:], clean[6:])
+    group.set_slot(0, 1, random_weights(8, 32, 48, 1.0))
+    (clean,) = group(x, tiles)
+    kept = [row for row in range(9) if row != 4]
+    x[4, 7] = math.nan
+    (y,) = group(x, tiles)
+    assert y[4].isnan().all()
+    assert torch.equal(y[kept], clean[kept])
+
+
+@torch.inference_mode()
+def test_slots_are_replaced_and_emptied_in_place(interpreted: Any) -> None:
+    torch.manual_seed(0)
+    group = bypasses(interpreted, (40, 8), 32, (48, 16), torch.float32)
+    tables = [table.data_ptr() for table in (group._a_ptrs, group._b_ptrs, group._ranks, group._scalings)]
+    tiles = interpreted.cut_tiles(CPU, [Segment(0, 0, 4)])
+    x = torch.randn(4, 32)
+    before = group(x, tiles)
+    weights = random_weights(3, 32, 48, 2.0)
+    group.set_slot(0, 0, weights)
+    first, second = group(x, tiles)
+    torch.testing.assert_close(first, 2.0 * x @ weights.lora_a.T @ weights.lora_b)
+    assert torch.equal(second, before[1])
+    group.set_slot(0, 0, None)
+    first, second = group(x, tiles)
+    assert torch.equal(first, torch.zeros(4, 48))
+    assert torch.equal(second, before[1])
+    assert tables == [table.data_ptr() for table in (group._a_ptrs, group._b_ptrs, group._ranks, group._scalings)]
+
+
+# ---------------------------------------------------------------------------------------------------- machine code
+
+
+def compiled(patch: pytest.MonkeyPatch, arch: int, in_features: int, outs: Sequence[int], dtype: torch.dtype) -> Any:
+    """Both kernels, exactly as a step launches them, for a GPU of a compute capability."""
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    driver = SimpleNamespace(
+        get_current_device=lambda: arch, get_current_stream=lambda device: 0, get_current_target=lambda: target
+    )
+    patch.setattr(triton.runtime.driver, "_active", driver)
+    kernels = []
+    for function in (triton_ops.shrink, triton_ops.expand):
+
+        def compile_only(*args: Any, run: Any = function.run, **options: Any) -> None:
+            kernels.append(run(*args, **options | {"warmup": True}))
+
+        patch.setattr(function, "run", compile_only)
+    bypasses(triton_ops, (8,), in_features, outs, dtype)(
+        torch.zeros(3, in_features, dtype=dtype), triton_ops.cut_tiles(CPU, [Segment(0, 0, 3)])
+    )
+    return kernels
+
+
+def resources(kernel: Any, folder: Path) -> dict[str, int]:
+    """What the machine code takes: REG per thread, STACK and LOCAL bytes (spilled registers), and more."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", output)}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("in_features", "outs"), [(4096, (4096, 1024, 1024)), (301, (100, 19))])
+def test_machine_code(
+    arch: int,
+    in_features: int,
+    outs: tuple[int, ...],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    is_aligned = in_features % 16 == 0
+    for kernel in compiled(monkeypatch, arch, in_features, outs, dtype):
+        usage = resources(kernel, tmp_path)
+        assert usage["STACK"] == usage["LOCAL"] == 0, "registers are spilled"
+        assert usage["REG"] <= (128 if is_aligned else 200)
+        assert kernel.metadata.shared <= 64 << 10
+        assert ("mma.sync" in kernel.asm["ptx"]) == (dtype != torch.float32)
+        assert bool(re.search(r"cp\.async.*0x10", kernel.asm["ptx"])) == is_aligned, "reads 16 bytes at once"

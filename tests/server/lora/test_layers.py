@@ -1,0 +1,63 @@
+"""Slots share the host's memory on the CPU, are reset when rewritten, and cost nothing while unused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.format import read_adapter
+from server.config import EngineConfig
+from server.engine.build import EngineParts, build_engine
+from server.kernels import LayerWeights, Segment, native
+from server.lora.adapter import Adapter
+
+
+@pytest.fixture(params=["auto", "torch"])
+def parts(model_dir: Path, request: pytest.FixtureRequest) -> EngineParts:
+    if request.param == "auto" and not native.available():
+        pytest.skip("the native kernels are not built")
+    return build_engine(EngineConfig(model=str(model_dir), device="cpu", dtype="float32", kernels=request.param))
+
+
+def load(parts: EngineParts, folder: Path) -> Adapter:
+    return Adapter.from_files(read_adapter(folder, parts.base.linear_layers, 64), folder.name, "1", 1)
+
+
+def test_an_adapter_is_one_block_of_memory(parts: EngineParts, adapters_dir: Path) -> None:
+    adapter = load(parts, adapters_dir / "plain")
+    tensors = [tensor for layer in adapter.weights.values() for tensor in (layer.lora_a, layer.lora_b)]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert adapter.num_bytes == sum(tensor.nbytes for tensor in tensors) == tensors[0].untyped_storage().nbytes()
+
+
+def test_a_slot_is_reset_before_it_is_written(parts: EngineParts, adapters_dir: Path) -> None:
+    """What the old adapter had and the new one has not must be gone."""
+    name = "model.layers.0.mlp.up_proj"
+    group, index = parts.runner.lora._slots[name]
+    x = torch.randn(1, 3, 64)
+    segments = parts.runner.lora._prepare([Segment(0, 0, 3)])
+    with torch.inference_mode():
+        plain = group(x, segments)[index]
+        parts.runner.lora.write(0, load(parts, adapters_dir / "plain"))
+        adapted = group(x, segments)[index]
+        parts.runner.lora.write(0, load(parts, adapters_dir / "attention"))
+        assert not torch.equal(adapted, plain)
+        assert torch.equal(group(x, segments)[index], plain)
+        parts.runner.lora.write(0, None)
+        assert torch.equal(group(x, segments)[index], plain)
+
+
+def test_a_sick_slot_touches_no_other_token(parts: EngineParts, adapters_dir: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    group, index = parts.runner.lora._slots[name]
+    good, bad = load(parts, adapters_dir / "plain").weights[name], load(parts, adapters_dir / "plain").weights[name]
+    bad.lora_a.fill_(float("nan"))
+    x = torch.randn(1, 4, 64)
+    prepare = parts.runner.lora._prepare
+    with torch.inference_mode():
+        group.set_slot(index, 0, good)
+        group.set_slot(index, 1, LayerWeights(bad.lora_a, bad.lora_b, 1.0))
+        expected = group(x, prepare([Segment(0, 0, 2)]))[index]
+        y = group(x, prepare([Segment(0, 0, 2), Segment(1, 3, 4)]))[index]
+    assert torch.equal(y[0, :3], expected[0, :3])
+    assert y[0, 3].isnan().all()

@@ -1,0 +1,66 @@
+"""What follows from the device and its settings."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from server.config import EngineConfig
+from server.device import pick_device
+from server.engine.build import build_engine
+from server.engine.cpu_kv_cache import CpuKVCache
+from server.engine.kv_cache import KVShape, TorchKVCache
+from server.errors import ConfigError
+from server.kernels import native
+
+needs_native = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("settings", "storage"),
+    [({}, "float32"), ({"dtype": "bfloat16"}, "bfloat16"), ({"quantization": "int8"}, "int8")],
+)
+def test_native_kernels_compute_in_float32_whatever_they_store(settings: dict[str, Any], storage: str) -> None:
+    device = pick_device(EngineConfig(device="cpu", **settings))
+    assert (device.native, device.dtype, device.storage) == (True, torch.float32, storage)
+
+
+def test_torch_serves_what_the_native_kernels_do_not() -> None:
+    device = pick_device(EngineConfig(device="cpu", kernels="torch", dtype="bfloat16"))
+    assert (device.native, device.dtype, device.storage) == (False, torch.bfloat16, "bfloat16")
+    assert not pick_device(EngineConfig(device="cpu", dtype="float16")).native
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"quantization": "int8", "kernels": "torch"}, "needs the native kernels"),
+        ({"quantization": "int8", "dtype": "float16"}, "needs the native kernels"),
+        pytest.param(
+            {"device": "cuda"},
+            "no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_said(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        pick_device(EngineConfig(**{"device": "cpu", **settings}))
+
+
+@needs_native
+def test_the_cache_is_native_where_the_kernel_fits() -> None:
+    device = pick_device(EngineConfig(device="cpu"))
+    assert isinstance(device.paged_cache(KVShape(1, 2, 64), 4, 16), CpuKVCache)
+    assert isinstance(device.paged_cache(KVShape(1, 2, 64), 4, 8), TorchKVCache)
+    assert isinstance(device.paged_cache(KVShape(1, 2, 20), 4, 16), TorchKVCache)
+
+
+@needs_native
+def test_packed_weights_take_the_place_of_the_originals(model_dir: Path) -> None:
+    """What is left of the model's own parameters are norms and an embedding that no head shares."""
+    model = build_engine(EngineConfig(model=str(model_dir), device="cpu")).base.model
+    left = {name.rpartition(".")[0].rpartition(".")[2] for name, _ in model.named_parameters()}
+    assert left == {"embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"}
