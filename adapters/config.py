@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 _IGNORED_KEYS = frozenset({
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
     "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size",
-    "revision", "task_type", "runtime_config", "fan_in_fan_out",
+    "revision", "task_type", "runtime_config",
 })  # fmt: skip
 # Keys that change what the adapter computes in ways that are not served; harmless only at these values.
 _UNSUPPORTED_KEYS: dict[str, tuple[object, ...]] = {
@@ -100,10 +100,12 @@ class AdapterConfig:
         return not self.layers_to_transform or self._layer_index(module) in self.layers_to_transform
 
     def _layer_index(self, module: str) -> int | None:
-        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        patterns = [rf"(?:^|.*?\.){p}\.(?P<layer>\d+)\." for p in self.layers_pattern] or [
+            r".*?\.[^.]*\.(?P<layer>\d+)\."
+        ]
         for pattern in patterns:
             if match := _compile(pattern).match(module):
-                return int(match.group(1))
+                return int(match.group("layer"))
         return None
 
 
@@ -139,12 +141,12 @@ def parse_config(data: bytes) -> AdapterConfig:
         use_rslora=reader.boolean("use_rslora"),
         rank_pattern=reader.pattern("rank_pattern", lambda r, key: r.integer(key, 1, MAX_RANK)),
         alpha_pattern=reader.pattern("alpha_pattern", lambda r, key: r.number(key, MAX_ALPHA)),
-        dropout=float(raw.get("lora_dropout") or 0.0),
+        dropout=reader.share("lora_dropout"),
         base_model=str(raw.get("base_model_name_or_path") or ""),
         fan_in_fan_out=reader.boolean("fan_in_fan_out"),
     )
     known = reader.seen | _IGNORED_KEYS | _UNSUPPORTED_KEYS.keys()
-    known |= {"peft_type", "init_lora_weights", "lora_dropout", "base_model_name_or_path"}
+    known |= {"peft_type", "init_lora_weights", "base_model_name_or_path"}
     if unknown := sorted(raw.keys() - known):
         raise AdapterFormatError(f"{CONFIG_FILE}: unknown key {unknown[0]!r}")
     _check_patterns(config)
@@ -218,6 +220,15 @@ class _ConfigReader:
         value = self._get(key)
         if type(value) not in (int, float) or not 0 < value <= high:
             raise AdapterFormatError(f"{key} is {value!r}; a number over 0 and up to {high:g} is needed")
+        return float(value)
+
+    def share(self, key: str) -> float:
+        """A number from 0 to 1; 0 if it is not there."""
+        value = self._get(key)
+        if value is None:
+            return 0.0
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise AdapterFormatError(f"{key} is {value!r}; a number from 0 to 1 is needed")
         return float(value)
 
     def boolean(self, key: str) -> bool:

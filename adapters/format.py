@@ -182,9 +182,10 @@ def _check_header(data: bytes, expected: Mapping[str, tuple[int, int]], layers: 
             f"{WEIGHTS_FILE}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}",
             "MISSING_TENSOR",
         )
+    dtypes = set()
     for name, entry in header.items():
-        if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
-            dtype = entry.get("dtype") if isinstance(entry, dict) else entry
+        dtype = entry.get("dtype") if isinstance(entry, dict) else entry
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise AdapterFormatError(f"{WEIGHTS_FILE}: {name} has dtype {dtype}; one of {', '.join(DTYPES)} is needed")
         if entry.get("shape") != list(expected[name]):
             raise AdapterIncompatibleError(
@@ -192,6 +193,9 @@ def _check_header(data: bytes, expected: Mapping[str, tuple[int, int]], layers: 
                 f"{list(expected[name])}",
                 "WRONG_SHAPE",
             )
+        dtypes.add(dtype)
+    if len(dtypes) > 1:
+        raise AdapterFormatError(f"{WEIGHTS_FILE}: tensors of different dtypes: {', '.join(sorted(dtypes))}")
 
 
 def _split_name(name: str) -> tuple[str, str | None]:

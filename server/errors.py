@@ -6,9 +6,8 @@ ServingError
 ├── IncompatibleAdapter     FAILED_PRECONDITION   a good adapter, but not for this server
 ├── AdapterNotFound         NOT_FOUND
 ├── AdapterExists           ALREADY_EXISTS
-├── RequestAborted          ABORTED
 ├── Overloaded              RESOURCE_EXHAUSTED
-├── Unavailable             UNAVAILABLE           starting, draining, or the engine is down
+├── Unavailable             UNAVAILABLE           draining, or the engine is down
 └── InternalFailure         INTERNAL              the client sees only the incident id
 ConfigError                                       at start-up, before there is a client
 """
@@ -66,11 +65,6 @@ class AdapterNotFound(ServingError):
 class AdapterExists(ServingError):
     code = grpc.StatusCode.ALREADY_EXISTS
     reason = "ADAPTER_EXISTS"
-
-
-class RequestAborted(ServingError):
-    code = grpc.StatusCode.ABORTED
-    reason = "REQUEST_ABORTED"
 
 
 class Overloaded(ServingError):

@@ -78,7 +78,7 @@ def model_info(config: EngineConfig, parts: EngineParts) -> ModelInfo:
     return ModelInfo(
         name=base.name,
         architecture=base.architecture,
-        dtype=str(base.dtype).removeprefix("torch."),
+        dtype=parts.storage,
         device=str(base.device),
         max_model_len=parts.max_model_len,
         vocab_size=base.vocab_size,
@@ -133,10 +133,9 @@ async def _until_stopped(server: RpcServer, engine: AsyncEngine, config: ServerC
 def _show_banner(engine_config: EngineConfig, config: ServerConfig, parts: EngineParts, engine: AsyncEngine) -> None:
     base = parts.base
     found = engine.adapters.statuses()
-    dtype = str(base.dtype).removeprefix("torch.")
     lines = [
         f"Loraplex {version('loraplex')}, torch {torch.__version__}, Python {platform.python_version()}",
-        f"model     {base.name}: {base.architecture}, {dtype} on {base.device}, digest {base.digest[:12]}",
+        f"model     {base.name}: {base.architecture}, {parts.storage} on {base.device}, digest {base.digest[:12]}",
         f"check     packed and chunked steps answer as the model itself, logits within {parts.largest_difference:.1e}",
         f"KV cache  {parts.num_blocks:,} blocks of {engine_config.block_size} tokens, "
         f"{parts.kv_cache_bytes / 2**20:,.0f} MiB; requests up to {parts.max_model_len:,} tokens",

@@ -131,8 +131,10 @@ class AsyncEngine:
         text = TextStream(self.tokenizer, request.token_ids, request.params.stop)
         num_output_tokens = 0
         finish_reason = None
-        self._core.put(Submit(request))
         try:
+            if self.died.is_set():  # while the adapter was loading
+                raise Unavailable("the engine is down", reason="ENGINE_DOWN")
+            self._core.put(Submit(request))
             while finish_reason is None:
                 outputs = [await queue.get()]
                 while not queue.empty():

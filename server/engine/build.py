@@ -12,7 +12,7 @@ from server.device import Device, pick_device
 from server.engine.block_allocator import BlockAllocator
 from server.engine.kv_cache import KVShape
 from server.engine.model import BaseModel, load_base_model
-from server.engine.model_runner import ModelRunner
+from server.engine.model_runner import ModelRunner, blocks_to_verify
 from server.engine.scheduler import Scheduler
 from server.errors import ConfigError
 from server.lora.slots import AdapterSlots
@@ -88,5 +88,5 @@ def _num_blocks(config: EngineConfig, shape: KVShape, device: Device, max_model_
             f"a KV cache of {available:,} bytes does not hold one request of {max_model_len:,} tokens, which takes "
             f"{wanted * block_bytes:,}: raise --kv-cache-bytes or lower --max-model-len"
         )
-    useful = config.max_num_seqs * wanted
-    return min(available // block_bytes, useful)
+    useful = max(config.max_num_seqs * wanted, blocks_to_verify(config.block_size))
+    return min(max(available // block_bytes, blocks_to_verify(config.block_size)), useful)

@@ -91,23 +91,25 @@ class EngineCore:
             return
         if batch.slot_writes:
             self._publish_resident()
-        outputs = []
+        not_finite = []
         sampled = {}
         produced = {}
         for request, result in results:
             if result.token_id is None:
-                self.scheduler.abort(request.request_id)
-                outputs.append(self._incident(request.request_id, "NON_FINITE_LOGITS"))
+                not_finite.append(request.request_id)
             else:
                 sampled[request.request_id] = result.token_id
                 produced[request.request_id] = (request, result)
         finished = self.scheduler.update(batch, sampled)
-        outputs += [
+        outputs = [
             TokenOutput(
                 request_id, result.token_id, finished.get(request_id), result.logprob, request.num_cached_tokens
             )
             for request_id, (request, result) in produced.items()
         ]
+        for request_id in not_finite:
+            self.scheduler.abort(request_id)
+            outputs.append(self._incident(request_id, "NON_FINITE_LOGITS"))
         self._metrics.step(batch, self.scheduler, len(sampled), time.monotonic() - started)
         if outputs:
             self._emit(outputs)

@@ -18,7 +18,8 @@ from server.engine.kv_cache import KVShape
 from server.errors import ConfigError
 
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_PROBE_TOKENS = 12
+_UNSTABLE_ROPE_TYPES = {"longrope", "dynamic"}
+PROBE_TOKENS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,14 @@ def prepare_base_model(model: PreTrainedModel, name: str, device: torch.device) 
     if unknown := layer_types - _SERVED_LAYER_TYPES:
         raise ConfigError(f"--model {name}: layers of type {', '.join(sorted(unknown))} are not supported")
 
+    if unstable := _rope_types(config) & _UNSTABLE_ROPE_TYPES:
+        raise ConfigError(
+            f"--model {name}: rotary embedding of type {unstable.pop()} depends on the longest request of a step, "
+            "so one request would change another's answer"
+        )
+
     vocab_size = int(config.vocab_size)
-    token_ids = [7 * i % vocab_size for i in range(1, _PROBE_TOKENS + 1)]
+    token_ids = [7 * i % vocab_size for i in range(1, PROBE_TOKENS + 1)]
     input_ids = torch.tensor([token_ids], device=device)
     logits = model(input_ids, use_cache=False).logits[0].float().cpu()
     digest = _digest(model)
@@ -205,6 +212,13 @@ def _digest(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Kinds of rotary embedding of a model; some have one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    return {str(part["rope_type"]) for part in parts if "rope_type" in part}
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from server.engine.attention import AttentionStep, PagedCache
 from server.engine.forward_batch import ForwardBatch, build_forward_batch
 from server.engine.fusion import fuse
-from server.engine.model import BaseModel
+from server.engine.model import PROBE_TOKENS, BaseModel
 from server.engine.request import Request, SamplingParams
 from server.engine.sampler import Sampled, sample
 from server.engine.scheduler import ScheduledBatch, ScheduledRequest
@@ -18,6 +18,11 @@ from server.lora.layers import LoRALayers
 
 # Largest difference from the model's own logits that is rounding, as a share of the largest logit, by weight storage.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2, "int8": 0.2}
+
+
+def blocks_to_verify(block_size: int) -> int:
+    """KV blocks that the self-check needs: two copies of its prompt."""
+    return 2 * -(-PROBE_TOKENS // block_size)
 
 
 class ModelRunner:

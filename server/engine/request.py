@@ -75,10 +75,6 @@ class TokenOutput:
     num_cached_tokens: int = 0
     error: Exception | None = None
 
-    @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
-
 
 class Request:
     """A request inside the engine. Owned by the scheduler from `add` to the end; engine thread only."""
@@ -98,7 +94,11 @@ class Request:
         self.stop_token_ids = stop_token_ids  # of the model and of the request, as far as they end this one
         self.token_ids = list(prompt_token_ids)  # prompt and output
         self.num_prompt_tokens = len(prompt_token_ids)
-        self.cache_identity = (adapter, cache_salt)  # KV blocks are shared within it and never across
+        # Generations are never reused; the adapter itself would be kept alive by the blocks that remember it.
+        self.cache_identity = (
+            adapter.generation if adapter else 0,
+            cache_salt,
+        )  # KV blocks are shared within it and never across
         self.random = random.Random(params.seed)
         self.status = RequestStatus.WAITING
 

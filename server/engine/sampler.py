@@ -92,6 +92,7 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     before = torch.where(keep, probabilities, 0).cumsum(dim=-1) - probabilities
     total = torch.where(keep, probabilities, 0).sum(dim=-1, keepdim=True)
     keep &= before < column([p.top_p for p in params]) * total
+    keep[:, 0] = True  # a tiny top_p times a tiny probability may be zero
     cumulative = torch.where(keep, probabilities, 0).double().cumsum(dim=-1)
     targets = column([request.random.random() for request in requests]).double() * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, targets, right=True).clamp_(max=logits.shape[-1] - 1)

@@ -111,6 +111,8 @@ def decode_attention(
     visible = positions < kv_lens[:, None]
     if sliding_window is not None:
         visible &= positions >= kv_lens[:, None] - sliding_window
+    # What padding holds must not matter, and a NaN would: neither a mask of −∞ nor a weight of 0 takes it away.
+    key, value = (cached.masked_fill(~visible[:, :, None, None], 0) for cached in (key, value))
     return F.scaled_dot_product_attention(
         query[:, :, None], key.transpose(1, 2), value.transpose(1, 2), attn_mask=visible[:, None, None], scale=scaling,
         enable_gqa=query.shape[1] != key.shape[2],

@@ -84,7 +84,9 @@ class AdapterCache:
         self._retiring: dict[asyncio.Task[FreedBytes], int] = {}  # bytes still held by copies without a name
         self._sources: dict[AdapterRef, Path] = {}  # of adapters that were loaded from a folder of another name
         self._errors: dict[AdapterRef, str] = {}  # why the last load was refused
-        self._unloaded: set[str] = set()  # names that were taken away: only LoadAdapter brings them back
+        # Names, whole or one version of them, that were taken away: only LoadAdapter brings them back.
+        self._unloaded: set[tuple[str, str | None]] = set()
+        self._reserved = 0  # bytes of adapters that are being read
         self._generation = 0
         self._evict_from_device: EvictFromDevice | None = None
 
@@ -133,7 +135,8 @@ class AdapterCache:
         adapter = await self._read(ref, path)
         self._retire(ref)
         self._resident[ref] = _Resident(adapter)
-        self._unloaded.discard(bare_name)
+        self._unloaded -= {(ref.name, None), (ref.name, ref.version)}
+        self._sources.pop(ref, None)
         if source:
             self._sources[ref] = path
         return adapter
@@ -145,20 +148,23 @@ class AdapterCache:
             InvalidRequest, AdapterNotFound.
         """
         bare_name, version = parse_reference(name)
-        refs = [status.ref for status in self.statuses() if status.ref.name == bare_name]
-        refs = [ref for ref in refs if version in (None, ref.version)]
+        known = {*(status.ref for status in self.statuses()), *self._resident}
+        refs = [ref for ref in known if ref.name == bare_name and version in (None, ref.version)]
+        refs = [ref for ref in refs if not self._is_unloaded(ref)]
         if not refs:
             raise AdapterNotFound(name)
-        self._unloaded.add(bare_name)
+        self._unloaded.add((bare_name, version))
+        for ref in refs:
+            self._sources.pop(ref, None)
         # Shielded: a client that stops waiting does not stop the unloading.
         freed = await asyncio.shield(asyncio.gather(*[self._retire(ref) for ref in refs]))
         return FreedBytes(sum(part.device for part in freed), sum(part.host for part in freed))
 
     def statuses(self) -> list[AdapterStatus]:
-        """Every adapter that a request could name, in name order."""
+        """The newest version of every adapter, and whatever else is loaded or was refused, in name order."""
         refs = {*self.store.scan(), *self._resident, *self._sources, *self._errors}
         result = []
-        for ref in sorted(ref for ref in refs if ref.name not in self._unloaded):
+        for ref in sorted(ref for ref in refs if not self._is_unloaded(ref)):
             resident = self._resident.get(ref)
             adapter, num_users = (resident.adapter, resident.num_users) if resident else (None, 0)
             result.append(AdapterStatus(ref, adapter, num_users, self._errors.get(ref, "")))
@@ -179,16 +185,22 @@ class AdapterCache:
 
     def _lookup(self, reference: str) -> AdapterRef:
         name, version = parse_reference(reference)
-        if name in self._unloaded:
+        loaded_from_elsewhere = [ref for ref in self._sources if ref.name == name and version in (None, ref.version)]
+        if loaded_from_elsewhere:
+            return max(loaded_from_elsewhere, key=lambda ref: int(ref.version))
+        ref = self.store.find(name, version)
+        if self._is_unloaded(ref):
             raise AdapterNotFound(reference)
-        for ref in self._sources:
-            if ref.name == name and version in (None, ref.version):
-                return ref
-        return self.store.find(name, version)
+        return ref
+
+    def _is_unloaded(self, ref: AdapterRef) -> bool:
+        return bool(self._unloaded & {(ref.name, None), (ref.name, ref.version)})
 
     async def _load_missing(self, ref: AdapterRef) -> None:
         try:
             adapter = await self._read(ref, self._sources.get(ref) or self.store.path(ref))
+            if self._is_unloaded(ref):
+                raise AdapterNotFound(ref.name)
             self._resident.setdefault(ref, _Resident(adapter))
         finally:
             del self._loading[ref]
@@ -204,9 +216,14 @@ class AdapterCache:
             log.warning("adapter %s@%s refused: %s", ref.name, ref.version, error)
             kind = IncompatibleAdapter if isinstance(error, AdapterIncompatibleError) else InvalidAdapter
             raise kind(f"adapter {ref.name!r}: {error}", reason=error.reason) from error
-        await self._make_room(files.num_bytes)
         self._generation += 1
-        adapter = await asyncio.to_thread(Adapter.from_files, files, ref.name, ref.version, self._generation)
+        generation = self._generation
+        await self._make_room(files.num_bytes)
+        self._reserved += files.num_bytes
+        try:
+            adapter = await asyncio.to_thread(Adapter.from_files, files, ref.name, ref.version, generation)
+        finally:
+            self._reserved -= files.num_bytes
         self._errors.pop(ref, None)
         self._metrics.adapter_load_seconds.observe(time.monotonic() - started)
         self._metrics.adapter_loads.labels(tier="host").inc()
@@ -214,11 +231,13 @@ class AdapterCache:
         return adapter
 
     async def _make_room(self, num_bytes: int) -> None:
-        while self.num_bytes + num_bytes > self._max_bytes:
-            idle = next((ref for ref, resident in self._resident.items() if not resident.num_users), None)
+        while self.num_bytes + self._reserved + num_bytes > self._max_bytes:
+            idle = None
+            if num_bytes <= self._max_bytes:  # one that can never fit sends nobody away
+                idle = next((ref for ref, resident in self._resident.items() if not resident.num_users), None)
             if idle is None:
                 raise Overloaded(
-                    f"{num_bytes:,} bytes for the adapter do not fit beside {self.num_bytes:,} that are in use; "
+                    f"{num_bytes:,} bytes for the adapter do not fit beside {self.num_bytes + self._reserved:,}; "
                     f"the limit is {self._max_bytes:,} (--adapter-host-bytes)",
                     reason="ADAPTER_MEMORY",
                 )

@@ -12,6 +12,7 @@ from adapters.config import CONFIG_FILE
 from server.errors import AdapterNotFound, InvalidRequest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_VERSION = re.compile(r"[0-9]{1,9}")
 FLAT_VERSION = "1"
 
 
@@ -30,7 +31,7 @@ def parse_reference(text: str) -> tuple[str, str | None]:
         InvalidRequest: characters that a name cannot have.
     """
     name, at, version = text.partition("@")
-    if not _NAME.fullmatch(name) or (at and not (version.isascii() and version.isdigit())):
+    if not _NAME.fullmatch(name) or (at and not (_VERSION.fullmatch(version))):
         raise InvalidRequest(
             f"{text[:160]!r} is no adapter name: 1 to 128 letters, digits, '.', '_' or '-', the first a letter or "
             "digit, then '@' and a number for one version",
@@ -90,10 +91,16 @@ class AdapterStore:
             return FLAT_VERSION
         if folder.is_symlink() or not folder.is_dir():
             return None
-        numbers = [int(child.name) for child in folder.iterdir() if child.name.isascii() and child.name.isdigit()]
+        try:
+            numbers = [int(child.name) for child in folder.iterdir() if _VERSION.fullmatch(child.name)]
+        except OSError:  # unreadable: nothing to be found there
+            return None
         versions = [str(number) for number in sorted(numbers, reverse=True)]
         return next((version for version in versions if self._is_adapter(folder / version)), None)
 
     @staticmethod
     def _is_adapter(folder: Path) -> bool:
-        return not folder.is_symlink() and (folder / CONFIG_FILE).is_file()
+        try:
+            return not folder.is_symlink() and (folder / CONFIG_FILE).is_file()
+        except OSError:
+            return False

@@ -86,12 +86,6 @@ class InferenceService(pb_grpc.InferenceServicer):
         if kind == "prompt_token_ids":
             assert isinstance(request, pb.GenerateRequest)
             token_ids = list(request.prompt_token_ids.ids)
-            highest = max(token_ids, default=0)
-            if highest >= self._engine.base.vocab_size:
-                raise InvalidRequest(
-                    f"prompt_token_ids holds {highest}; the vocabulary ends at {self._engine.base.vocab_size - 1}",
-                    field="prompt_token_ids",
-                )
         elif kind == "prompt":
             token_ids = await self._encode(request.prompt, "prompt", add_special_tokens=True)
         elif kind == "chat":
@@ -100,6 +94,11 @@ class InferenceService(pb_grpc.InferenceServicer):
             raise InvalidRequest("no input: set prompt, prompt_token_ids or chat", field="input")
         if not token_ids:
             raise InvalidRequest(f"{kind} is empty", field=kind)
+        if max(token_ids) >= self._engine.base.vocab_size:
+            raise InvalidRequest(
+                f"{kind} holds token {max(token_ids)}; the vocabulary ends at {self._engine.base.vocab_size - 1}",
+                field=kind,
+            )
         if len(token_ids) >= self._engine.max_model_len:
             raise InvalidRequest(
                 f"{kind} has {len(token_ids):,} tokens; with at least one to generate, {self._engine.max_model_len:,} "
@@ -147,26 +146,29 @@ async def _merge(
     streams: list[AsyncGenerator[GenerationOutput, None]],
 ) -> AsyncGenerator[tuple[int, GenerationOutput], None]:
     """The outputs of several requests as they come, with their index; an error of one ends all."""
-    queue: asyncio.Queue[tuple[int, GenerationOutput]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, GenerationOutput | Exception]] = asyncio.Queue()
 
     async def forward(index: int, stream: AsyncGenerator[GenerationOutput, None]) -> None:
-        async with aclosing(stream) as outputs:
-            async for output in outputs:
-                queue.put_nowait((index, output))
+        try:
+            async with aclosing(stream) as outputs:
+                async for output in outputs:
+                    queue.put_nowait((index, output))
+        except Exception as error:
+            queue.put_nowait((index, error))
 
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as outputs:
-            async for output in outputs:
-                yield 0, output
-        return
-    async with asyncio.TaskGroup() as group:
-        for index, stream in enumerate(streams):
-            group.create_task(forward(index, stream))
+    tasks = [asyncio.create_task(forward(index, stream)) for index, stream in enumerate(streams)]
+    try:
         unfinished = len(streams)
         while unfinished:
             index, output = await queue.get()
+            if isinstance(output, Exception):
+                raise output
             unfinished -= output.finish_reason is not None
             yield index, output
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _response(index: int, output: GenerationOutput, num_prompt_tokens: int) -> pb.GenerateResponse:

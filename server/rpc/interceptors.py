@@ -17,6 +17,7 @@ from server.errors import InternalFailure, InvalidRequest, Overloaded, ServingEr
 log = logging.getLogger(__name__)
 
 DOMAIN = "loraplex"
+MAX_MESSAGE = 1000  # characters: a status travels in headers, which have a limit
 RETRY_AFTER = 1  # seconds, told to clients that met a full queue
 _OWN_SERVICES = "/loraplex."
 
@@ -77,16 +78,15 @@ def _parsed(parse: Parse, data: bytes) -> Any:
 
 
 def _status(error: Exception) -> Any:
-    if isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
     if not isinstance(error, ServingError):
         incident = uuid.uuid4().hex[:12]
         log.error("unhandled error, incident %s", incident, exc_info=error)
         error = InternalFailure(f"internal error, incident {incident}")
-    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    message = error.message if len(error.message) <= MAX_MESSAGE else error.message[:MAX_MESSAGE] + "…"
+    status = status_pb2.Status(code=error.code.value[0], message=message)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))
     if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, Overloaded):
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=RETRY_AFTER)))

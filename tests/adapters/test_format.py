@@ -151,6 +151,7 @@ BROKEN_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "transposed": (_weights(lambda t: t.update({A: torch.zeros(16, 4)})), "shape"),
     "wrong rank": (_weights(lambda t: t.update({A: torch.zeros(3, 16)})), "shape"),
     "double precision": (_weights(lambda t: t.update({A: torch.zeros(4, 16, dtype=torch.float64)})), "dtype F64"),
+    "two dtypes": (_weights(lambda t: t.update({A: torch.zeros(4, 16, dtype=torch.float16)})), "different dtypes"),
     "integers": (_weights(lambda t: t.update({A: torch.zeros(4, 16, dtype=torch.int32)})), "dtype I32"),
 }  # fmt: skip
 
@@ -183,6 +184,8 @@ def test_broken_files(folder: Path, fault: str) -> None:
         ({"rank_pattern": {"q_proj": "4"}}, "q_proj is '4'"),
         ({"rank_pattern": [4]}, "rank_pattern"),
         ({"use_rslora": "yes"}, "use_rslora"),
+        ({"lora_dropout": "abc"}, "lora_dropout is 'abc'"),
+        ({"lora_dropout": [1]}, "lora_dropout"),
         ({"surprise": 1}, "unknown key 'surprise'"),
     ],
 )

@@ -29,6 +29,7 @@ class Engine:
         self.parts = build_engine(EngineConfig(model=str(model), device="cpu", **{"dtype": "float32", **settings}))
         self.core = EngineCore(self.parts.runner, self.parts.scheduler, Metrics(CollectorRegistry()))
         self.core.connect(self._collect)
+        self._generation = 0
         self.outputs: dict[int, list[TokenOutput]] = {}
 
     def _collect(self, outputs: list[TokenOutput]) -> None:
@@ -77,9 +78,10 @@ class Engine:
 
         self.parts.runner.run = watched  # type: ignore[method-assign]
 
-    def load(self, folder: Path, generation: int = 1) -> Adapter:
+    def load(self, folder: Path) -> Adapter:
+        self._generation += 1
         files = read_adapter(folder, self.parts.base.linear_layers, max_rank=64)
-        return Adapter.from_files(files, folder.name, "1", generation)
+        return Adapter.from_files(files, folder.name, "1", self._generation)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,15 @@
 """The heart: a request's tokens are the same alone, in any batch, in any chunking, after preemption, and PEFT's own."""
 
+import gc
+import weakref
+from concurrent.futures import Future
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 
+from server.engine.core import Evict
 from server.engine.forward_batch import build_forward_batch
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import ScheduledRequest
@@ -138,8 +142,8 @@ def test_a_new_generation_of_a_name_meets_nothing_of_the_old(
     model_dir: Path, adapters_dir: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     engine = Engine(model_dir)
-    first = engine.load(adapters_dir / "plain", generation=1)
-    second = engine.load(adapters_dir / "attention", generation=2)
+    first = engine.load(adapters_dir / "plain")
+    second = engine.load(adapters_dir / "attention")
     index = NAMES.index("plain")
     other = NAMES.index("attention")
     tokens = engine.generate([(prompts[index], first), (prompts[other], second), (prompts[index], first)])
@@ -179,9 +183,42 @@ def test_a_prefix_is_shared_only_by_the_same_adapter(
 ) -> None:
     engine = Engine(model_dir)
     prompt = max(prompts, key=len)
-    plain, again = (engine.load(adapters_dir / "plain", generation) for generation in (1, 2))
+    plain, again = (engine.load(adapters_dir / "plain") for _ in range(2))
     engine.generate([(prompt, plain)])
     for adapter, cached in ((None, False), (again, False), (plain, True)):
         engine.generate([(prompt, adapter)])
         last = max(engine.outputs)
         assert bool(engine.outputs[last][0].num_cached_tokens) == cached
+
+
+def test_an_adapter_that_overflows_fails_alone_and_leaves_nothing_behind(
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], kernels: str
+) -> None:
+    """Finite weights whose sums are not: the request fails, the engine goes on, and reused blocks harm nobody."""
+    engine = Engine(model_dir, kernels=kernels)
+    sick = engine.load(adapters_dir / "plain")
+    for layer in sick.weights.values():
+        layer.lora_a.fill_(3e38)
+        layer.lora_b.fill_(3e38)
+    long, short = prompts[0][:1] * 40, prompts[0][:1] * 3
+    expected = engine.generate([(long, None), (short, None)])
+    failed = engine.submit(long, sick)
+    engine.run()
+    assert engine.outputs[failed][0].error is not None
+    assert engine.generate([(short, None), (long, None)]) == expected[::-1]
+
+
+def test_a_forgotten_adapter_is_freed(model_dir: Path, adapters_dir: Path, prompts: list[list[int]]) -> None:
+    engine = Engine(model_dir)
+    adapter = engine.load(adapters_dir / "plain")
+    engine.generate([(prompts[0] * 20, adapter)], max_tokens=1)
+    engine.core._obey(Evict(adapter, Future()))
+    alive = weakref.ref(next(iter(adapter.weights.values())).lora_a.untyped_storage())
+    del adapter
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_cache_of_one_block_starts(model_dir: Path) -> None:
+    engine = Engine(model_dir, max_num_seqs=1, max_model_len=16)
+    assert engine.generate([([1, 2, 3], None)])[0]

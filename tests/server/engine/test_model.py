@@ -79,6 +79,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "different head sizes",
     ),
+    "phi3": (
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+                             "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}},
+        "longrope",
+    ),
     "lfm2": ({"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}, "layers of type conv"),
 }  # fmt: skip
 

@@ -53,6 +53,7 @@ def test_low_temperature_sharpens() -> None:
         ({"top_p": 0.8}, {1, 3}),
         ({"min_p": 0.3}, {1, 3}),
         ({"top_k": 3, "top_p": 0.9}, {1, 3}),
+        ({"top_k": 1, "top_p": 1.4e-45}, {1}),
     ],
 )
 def test_what_is_cut_off_is_never_drawn(params: dict[str, Any], allowed: set[int]) -> None:

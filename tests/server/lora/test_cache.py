@@ -167,3 +167,58 @@ async def test_errors_say_why_and_are_not_remembered_for_ever(tmp_path: Path, ma
     make_adapter("a")
     async with cache.acquire("a"):
         assert cache.statuses()[0].error == ""
+
+
+async def test_one_version_can_be_unloaded(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for version in "12":
+        make_adapter(version, root=tmp_path / "a")
+    cache, _ = make_cache(tmp_path)
+    await cache.load("a@1", "", replace=False)
+    await cache.unload("a@1")
+    async with cache.acquire("a") as adapter:
+        assert adapter is not None
+        assert adapter.version == "2"
+    with pytest.raises(AdapterNotFound):
+        async with cache.acquire("a@1"):
+            pass
+
+
+async def test_unloading_catches_a_load_in_flight(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("a")
+    cache, _ = make_cache(tmp_path)
+
+    async def use() -> None:
+        async with cache.acquire("a"):
+            pass
+
+    using = asyncio.create_task(use())
+    await asyncio.sleep(0)
+    await cache.unload("a")
+    with pytest.raises(AdapterNotFound):
+        await using
+    assert cache.num_bytes == 0
+    await cache.load("a", "", replace=False)
+
+
+async def test_concurrent_loads_keep_the_limit(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for name in "abcd":
+        make_adapter(name)
+    cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES + 5000)
+    results = await asyncio.gather(*[cache.load(name, "", replace=False) for name in "abcd"], return_exceptions=True)
+    assert cache.num_bytes <= 2 * ADAPTER_BYTES + 5000
+    assert any(isinstance(result, Adapter) for result in results)
+
+
+async def test_a_replacement_from_the_store_forgets_the_other_source(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("a", seed=1)
+    make_adapter("b", seed=2)
+    cache, _ = make_cache(tmp_path, max_bytes=ADAPTER_BYTES + 5000)
+    await cache.load("a", "b", replace=False)
+    own = await cache.load("b", "", replace=False)
+    replaced = await cache.load("a", "", replace=True)
+    assert replaced.digest != own.digest
+    async with cache.acquire("b"):
+        pass
+    async with cache.acquire("a") as again:
+        assert again is not None
+        assert again.digest == replaced.digest

@@ -115,3 +115,8 @@ def _set(folder: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+
+
+async def test_a_long_reason_still_arrives(running: Running) -> None:
+    error = await failure(running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="x", source="../" * 4000)))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -29,7 +29,7 @@ class InferenceStub:
     """Text generation on the base model or on one of its adapters.
 
     Errors of every RPC: INVALID_ARGUMENT with google.rpc.BadRequest naming the field, NOT_FOUND for an unknown adapter,
-    RESOURCE_EXHAUSTED with google.rpc.RetryInfo when the queue is full, UNAVAILABLE while starting or draining.
+    RESOURCE_EXHAUSTED with google.rpc.RetryInfo when the queue is full, UNAVAILABLE while draining.
     """
 
     def __init__(self, channel):
@@ -64,7 +64,7 @@ class InferenceServicer:
     """Text generation on the base model or on one of its adapters.
 
     Errors of every RPC: INVALID_ARGUMENT with google.rpc.BadRequest naming the field, NOT_FOUND for an unknown adapter,
-    RESOURCE_EXHAUSTED with google.rpc.RetryInfo when the queue is full, UNAVAILABLE while starting or draining.
+    RESOURCE_EXHAUSTED with google.rpc.RetryInfo when the queue is full, UNAVAILABLE while draining.
     """
 
     def Generate(self, request, context):
@@ -129,7 +129,7 @@ class Inference:
     """Text generation on the base model or on one of its adapters.
 
     Errors of every RPC: INVALID_ARGUMENT with google.rpc.BadRequest naming the field, NOT_FOUND for an unknown adapter,
-    RESOURCE_EXHAUSTED with google.rpc.RetryInfo when the queue is full, UNAVAILABLE while starting or draining.
+    RESOURCE_EXHAUSTED with google.rpc.RetryInfo when the queue is full, UNAVAILABLE while draining.
     """
 
     @staticmethod
