@@ -46,7 +46,9 @@ def main() -> int:
             metrics = response.read().decode()
     passed = show(folder, results, wall, metrics)
     console.print(f"done in {time.monotonic() - started:.0f} s; try: make serve, then")
-    console.print(f"  .venv/bin/loraplex generate --adapter dates --stop '\\n' $'{first_prompt(folder)}'")
+    console.print(
+        f"  .venv/bin/loraplex generate --adapter dates --stop '\\n' $'{first_prompt(folder)}'", soft_wrap=True
+    )
     return 0 if passed else 1
 
 
@@ -82,7 +84,7 @@ def serving(folder: Path) -> Iterator[tuple[str, str]]:
                 if server.poll() is not None:
                     sys.exit(f"the server ended:\n{log.read_text()}")
                 time.sleep(0.2)
-            console.print(log.read_text().strip())
+            console.print(log.read_text().strip(), soft_wrap=True)
             yield address, f"http://{metrics}/metrics"
         finally:
             server.terminate()
