@@ -1,11 +1,15 @@
 """Every metric of the server, in one list. prometheus-client is thread-safe, so both threads write here."""
 
+from __future__ import annotations
+
 import time
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from server.engine.request import FinishReason
-from server.engine.scheduler import ScheduledBatch, Scheduler
+if TYPE_CHECKING:
+    from server.engine.request import FinishReason
+    from server.engine.scheduler import ScheduledBatch, Scheduler
 
 MAX_ADAPTER_LABELS = 100  # adapters beyond these share the label "other": a name must not cost memory for ever
 _LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)

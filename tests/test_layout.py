@@ -9,7 +9,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ["server.kernels", "server.lora", "server.engine", "server.rpc"]  # each may import those before it
-FREE = ("server.errors", "server.metrics", "server.config", "server.device", "server.base_models", "server.pb")
 
 
 def imports(path: Path) -> set[str]:
@@ -48,7 +47,6 @@ def test_the_server_knows_of_adapters_only_their_format() -> None:
 @pytest.mark.parametrize("package", LAYERS)
 def test_layers_import_downwards(package: str) -> None:
     above = LAYERS[LAYERS.index(package) + 1 :]
-    # A request knows its adapter, and the metrics know requests: those two look up, and only at plain data.
     for path in files(package):
         assert not {name for name in imports(path) if name.startswith(tuple(above))}, path
 

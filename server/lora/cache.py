@@ -89,6 +89,7 @@ class AdapterCache:
         self._reserved = 0  # bytes of adapters that are being read
         self._generation = 0
         self._evict_from_device: EvictFromDevice | None = None
+        metrics.adapters_resident.labels(tier="host").set_function(lambda: len(self._resident))
 
     def connect(self, evict_from_device: EvictFromDevice) -> None:
         """Tells the cache how to take an adapter off the device; until then there is none."""
