@@ -28,7 +28,7 @@ def test_tokens_and_logits_are_pefts(tmp_path: Path) -> None:
     reference = peft.PeftModel.from_pretrained(model, str(tmp_path / NAMES[1]), adapter_name=NAMES[1])
     for name in NAMES[2:]:
         reference.load_adapter(str(tmp_path / name), adapter_name=name)
-    reference.eval()
+    reference.eval().double()  # PEFT's answer without its own rounding, which in float32 is as large as the tolerance
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     texts = [
@@ -50,7 +50,7 @@ def test_tokens_and_logits_are_pefts(tmp_path: Path) -> None:
 
     assert engine.generate(work, max_tokens=NUM_TOKENS) == expected
     for index, rows in enumerate(expected_logits):
-        assert torch.allclose(torch.stack(seen[index]), rows, atol=1e-4, rtol=1e-5), NAMES[index % 9]
+        assert torch.allclose(torch.stack(seen[index]).double(), rows.double(), atol=1e-4, rtol=0), NAMES[index % 9]
 
 
 def _peft_generate(model: Any, prompt: list[int], name: str) -> tuple[list[int], torch.Tensor]:
