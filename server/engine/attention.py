@@ -4,7 +4,7 @@ transformers hands the keyword arguments of `model(...)` down to its attention f
 call: no global state, and no code for any one architecture.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -14,21 +14,19 @@ from server.engine.forward_batch import ForwardBatch
 ATTENTION_NAME = "loraplex_paged"
 
 
+class AttentionOptions(NamedTuple):
+    """How a layer attends; see `torch_ops.attention`."""
+
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: Tensor | None  # [num_heads]
+
+
 class AttentionStep(Protocol):
     """Whoever answers a layer's attention during one forward."""
 
-    def attend(
-        self,
-        layer: int | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """Query [num_heads, num_tokens, head_dim] → output [num_tokens, num_heads, head_dim]; K and V as the query."""
 
 
@@ -58,16 +56,9 @@ def paged_attention(
     """The function registered with transformers: tensors are [1, num_heads, num_tokens, head_dim]."""
     if attention_step is None:
         raise TypeError("the model does not pass its keyword arguments on to the attention function")
-    output = attention_step.attend(
-        getattr(module, "layer_idx", None),
-        query[0],
-        key[0],
-        value[0],
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
+    output = attention_step.attend(getattr(module, "layer_idx", None), query[0], key[0], value[0], options)
     return output[None], None
 
 

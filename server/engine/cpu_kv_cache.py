@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from server.engine.attention import AttentionOptions
 from server.engine.forward_batch import ForwardBatch
 from server.engine.kv_cache import KVShape
 from server.kernels import native
@@ -24,18 +25,13 @@ class CpuKVCache:
     def layer(self, layer: int) -> native.KVCacheLayer:
         return self._layers[layer]
 
-    def options(
-        self, layer: int, num_heads: int, scaling: float, sliding_window: int | None, softcap: float | None,
-        sinks: Tensor | None,
-    ) -> native.AttentionOptions:  # fmt: skip
-        """How a layer attends, made once."""
-        key = (layer, num_heads, scaling, sliding_window, softcap, sinks is None)
-        options = self._options.get(key)
-        if options is None:
-            options = self._options[key] = native.AttentionOptions(
-                num_heads, scaling, softcap=softcap, sliding_window=sliding_window, sinks=sinks
-            )
-        return options
+    def options(self, layer: int, num_heads: int, options: AttentionOptions) -> native.AttentionOptions:
+        """How a layer attends, as the kernel wants it; made once."""
+        key = (layer, num_heads, options._replace(sinks=None), options.sinks is None)
+        made = self._options.get(key)
+        if made is None:
+            made = self._options[key] = native.AttentionOptions(num_heads, **options._asdict())
+        return made
 
 
 class CpuAttentionStep:
@@ -46,23 +42,12 @@ class CpuAttentionStep:
         self._slot_mapping = batch.slot_mapping
         self._batch = native.AttentionBatch(batch.block_tables, batch.query_start_loc, batch.position_ids[0])
 
-    def attend(
-        self,
-        layer: int | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         assert layer is not None
         cache = self._cache.layer(layer)
         native.write_kv(cache, _by_token(key), _by_token(value), self._slot_mapping)
-        options = self._cache.options(layer, query.shape[0], scaling, sliding_window, softcap, sinks)
-        return native.paged_attention(_by_token(query), cache, options, self._batch)
+        made = self._cache.options(layer, query.shape[0], options)
+        return native.paged_attention(_by_token(query), cache, made, self._batch)
 
 
 def _by_token(heads: Tensor) -> Tensor:

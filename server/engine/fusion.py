@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from server.engine.attention import AttentionStep
+from server.engine.attention import AttentionOptions, AttentionStep
 from server.kernels import native
 
 _TOLERANCE = 1e-5  # of the largest output: rounding in another order
@@ -35,11 +35,11 @@ class _RecordingStep:
     """Lets a real step do the attention and notes how each layer asked for it."""
 
     step: AttentionStep
-    options: dict[int | None, dict[str, Any]] = field(default_factory=dict)
+    options: dict[int | None, AttentionOptions] = field(default_factory=dict)
 
-    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         self.options[layer] = options
-        return self.step.attend(layer, query, key, value, **options)
+        return self.step.attend(layer, query, key, value, options)
 
 
 @torch.inference_mode()
@@ -97,7 +97,7 @@ def _gives_the_same(forward: Forward, call: _Call, recording: _RecordingStep) ->
     return float((got - expected).abs().max()) <= _TOLERANCE * max(1.0, float(expected.abs().max()))
 
 
-def _candidates(module: Any, options: dict[int | None, dict[str, Any]]) -> Iterator[tuple[str, Forward]]:
+def _candidates(module: Any, options: dict[int | None, AttentionOptions]) -> Iterator[tuple[str, Forward]]:
     """Fused forwards that the module's parts suggest; whether they are right is tried, not believed."""
     if isinstance(module, nn.LayerNorm):
         yield "layer norm", _layer_norm(module)
@@ -142,7 +142,7 @@ def _gated(module: Any, gate_and_up: Callable[[Tensor, Tensor], Tensor]) -> Forw
     return forward
 
 
-def _attention(module: Any, layer: int | None, options: dict[str, Any]) -> Forward:
+def _attention(module: Any, layer: int | None, options: AttentionOptions) -> Forward:
     """Projections, rotary embedding in place, attention, projection."""
     q_proj, k_proj, v_proj, o_proj = module.q_proj, module.k_proj, module.v_proj, module.o_proj
     head_dim = module.head_dim
@@ -161,7 +161,7 @@ def _attention(module: Any, layer: int | None, options: dict[str, Any]) -> Forwa
         cos, sin = position_embeddings
         native.rotary(query, key, cos[0], sin[0])
         attended = attention_step.attend(
-            layer, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), **options
+            layer, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), options
         )
         return o_proj(attended.view(1, heads[0], -1)), None
 

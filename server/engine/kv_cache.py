@@ -1,10 +1,12 @@
 """The paged KV cache and attention over it, in plain torch: runs on every device. Engine thread only."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from server.engine.attention import AttentionOptions
 from server.engine.forward_batch import ForwardBatch
 from server.kernels import torch_ops
 
@@ -46,20 +48,14 @@ class TorchAttentionStep:
         prefilling = [row for row, length in enumerate(batch.query_lens) if length > 1]
         self._decode = _DecodeRows(batch, cache.block_size, decoding) if decoding else None
         self._sequences = [_Sequence(batch, cache.block_size, row) for row in prefilling]
-        self._decode_sequences = [_Sequence(batch, cache.block_size, row) for row in decoding]
+        self._decoding = decoding
 
-    def attend(
-        self,
-        layer: int | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    @cached_property
+    def _decode_sequences(self) -> list["_Sequence"]:
+        """The decoding requests one by one, for layers with soft caps or sinks."""
+        return [_Sequence(self._batch, self._cache.block_size, row) for row in self._decoding]
+
+    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         assert layer is not None
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys.index_copy_(0, self._batch.slot_mapping, key.transpose(0, 1))
@@ -67,8 +63,10 @@ class TorchAttentionStep:
         output = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format)
         sequences = self._sequences
         if self._decode is not None:
-            if softcap is None and sinks is None:
-                self._decode.attend(output, query, keys, values, scaling=scaling, sliding_window=sliding_window)
+            if options.softcap is None and options.sinks is None:
+                self._decode.attend(
+                    output, query, keys, values, scaling=options.scaling, sliding_window=options.sliding_window
+                )
             else:
                 sequences = sequences + self._decode_sequences
         for sequence in sequences:
@@ -76,10 +74,7 @@ class TorchAttentionStep:
                 query[:, sequence.tokens],
                 keys[sequence.cached].transpose(0, 1),
                 values[sequence.cached].transpose(0, 1),
-                scaling=scaling,
-                sliding_window=sliding_window,
-                softcap=softcap,
-                sinks=sinks,
+                **options._asdict(),
             ).transpose(0, 1)
         return output
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from adapters.format import LinearShape
-from server.engine.attention import ATTENTION_NAME
+from server.engine.attention import ATTENTION_NAME, AttentionOptions
 from server.engine.kv_cache import KVShape
 from server.errors import ConfigError
 
@@ -130,7 +130,7 @@ class _Probe:
     linear_groups: list[list[str]] = field(default_factory=list)
     head: str = ""
 
-    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         self.kv_shapes[layer] = (key.shape[0], key.shape[2])
         self.value_sizes.add((key.shape[2], value.shape[2]))
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
