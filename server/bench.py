@@ -17,7 +17,7 @@ from server.engine.build import EngineParts, build_engine
 from server.engine.core import EngineCore, Submit
 from server.engine.request import Request, SamplingParams, TokenOutput
 from server.errors import ConfigError
-from server.lora.adapter import Adapter
+from server.lora.adapter import Adapter, WeightedAdapter
 from server.metrics import Metrics
 
 
@@ -109,8 +109,8 @@ def _generate(
     core.connect(collect)
     params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
     for index, prompt in enumerate(prompts):
-        adapter = adapters[index % len(adapters)] if adapters else None
-        core.put(Submit(Request(index, prompt, params, adapter, frozenset())))
+        parts_of_request = [WeightedAdapter(adapters[index % len(adapters)])] if adapters else []
+        core.put(Submit(Request(index, prompt, params, parts_of_request, frozenset())))
     core.step()
     while parts.scheduler.has_work:
         core.step()

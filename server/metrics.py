@@ -78,9 +78,7 @@ class Metrics:
         self._seen_preemptions = scheduler.num_preemptions
         self.adapter_loads.labels(tier="device").inc(len(batch.slot_writes))
         self.adapters_resident.labels(tier="device").set(len(scheduler.slots.adapters()))
-        labels = {
-            self.adapter_label(item.request.adapter.name if item.request.adapter else "") for item in batch.requests
-        }
+        labels = {self.adapter_label(item.request.adapter_name) for item in batch.requests}
         for label in labels:
             self.adapter_steps.labels(adapter=label).inc()
             if len(labels) > 1:

@@ -4,9 +4,9 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -15,8 +15,8 @@ from server.engine.core import Abort, EngineCore, Evict, Stop, Submit
 from server.engine.detokenizer import TextStream
 from server.engine.model import BaseModel
 from server.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
-from server.errors import Overloaded, Unavailable
-from server.lora.adapter import Adapter
+from server.errors import InvalidRequest, Overloaded, Unavailable
+from server.lora.adapter import Adapter, WeightedAdapter
 from server.lora.cache import AdapterCache
 from server.metrics import Metrics, RequestTimer
 
@@ -33,7 +33,7 @@ class GenerationOutput:
     finish_reason: FinishReason | None
     num_output_tokens: int  # so far
     num_cached_tokens: int  # of the prompt
-    adapter: Adapter | None
+    adapters: Sequence[WeightedAdapter]  # the generations that answer
 
 
 class AsyncEngine:
@@ -88,11 +88,14 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join)
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, adapter: str, cache_salt: str = ""
+        self, prompt_token_ids: list[int], params: SamplingParams, adapters: Mapping[str, float], cache_salt: str = ""
     ) -> AsyncGenerator[GenerationOutput, None]:
         """Runs one request and yields what is new as it comes; whatever ends the iteration also ends the request.
 
         A reader that is slow gets several tokens at once; it never holds up the engine.
+
+        Args:
+            adapters: references with their weights, whose bypasses are summed; none: the base model.
 
         Raises:
             ServingError: see `AdapterCache.acquire`; Overloaded when the queue is full; Unavailable.
@@ -100,9 +103,13 @@ class AsyncEngine:
         self._enter()
         try:
             timer = RequestTimer(self._metrics)
-            async with self.adapters.acquire(adapter) as acquired:
+            async with AsyncExitStack() as stack:
+                acquired = [
+                    WeightedAdapter(await stack.enter_async_context(self.adapters.acquire(reference)), weight)
+                    for reference, weight in adapters.items()
+                ]
                 request = self._new_request(prompt_token_ids, params, acquired, cache_salt)
-                label = self._metrics.adapter_label(acquired.name if acquired else "")
+                label = self._metrics.adapter_label(request.adapter_name)
                 self._metrics.prompt_tokens.labels(adapter=label).inc(len(prompt_token_ids))
                 generated = self._metrics.generation_tokens.labels(adapter=label)
                 async with aclosing(self._run(request)) as outputs:
@@ -120,10 +127,16 @@ class AsyncEngine:
         return adapter in self._core.resident
 
     def _new_request(
-        self, prompt_token_ids: list[int], params: SamplingParams, adapter: Adapter | None, cache_salt: str
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        adapters: Sequence[WeightedAdapter],
+        cache_salt: str,
     ) -> Request:
+        if len({part.adapter for part in adapters}) < len(adapters):
+            raise InvalidRequest("mix names one adapter twice", field="mix")
         stop = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self.base.eos_token_ids
-        return Request(next(self._request_ids), prompt_token_ids, params, adapter, stop, cache_salt)
+        return Request(next(self._request_ids), prompt_token_ids, params, adapters, stop, cache_salt)
 
     async def _run(self, request: Request) -> AsyncGenerator[GenerationOutput, None]:
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
@@ -160,7 +173,7 @@ class AsyncEngine:
                     finish_reason,
                     num_output_tokens,
                     outputs[-1].num_cached_tokens,
-                    request.adapter,
+                    request.adapters,
                 )
         finally:
             del self._streams[request.request_id]

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain, groupby, zip_longest
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from server.engine.request import Request
 from server.engine.scheduler import ScheduledRequest
-from server.kernels import Segment
+from server.kernels import Pass, Segment
+
+Bypass = tuple[int, float]  # an adapter slot, and the factor on its output
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +26,8 @@ class ForwardBatch:
     context_lens: Tensor  # [num_requests] int32: tokens in the cache after this step
     block_tables: Tensor  # [num_requests, most blocks of a request] int32, padded with 0
     logits_indices: Tensor  # [num_sampled] int64: rows whose logits are needed
-    segments: tuple[Segment, ...]  # runs of tokens of one adapter slot; tokens without adapter are in none
-    logits_segments: tuple[Segment, ...]  # the same over the rows of logits_indices
+    passes: tuple[Pass, ...]  # the bypasses that tokens take; none in a step without adapters
+    logits_passes: tuple[Pass, ...]  # the same over the rows of logits_indices
     query_lens: tuple[int, ...]  # host copies for loops over requests
     kv_lens: tuple[int, ...]
 
@@ -66,7 +69,7 @@ def build_forward_batch(
     slot_mapping += positions % block_size
 
     sampled = [row for row, item in enumerate(scheduled) if item.samples or all_logits]
-    slots = [request.adapter_slot for request in requests]
+    bypasses = [_bypasses(request) for request in requests]
 
     def to_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -79,19 +82,28 @@ def build_forward_batch(
         context_lens=to_device((computed + query_lens).astype(np.int32)),
         block_tables=to_device(block_tables),
         logits_indices=to_device(starts[1:][sampled] - 1),
-        segments=_segments(slots, query_lens.tolist()),
-        logits_segments=_segments([slots[row] for row in sampled], [1] * len(sampled)),
+        passes=_passes(bypasses, query_lens.tolist()),
+        logits_passes=_passes([bypasses[row] for row in sampled], [1] * len(sampled)),
         query_lens=tuple(query_lens.tolist()),
         kv_lens=tuple((computed + query_lens).tolist()),
     )
 
 
-def _segments(slots: Sequence[int], lengths: Sequence[int]) -> tuple[Segment, ...]:
-    """Runs of rows with the same adapter slot, leaving out slot −1."""
+def _bypasses(request: Request) -> tuple[Bypass, ...]:
+    return tuple((slot, part.weight) for slot, part in zip(request.adapter_slots, request.adapters, strict=True))
+
+
+def _passes(bypasses: Sequence[Sequence[Bypass]], lengths: Sequence[int]) -> tuple[Pass, ...]:
+    """The n-th pass holds every row's n-th bypass, neighbours with the same one in one segment."""
+    return tuple(_segments(nth, lengths) for nth in zip_longest(*bypasses))
+
+
+def _segments(bypasses: Sequence[Bypass | None], lengths: Sequence[int]) -> Pass:
     segments, start = [], 0
-    for slot, run in groupby(zip(slots, lengths, strict=True), key=lambda pair: pair[0]):
+    for bypass, run in groupby(zip(bypasses, lengths, strict=True), key=lambda pair: pair[0]):
         end = start + sum(length for _, length in run)
-        if slot >= 0:
-            segments.append(Segment(slot, start, end))
+        if bypass is not None:
+            slot, scale = bypass
+            segments.append(Segment(slot, start, end, scale))
         start = end
     return tuple(segments)

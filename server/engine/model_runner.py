@@ -59,7 +59,7 @@ class ModelRunner:
         return self._forward(batch, self.cache.step(batch))
 
     def _forward(self, batch: ForwardBatch, attention_step: AttentionStep) -> Tensor:
-        with self.lora.activate(batch.segments, batch.logits_segments):
+        with self.lora.activate(batch.passes, batch.logits_passes):
             logits: Tensor = self.base.model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
@@ -101,7 +101,7 @@ class ModelRunner:
     def _reference_request(self, row: int) -> Request:
         """The n-th copy of the reference prompt, in KV blocks of its own."""
         token_ids = self.base.reference.token_ids
-        request = Request(row, token_ids, SamplingParams(), adapter=None, stop_token_ids=frozenset())
+        request = Request(row, token_ids, SamplingParams(), adapters=(), stop_token_ids=frozenset())
         num_blocks = -(-len(token_ids) // self.cache.block_size)
         request.block_table = list(range(row * num_blocks, (row + 1) * num_blocks))
         return request

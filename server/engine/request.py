@@ -2,10 +2,10 @@
 
 import enum
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from server.lora.adapter import Adapter
+from server.lora.adapter import WeightedAdapter
 
 GREEDY_BELOW = 1e-5
 
@@ -84,30 +84,33 @@ class Request:
         request_id: int,
         prompt_token_ids: list[int],
         params: SamplingParams,
-        adapter: Adapter | None,
+        adapters: Sequence[WeightedAdapter],
         stop_token_ids: frozenset[int],
         cache_salt: str = "",
     ) -> None:
         self.request_id = request_id
         self.params = params
-        self.adapter = adapter  # None: the base model
+        self.adapters = tuple(adapters)  # summed; none: the base model
         self.stop_token_ids = stop_token_ids  # of the model and of the request, as far as they end this one
         self.token_ids = list(prompt_token_ids)  # prompt and output
         self.num_prompt_tokens = len(prompt_token_ids)
-        # Generations are never reused; the adapter itself would be kept alive by the blocks that remember it.
-        self.cache_identity = (
-            adapter.generation if adapter else 0,
-            cache_salt,
-        )  # KV blocks are shared within it and never across
+        # KV blocks are shared within it and never across. Generations are never reused; the adapter itself would be
+        # kept alive by the blocks that remember it.
+        self.cache_identity = (*((adapter.generation, weight) for adapter, weight in self.adapters), cache_salt)
         self.random = random.Random(params.seed)
         self.status = RequestStatus.WAITING
 
         # Set by the scheduler.
         self.num_computed_tokens = 0  # tokens whose K and V are in the cache
         self.block_table: list[int] = []
-        self.adapter_slot = -1  # -1: the base model, or not running
+        self.adapter_slots: tuple[int, ...] = ()  # one per adapter while it runs
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # of the prompt, taken from the prefix cache
+
+    @property
+    def adapter_name(self) -> str:
+        """For people and metrics: the names of the adapters, empty for the base model."""
+        return "+".join(adapter.name for adapter, _ in self.adapters)
 
     @property
     def num_tokens(self) -> int:

@@ -83,7 +83,7 @@ class Scheduler:
         budget = self._schedule_running(batch)
         if self.num_preemptions == preemptions:
             self._admit_waiting(batch, budget)
-        batch.requests.sort(key=lambda scheduled: scheduled.request.adapter_slot)
+        batch.requests.sort(key=lambda scheduled: scheduled.request.adapter_slots)
         return batch
 
     def update(self, batch: ScheduledBatch, sampled: dict[int, int]) -> dict[int, FinishReason]:
@@ -133,7 +133,7 @@ class Scheduler:
             if blocked and self._passed_over >= self._max_num_seqs:
                 break
             request = self.waiting.popleft()
-            if not self._acquire_slot(request, batch):
+            if not self._acquire_slots(request, batch):
                 blocked.append(request)
                 continue
             self._share_prefix(request)
@@ -157,24 +157,24 @@ class Scheduler:
         if not request.num_preemptions:
             request.num_cached_tokens = request.num_computed_tokens
 
-    def _acquire_slot(self, request: Request, batch: ScheduledBatch) -> bool:
-        if request.adapter is None:
-            return True
-        acquired = self.slots.acquire(request.adapter)
+    def _acquire_slots(self, request: Request, batch: ScheduledBatch) -> bool:
+        adapters = [part.adapter for part in request.adapters]
+        acquired = self.slots.acquire(adapters)
         if acquired is None:
             return False
-        request.adapter_slot, is_new = acquired
-        if is_new:
-            batch.slot_writes.append((request.adapter_slot, request.adapter))
+        request.adapter_slots = tuple(slot for slot, _ in acquired)
+        batch.slot_writes += [
+            (slot, adapter) for (slot, is_new), adapter in zip(acquired, adapters, strict=True) if is_new
+        ]
         return True
 
     def _release(self, request: Request) -> None:
-        """Gives back the KV blocks and the adapter slot."""
+        """Gives back the KV blocks and the adapter slots."""
         self.allocator.release(request.block_table)
         request.num_computed_tokens = 0
-        if request.adapter is not None and request.adapter_slot >= 0:
-            self.slots.release(request.adapter)
-            request.adapter_slot = -1
+        if request.adapter_slots:
+            self.slots.release([part.adapter for part in request.adapters])
+            request.adapter_slots = ()
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)

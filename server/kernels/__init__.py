@@ -13,11 +13,15 @@ Storage = Literal["float32", "bfloat16", "int8"]
 
 
 class Segment(NamedTuple):
-    """Rows `start` to `end` (not included) of a step belong to adapter slot `slot`."""
+    """Rows `start` to `end` (not included) of a step take the bypass of adapter slot `slot`, times `scale`."""
 
     slot: int
     start: int
     end: int
+    scale: float = 1.0
+
+
+Pass = Sequence[Segment]  # disjoint segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +39,16 @@ class LinearGroup(Protocol):
     def set_slot(self, layer: int, slot: int, weights: LayerWeights | None) -> None:
         """Fills or empties a slot of the group's n-th layer."""
 
-    def __call__(self, x: Tensor, segments: Any) -> list[Tensor]:
+    def __call__(self, x: Tensor, passes: Sequence[Any]) -> list[Tensor]:
         """Every layer's output [..., out_features] for x [..., in_features]: base, plus the bypass within segments.
 
-        For a segment `(s, start, end)` and a layer whose slot s holds weights:
+        First y = base(x), then in every pass, for each of its segments `(s, start, end, scale)` and each layer whose
+        slot s holds weights:
 
-            y[start:end] = base(x[start:end]) + scaling · (x[start:end] @ lora_aᵀ) @ lora_b
+            y[start:end] += scale · scaling · (x[start:end] @ lora_aᵀ) @ lora_b
 
-        `segments` comes from `Kernels.prepare_segments`; it is false when there are none.
+        A pass comes from `Kernels.prepare_segments`; within one, segments are disjoint. A row that takes several
+        bypasses has them in the order of the passes.
         """
 
 
@@ -52,6 +58,6 @@ class Kernels:
 
     name: str
     linear_group: Callable[[Sequence[nn.Module], int], LinearGroup]  # frozen layers, number of slots
-    prepare_segments: Callable[[Sequence[Segment]], Any]  # once a step, for all its groups
+    prepare_segments: Callable[[Sequence[Segment]], Any]  # one pass, made once a step for all its groups
     groups_layers: bool  # whether layers that share their input are better computed in one call
     tied_embedding: Callable[[LinearGroup], nn.Module] | None = None  # an embedding that shares the group's weight

@@ -28,9 +28,9 @@ class CpuLinearGroup:
         else:
             self._slots[layer].set(slot, weights.lora_a, weights.lora_b, weights.scaling)
 
-    def __call__(self, x: Tensor, segments: native.Segments) -> list[Tensor]:
+    def __call__(self, x: Tensor, passes: Sequence[native.Segments]) -> list[Tensor]:
         outputs = native.linear_many(x, self._linear)
-        if segments:
+        for segments in passes:
             native.add_lora(outputs, x, self._lora, segments)
         return outputs
 

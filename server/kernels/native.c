@@ -50,11 +50,12 @@ typedef struct {
     int64_t out;
 } lora_slots;
 
-/* Rows [start, end) of a batch use the adapter in `slot`. */
+/* Rows [start, end) of a batch use the adapter in `slot`, its bypass times `scale`. */
 typedef struct {
     int64_t slot;
     int64_t start;
     int64_t end;
+    float scale;
 } lora_segment;
 
 /*
@@ -797,8 +798,8 @@ static void expand(int kind, const float *h, long rank, const char *b, long out,
 }
 
 /*
- * y_j[t] += scaling[s] * (x[t] @ A_j[s].T) @ B_j[s] for n layers that read the same x and every row t of a segment with
- * slot s; such a pair of segment and layer is a unit. Two lists of tasks, all shrinks before all expands: (unit, rows,
+ * y_j[t] += scale * scaling[s] * (x[t] @ A_j[s].T) @ B_j[s] for n layers that read the same x and every row t of a
+ * segment with slot s; such a pair of segment and layer is a unit. Two lists of tasks, all shrinks before all expands: (unit, rows,
  * ranks), then (unit, rows, columns), each task some tens of kilobytes of A or B (less when a few units must feed all
  * cores) so that the cores stream evenly when every segment is one row.
  */
@@ -852,7 +853,7 @@ static int FN(add_lora)(const float *x, long n, const lora_slots *const *slots, 
             const lora_segment s = segments[t.segment];
             const long rank = layer->ranks[s.slot], kind = layer->kinds[s.slot];
             shrink(kind, x + t.row0 * in, (const char *)layer->a[s.slot] + t.col0 * in * kind_bytes(kind), in,
-                   layer->scalings[s.slot], h + offsets[t.segment * n + t.layer] + (t.row0 - s.start) * rank + t.col0,
+                   layer->scalings[s.slot] * s.scale, h + offsets[t.segment * n + t.layer] + (t.row0 - s.start) * rank + t.col0,
                    rank, t.row1 - t.row0, t.col1 - t.col0);
         }
 #pragma omp for schedule(dynamic) nowait

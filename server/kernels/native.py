@@ -10,13 +10,12 @@ import importlib.machinery
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Storage = Literal["float32", "bfloat16", "int8"]
+from server.kernels import Segment, Storage
 
 PANEL = 16  # output features of a packed panel
 BLOCK_SIZE = 16  # positions of a KV block
@@ -245,20 +244,21 @@ class LoRAGroup:
         self.outputs_type = _POINTER * len(self.layers)
 
 
+class _SegmentStruct(ctypes.Structure):
+    _fields_ = (("slot", _INT), ("start", _INT), ("end", _INT), ("scale", _FLOAT))
+
+
 class Segments:
-    """Which rows of a step use which slot: disjoint (slot, start, end) with rows start .. end - 1."""
+    """Which rows of a pass use which slot: disjoint (slot, start, end, scale) with rows start .. end - 1."""
 
-    def __init__(self, segments: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(self, segments: Sequence[Segment]) -> None:
         self.count = len(segments)
-        self._table = (_INT * (3 * self.count))(*(number for segment in segments for number in segment))
+        self._table = (_SegmentStruct * self.count)(*(_SegmentStruct(*segment) for segment in segments))
         self.pointer = ctypes.addressof(self._table)
-
-    def __bool__(self) -> bool:
-        return self.count > 0
 
 
 def add_lora(ys: Sequence[Tensor], x: Tensor, group: LoRAGroup, segments: Segments) -> None:
-    """y[t] += scaling[s] * (x[t] @ lora_a[s].T) @ lora_b[s] for each layer's y [..., out] and each row t of a segment.
+    """y[t] += scale * scaling[s] * (x[t] @ lora_a[s].T) @ lora_b[s] for each layer's y [..., out], row t of a segment.
 
     x is [..., in]; ys are contiguous and belong to the group's layers in order. A row outside every segment, or in one
     whose slot is empty, stays as it is.

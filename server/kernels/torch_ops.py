@@ -19,10 +19,10 @@ class TorchLinearGroup:
     def set_slot(self, layer: int, slot: int, weights: LayerWeights | None) -> None:
         self._slots[layer][slot] = weights
 
-    def __call__(self, x: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
+    def __call__(self, x: Tensor, passes: Sequence[Sequence[Segment]]) -> list[Tensor]:
         outputs = [layer(x) for layer in self._layers]
-        if segments:
-            rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        for segments in passes:
             for y, slots in zip(outputs, self._slots, strict=True):
                 add_lora(y.view(-1, y.shape[-1]), rows, slots, segments)
         return outputs
@@ -35,9 +35,9 @@ def torch_kernels() -> Kernels:
 def add_lora(y: Tensor, x: Tensor, slots: Sequence[LayerWeights | None], segments: Sequence[Segment]) -> None:
     """Adds the bypass of each token's adapter, in place.
 
-    Semantics: for every segment `(s, start, end)` whose slot holds weights, with rank r of its own,
+    Semantics: for every segment `(s, start, end, scale)` whose slot holds weights, with rank r of its own,
 
-        y[start:end] += scaling_s · (x[start:end] @ lora_a_sᵀ) @ lora_b_s
+        y[start:end] += scale · scaling_s · (x[start:end] @ lora_a_sᵀ) @ lora_b_s
 
     Args:
         y: [num_tokens, out_features], changed in place.
@@ -45,10 +45,10 @@ def add_lora(y: Tensor, x: Tensor, slots: Sequence[LayerWeights | None], segment
         slots: per slot `lora_a` [r, in_features] and `lora_b` [r, out_features]; None: the adapter skips this layer.
         segments: runs of tokens of one slot, without overlap. Tokens in no segment are left untouched.
     """
-    for slot, start, end in segments:
+    for slot, start, end, scale in segments:
         weights = slots[slot]
         if weights is not None:
-            shrunk = F.linear(x[start:end], weights.lora_a.to(x.dtype)) * weights.scaling
+            shrunk = F.linear(x[start:end], weights.lora_a.to(x.dtype)) * (weights.scaling * scale)
             y[start:end] += shrunk @ weights.lora_b.to(x.dtype)
 
 

@@ -28,21 +28,29 @@ OUT_BLOCK = 256  # output features of an expand program
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A step's segments in pieces of at most `TILE_ROWS` rows."""
+    """A pass's segments in pieces of at most `TILE_ROWS` rows, on the device."""
 
-    table: Tensor  # [num_tiles, 3] int32 on the device: slot, start, end; slot −1 is padding
+    table: Tensor  # [num_tiles, 3] int32: slot, start, end; slot −1 is padding
+    scales: Tensor  # [num_tiles] float32
 
-    def __bool__(self) -> bool:
-        return len(self.table) > 0
+    def __len__(self) -> int:
+        return len(self.table)
 
 
 def cut_tiles(device: torch.device, segments: Sequence[Segment], num_tiles: int = 0) -> Tiles:
     """Cuts segments into tiles, padded to `num_tiles` for CUDA graphs, which replay a table of one size."""
-    table = [
-        (slot, row, min(row + TILE_ROWS, end)) for slot, start, end in segments for row in range(start, end, TILE_ROWS)
-    ]
-    table += [(-1, 0, 0)] * (num_tiles - len(table))
-    return Tiles(torch.tensor(table, dtype=torch.int32).reshape(-1, 3).to(device, non_blocking=True))
+    table, scales = [], []
+    for slot, start, end, scale in segments:
+        for row in range(start, end, TILE_ROWS):
+            table.append((slot, row, min(row + TILE_ROWS, end)))
+            scales.append(scale)
+    padding = num_tiles - len(table)
+    table += [(-1, 0, 0)] * padding
+    scales += [0.0] * padding
+    return Tiles(
+        torch.tensor(table, dtype=torch.int32).reshape(-1, 3).to(device, non_blocking=True),
+        torch.tensor(scales, dtype=torch.float32).to(device, non_blocking=True),
+    )
 
 
 class TritonLinearGroup:
@@ -73,14 +81,14 @@ class TritonLinearGroup:
         self._scalings[layer, slot] = weights.scaling
         self._slots[layer][slot] = a, b
 
-    def __call__(self, x: Tensor, segments: Tiles) -> list[Tensor]:
+    def __call__(self, x: Tensor, passes: Sequence[Tiles]) -> list[Tensor]:
         outputs = [layer(x) for layer in self._layers]
-        if segments:
-            assert all(y.is_contiguous() for y in outputs)
-            self._add_lora(outputs, x.reshape(-1, x.shape[-1]).contiguous(), segments.table)
+        assert not passes or all(y.is_contiguous() for y in outputs)
+        for tiles in passes:
+            self._add_lora(outputs, x.reshape(-1, x.shape[-1]).contiguous(), tiles)
         return outputs
 
-    def _add_lora(self, ys: Sequence[Tensor], x: Tensor, tiles: Tensor) -> None:
+    def _add_lora(self, ys: Sequence[Tensor], x: Tensor, tiles: Tiles) -> None:
         """Adds the layers' bypasses for x [num_tokens, in_features] to their ys [..., out_features], in place."""
         num_tokens, in_features = x.shape
         num_layers, num_slots = self._ranks.shape
@@ -91,12 +99,13 @@ class TritonLinearGroup:
         width = RANK_STEP * triton.cdiv(self._max_rank, RANK_STEP)
         shrunk = torch.empty(num_layers, num_splits, num_tokens, width, dtype=torch.float32, device=x.device)
         shrink[len(tiles), num_splits, num_layers](
-            x, tiles, self._a_ptrs, self._ranks, shrunk, num_slots, num_tokens, in_features, split, width,
+            x, tiles.table, self._a_ptrs, self._ranks, shrunk, num_slots, num_tokens, in_features, split, width,
             TILE_ROWS=TILE_ROWS, RANK_STEP=RANK_STEP, RANK_BLOCK=RANK_BLOCK, IN_BLOCK=in_block,
             num_warps=4, num_stages=6, enable_fp_fusion=True,
         )  # fmt: skip
         expand[len(tiles), triton.cdiv(max(out_features), OUT_BLOCK), num_layers](
-            tuple(ys), tiles, self._b_ptrs, self._ranks, self._scalings, shrunk, num_slots, num_tokens, width,
+            tuple(ys), tiles.table, tiles.scales, self._b_ptrs, self._ranks, self._scalings, shrunk,
+            num_slots, num_tokens, width,
             OUT_FEATURES=out_features, NUM_SPLITS=num_splits,
             TILE_ROWS=TILE_ROWS, RANK_STEP=RANK_STEP, RANK_BLOCK=RANK_BLOCK, OUT_BLOCK=OUT_BLOCK,
             num_warps=8, num_stages=2, enable_fp_fusion=True,
@@ -161,6 +170,7 @@ def shrink(
 def expand(
     ys: tl.tuple,
     tiles: tl.tensor,
+    scales: tl.tensor,
     b_ptrs: tl.tensor,
     ranks: tl.tensor,
     scalings: tl.tensor,
@@ -177,10 +187,10 @@ def expand(
 ) -> None:
     """The second product, of the first one's pieces added in their order:
 
-        y[t] += scaling · (Σ_n shrunk[layer, n, t, :rank]) @ lora_b
+        y[t] += scale · scaling · (Σ_n shrunk[layer, n, t, :rank]) @ lora_b
 
     Per layer y [num_tokens, out_features]; lora_b [rank, out_features], shrunk [layers, NUM_SPLITS, num_tokens, width],
-    tables [layers, num_slots]. Grid: tiles, blocks of the widest layer's outputs, layers.
+    tables [layers, num_slots], scales [num_tiles]. Grid: tiles, blocks of the widest layer's outputs, layers.
     """
     slot, start, row, in_tile = _tile(tiles, TILE_ROWS)
     layer, first_out = tl.program_id(2), tl.program_id(1) * OUT_BLOCK
@@ -193,7 +203,7 @@ def expand(
         return
     b = tl.load(b_ptrs + layer * num_slots + slot).to(tl.pointer_type(y.dtype.element_ty))
     b = tl.multiple_of(b, 16)
-    scaling = tl.load(scalings + layer * num_slots + slot)
+    scaling = tl.load(scalings + layer * num_slots + slot) * tl.load(scales + tl.program_id(0))
     out = first_out + tl.arange(0, OUT_BLOCK)[None, :]
     y_block, y_mask = y + start * out_features + row * out_features + out, in_tile & (out < out_features)
     base = tl.load(y_block, mask=y_mask)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,3 +53,10 @@ class Adapter:
             num_bytes=memory.nbytes,
             num_bytes_disk=files.num_bytes,
         )
+
+
+class WeightedAdapter(NamedTuple):
+    """One part of what a request runs on: its bypass is taken times `weight`."""
+
+    adapter: Adapter
+    weight: float = 1.0

@@ -101,15 +101,12 @@ class AdapterCache:
         return sum(resident.adapter.num_bytes for resident in self._resident.values()) + sum(self._retiring.values())
 
     @asynccontextmanager
-    async def acquire(self, reference: str) -> AsyncIterator[Adapter | None]:
-        """Holds an adapter in host memory while a request uses it; the empty reference is the base model.
+    async def acquire(self, reference: str) -> AsyncIterator[Adapter]:
+        """Holds an adapter in host memory while a request uses it.
 
         Raises:
             InvalidRequest, AdapterNotFound, InvalidAdapter, IncompatibleAdapter, Overloaded.
         """
-        if not reference:
-            yield None
-            return
         resident = await self._get(reference)
         resident.acquire()
         try:

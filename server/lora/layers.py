@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from server.kernels import Kernels, LayerWeights, LinearGroup, Segment
+from server.kernels import Kernels, LayerWeights, LinearGroup, Pass
 from server.lora.adapter import Adapter
 
 
 class _Rows:
-    """The running step's segments, as the kernels want them; shared by layers that see the same rows."""
+    """The running step's passes, as the kernels want them; shared by layers that see the same rows."""
 
     def __init__(self) -> None:
-        self.segments: Any = ()
+        self.passes: Sequence[Any] = ()
 
 
 class _SharedInput:
@@ -31,9 +31,9 @@ class _SharedInput:
 
     def output(self, index: int, x: Tensor) -> Tensor:
         if self._size == 1:
-            return self._kernel(x, self._rows.segments)[0]
+            return self._kernel(x, self._rows.passes)[0]
         if x is not self._x or self._outputs[index] is None:
-            self._x, self._outputs = x, list(self._kernel(x, self._rows.segments))
+            self._x, self._outputs = x, list(self._kernel(x, self._rows.passes))
         y = self._outputs[index]
         self._outputs[index] = None
         if not any(output is not None for output in self._outputs):
@@ -103,15 +103,15 @@ class LoRALayers:
             kernel.set_slot(index, slot, weights)
 
     @contextmanager
-    def activate(self, segments: Sequence[Segment], logits_segments: Sequence[Segment]) -> Iterator[None]:
-        """Within, every forward is a step whose tokens belong to adapters as `segments` say."""
-        assert not self._tokens.segments, "a step is running already"
-        self._tokens.segments = self._prepare(segments)
-        self._logits.segments = self._prepare(logits_segments)
+    def activate(self, passes: Sequence[Pass], logits_passes: Sequence[Pass]) -> Iterator[None]:
+        """Within, every forward is a step whose tokens take the bypasses of `passes`, its logits `logits_passes`."""
+        assert not self._tokens.passes, "a step is running already"
+        self._tokens.passes = [self._prepare(segments) for segments in passes]
+        self._logits.passes = [self._prepare(segments) for segments in logits_passes]
         try:
             yield
         finally:
-            self._tokens.segments = self._logits.segments = ()
+            self._tokens.passes = self._logits.passes = ()
 
 
 def bytes_on_device(adapter: Adapter, device: torch.device) -> int:

@@ -10,12 +10,14 @@ import jinja2
 from server.engine.async_engine import AsyncEngine, GenerationOutput
 from server.engine.request import FinishReason, SamplingParams
 from server.errors import InvalidRequest
-from server.lora.adapter import Adapter
+from server.lora.adapter import WeightedAdapter
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1 import inference_pb2_grpc as pb_grpc
 from server.rpc.sampling import sampling_params
 
 MAX_BYTES_PER_TOKEN = 64  # a text with more per token of the context is refused before it is tokenized
+MAX_MIX = 8  # adapters of one request
+MAX_WEIGHT = 10  # of an adapter in a mix, either sign
 MAX_LABEL = 256  # characters of request_id and cache_salt
 LONG_TEXT = 4096  # characters from which tokenizing leaves the event loop
 ROLES = ("system", "user", "assistant")
@@ -37,6 +39,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         async with aclosing(self._answers(request)) as messages:
             async for message in messages:
                 pieces.append(message.text)
+                answer.ClearField("mix")  # every message has it whole
                 answer.MergeFrom(message)
         answer.text = "".join(pieces)
         return answer
@@ -65,16 +68,42 @@ class InferenceService(pb_grpc.InferenceServicer):
         prompt = await self._token_ids(request)
         engine = self._engine
         params = sampling_params(request.sampling, len(prompt), engine.max_model_len, engine.base.vocab_size)
+        adapters = self._adapters(request)
         if request.sampling.n <= 1:
-            streams = [engine.generate(prompt, params, request.adapter, request.cache_salt)]
+            streams = [engine.generate(prompt, params, adapters, request.cache_salt)]
         else:
             streams = [
-                engine.generate(prompt, _nth(params, index), request.adapter, request.cache_salt)
+                engine.generate(prompt, _nth(params, index), adapters, request.cache_salt)
                 for index in range(request.sampling.n)
             ]
         async with aclosing(_merge(streams)) as outputs:
             async for index, output in outputs:
                 yield _response(index, output, len(prompt))
+
+    def _adapters(self, request: pb.GenerateRequest) -> dict[str, float]:
+        """Which adapters the request runs on, each with its weight.
+
+        Raises:
+            InvalidRequest: contradictory fields, or values beyond their limits.
+        """
+        if not request.mix:
+            scale = request.adapter_scale if request.HasField("adapter_scale") else 1.0
+            adapters = {request.adapter: _weight(scale, "adapter_scale")} if request.adapter else {}
+            if not adapters and request.HasField("adapter_scale"):
+                raise InvalidRequest("adapter_scale is set, but no adapter", field="adapter_scale")
+            return adapters
+        if request.adapter or request.HasField("adapter_scale"):
+            raise InvalidRequest("mix stands instead of adapter and adapter_scale; set one of them", field="mix")
+        limit = min(MAX_MIX, self._info.num_adapter_slots)
+        if len(request.mix) > limit:
+            raise InvalidRequest(
+                f"mix has {len(request.mix)} adapters; the limit is {limit} ({MAX_MIX}, or --adapter-slots if less)",
+                field="mix",
+            )
+        adapters = {part.adapter: _weight(part.weight, "mix.weight") for part in request.mix}
+        if len(adapters) < len(request.mix):
+            raise InvalidRequest("mix names one adapter twice", field="mix.adapter")
+        return adapters
 
     async def _token_ids(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
         """The prompt's tokens, whichever way it came.
@@ -137,6 +166,12 @@ class InferenceService(pb_grpc.InferenceServicer):
             raise InvalidRequest(f"the chat template refuses these messages: {error}", field="chat.messages") from error
 
 
+def _weight(value: float, field: str) -> float:
+    if not abs(value) <= MAX_WEIGHT:  # NaN fails too
+        raise InvalidRequest(f"{field} is {value:g}; it must be from {-MAX_WEIGHT} to {MAX_WEIGHT}", field=field)
+    return value
+
+
 def _nth(params: SamplingParams, index: int) -> SamplingParams:
     """The same parameters for the n-th answer: a seed gives n different answers, always the same n."""
     return params if params.seed is None else replace(params, seed=params.seed + index)
@@ -176,9 +211,13 @@ def _response(index: int, output: GenerationOutput, num_prompt_tokens: int) -> p
         text=output.text,
         token_ids=output.token_ids,
         finish_reason=_FINISH_REASONS[output.finish_reason],
-        adapter=_identity(output.adapter),
         index=index,
     )
+    identities = [_identity(part) for part in output.adapters]
+    if len(identities) == 1:
+        response.adapter.CopyFrom(identities[0])
+    else:
+        response.mix.extend(identities)
     for logprob in output.logprobs:
         top = [pb.TopLogprob(token_id=token_id, logprob=value) for token_id, value in logprob.top]
         response.logprobs.add(token_id=logprob.token_id, logprob=logprob.logprob, top=top)
@@ -189,9 +228,12 @@ def _response(index: int, output: GenerationOutput, num_prompt_tokens: int) -> p
     return response
 
 
-def _identity(adapter: Adapter | None) -> pb.AdapterIdentity | None:
-    if adapter is None:
-        return None
+def _identity(part: WeightedAdapter) -> pb.AdapterIdentity:
+    adapter = part.adapter
     return pb.AdapterIdentity(
-        name=adapter.name, version=adapter.version, generation=adapter.generation, digest=adapter.digest
+        name=adapter.name,
+        version=adapter.version,
+        generation=adapter.generation,
+        digest=adapter.digest,
+        weight=part.weight,
     )

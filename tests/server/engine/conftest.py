@@ -1,13 +1,14 @@
 """An engine without threads, and PEFT's answers to hold it against."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from prometheus_client import CollectorRegistry
 
 from adapters.format import read_adapter
@@ -17,7 +18,7 @@ from server.engine.core import EngineCore, Submit
 from server.engine.forward_batch import ForwardBatch
 from server.engine.request import Request, SamplingParams, TokenOutput
 from server.engine.scheduler import ScheduledBatch
-from server.lora.adapter import Adapter
+from server.lora.adapter import Adapter, WeightedAdapter
 from server.metrics import Metrics
 from tests.conftest import ADAPTERS, VOCAB_SIZE, tiny_llama
 
@@ -36,11 +37,13 @@ class Engine:
         for output in outputs:
             self.outputs.setdefault(output.request_id, []).append(output)
 
-    def submit(self, prompt: list[int], adapter: Adapter | None = None, **params: Any) -> int:
+    def submit(self, prompt: list[int], on: Adapter | Sequence[WeightedAdapter] | None = None, **params: Any) -> int:
+        """`on`: nothing for the base model, an adapter, or a mixture."""
         request_id = len(self.outputs)
         self.outputs[request_id] = []
         settings = SamplingParams(**{"max_tokens": 12, **params})
-        self.core.put(Submit(Request(request_id, prompt, settings, adapter, settings.stop_token_ids)))
+        adapters = [WeightedAdapter(on)] if isinstance(on, Adapter) else on or []
+        self.core.put(Submit(Request(request_id, prompt, settings, adapters, settings.stop_token_ids)))
         return request_id
 
     def run(self) -> None:
@@ -51,9 +54,11 @@ class Engine:
     def tokens(self, request_id: int) -> list[int]:
         return [output.token_id for output in self.outputs[request_id] if output.token_id is not None]
 
-    def generate(self, work: Sequence[tuple[list[int], Adapter | None]], **params: Any) -> list[list[int]]:
+    def generate(
+        self, work: Sequence[tuple[list[int], Adapter | Sequence[WeightedAdapter] | None]], **params: Any
+    ) -> list[list[int]]:
         """Submits everything at once and runs it to the end."""
-        ids = [self.submit(prompt, adapter, **params) for prompt, adapter in work]
+        ids = [self.submit(prompt, on, **params) for prompt, on in work]
         self.run()
         assert self.parts.scheduler.allocator.num_free == self.parts.num_blocks
         return [self.tokens(request_id) for request_id in ids]
@@ -101,16 +106,37 @@ def reference(adapters_dir: Path) -> peft.PeftModel:
     return model.eval()
 
 
+@contextlib.contextmanager
+def peft_mixture(model: peft.PeftModel, weights: Mapping[str, float]) -> Iterator[None]:
+    """Within, PEFT sums several adapters, each times its weight."""
+    model.base_model.set_adapter(list(weights))  # type: ignore[operator]
+    scaled = [
+        (module.scaling, name, module.scaling[name], weight)
+        for module in model.modules()
+        if isinstance(module, LoraLayer)
+        for name, weight in weights.items()
+        if name in module.scaling
+    ]
+    for scaling, name, value, weight in scaled:
+        scaling[name] = value * weight
+    try:
+        yield
+    finally:
+        for scaling, name, value, _ in scaled:
+            scaling[name] = value
+
+
 @torch.inference_mode()
-def peft_logits(model: peft.PeftModel, token_ids: list[int], name: str) -> torch.Tensor:
-    """[num_tokens, vocab_size] of PEFT's own forward; the empty name is the base."""
-    model.set_adapter(name or next(iter(ADAPTERS)))
-    with contextlib.nullcontext() if name else model.disable_adapter():
+def peft_logits(model: peft.PeftModel, token_ids: list[int], name: str | None) -> torch.Tensor:
+    """[num_tokens, vocab_size] of PEFT's own forward; the empty name is the base, None is what is active already."""
+    if name is not None:
+        model.set_adapter(name or next(iter(ADAPTERS)))
+    with model.disable_adapter() if name == "" else contextlib.nullcontext():
         logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
     return logits
 
 
-def peft_greedy(model: peft.PeftModel, prompt: list[int], name: str, num_tokens: int) -> list[int]:
+def peft_greedy(model: peft.PeftModel, prompt: list[int], name: str | None, num_tokens: int) -> list[int]:
     token_ids = list(prompt)
     for _ in range(num_tokens):
         token_ids.append(int(peft_logits(model, token_ids, name)[-1].argmax()))

@@ -14,9 +14,9 @@ from server.engine.forward_batch import build_forward_batch
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import ScheduledRequest
 from server.kernels import native
-from server.lora.adapter import Adapter
+from server.lora.adapter import Adapter, WeightedAdapter
 from tests.conftest import ADAPTERS
-from tests.server.engine.conftest import Engine, peft_greedy, peft_logits
+from tests.server.engine.conftest import Engine, peft_greedy, peft_logits, peft_mixture
 
 NUM_TOKENS = 12
 NAMES = ["", *ADAPTERS]  # the empty name is the base
@@ -85,6 +85,37 @@ def test_together(
         assert engine.parts.scheduler.num_preemptions > 0
 
 
+MIXTURES: list[dict[str, float]] = [
+    {"plain": 0.7, "attention": 0.3},
+    {"plain": -1.0},
+    {"rslora": 2.0},
+    {"head": 0.5, "feed-forward": 1.0, "one-layer": -3.0},
+    {"attention": 0.3, "plain": 0.7},
+]
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter_slots": 3, "max_num_batched_tokens": 16, "max_num_seqs": 4}])
+def test_mixtures(
+    model_dir: Path,
+    adapters_dir: Path,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    reference: peft.PeftModel,
+    settings: dict[str, int],
+    kernels: str,
+) -> None:
+    """Weighted sums of adapters, among requests of single ones."""
+    engine = Engine(model_dir, kernels=kernels, **settings)
+    work = mixed(engine, adapters_dir, prompts)
+    adapters = {adapter.name: adapter for _, adapter in work if adapter}
+    mixtures = [[WeightedAdapter(adapters[name], weight) for name, weight in mix.items()] for mix in MIXTURES]
+    answers = engine.generate([*work, *zip(prompts, mixtures, strict=False)])
+    assert answers[: len(work)] == expected
+    for prompt, mix, answer in zip(prompts, MIXTURES, answers[len(work) :], strict=False):
+        with peft_mixture(reference, mix):
+            assert answer == peft_greedy(reference, prompt, None, NUM_TOKENS), mix
+
+
 def test_logits_of_a_mixed_batch(
     model_dir: Path, adapters_dir: Path, prompts: list[list[int]], reference: peft.PeftModel, kernels: str
 ) -> None:
@@ -95,9 +126,9 @@ def test_logits_of_a_mixed_batch(
         index = NAMES.index(name)
         prompt, adapter = work[index]
         engine.parts.runner.lora.write(slot, adapter)
-        scheduled.append(_scheduled(engine, prompt, slot))
+        scheduled.append(_scheduled(engine, prompt, slot, adapter))
         names.append((prompt, name))
-    scheduled.insert(0, _scheduled(engine, prompts[0], -1))
+    scheduled.insert(0, _scheduled(engine, prompts[0], -1, None))
     names.insert(0, (prompts[0], ""))
 
     batch = build_forward_batch(scheduled, engine.parts.runner.cache.block_size, torch.device("cpu"))
@@ -107,10 +138,10 @@ def test_logits_of_a_mixed_batch(
         assert torch.allclose(logits[row], peft_logits(reference, prompt, name)[-1], atol=1e-4), name
 
 
-def _scheduled(engine: Engine, prompt: list[int], slot: int) -> ScheduledRequest:
-    request = Request(slot + 1, prompt, SamplingParams(), None, frozenset())
+def _scheduled(engine: Engine, prompt: list[int], slot: int, adapter: Adapter | None) -> ScheduledRequest:
+    request = Request(slot + 1, prompt, SamplingParams(), [WeightedAdapter(adapter)] if adapter else [], frozenset())
     assert engine.parts.scheduler.allocator.grow(request.block_table, len(prompt))
-    request.adapter_slot = slot
+    request.adapter_slots = (slot,) if adapter else ()
     return ScheduledRequest(request, len(prompt))
 
 

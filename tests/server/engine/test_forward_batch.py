@@ -6,21 +6,27 @@ from server.engine.forward_batch import build_forward_batch
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import ScheduledRequest
 from server.kernels import Segment
+from server.lora.adapter import Adapter, WeightedAdapter
+
+ADAPTER = Adapter("one", "1", 1, "", 8, (), {}, 0, 0)
 
 
-def item(tokens: list[int], computed: int, num_tokens: int, blocks: list[int], slot: int) -> ScheduledRequest:
-    request = Request(0, tokens, SamplingParams(), None, frozenset())
-    request.num_computed_tokens, request.block_table, request.adapter_slot = computed, blocks, slot
+def item(tokens: list[int], computed: int, num_tokens: int, blocks: list[int], **slots: float) -> ScheduledRequest:
+    """`slots`: the weights of a request's adapters, by slot."""
+    adapters = [WeightedAdapter(ADAPTER, weight) for weight in slots.values()]
+    request = Request(0, tokens, SamplingParams(), adapters, frozenset())
+    request.num_computed_tokens, request.block_table = computed, blocks
+    request.adapter_slots = tuple(int(name.removeprefix("slot")) for name in slots)
     return ScheduledRequest(request, num_tokens)
 
 
 def test_every_tensor() -> None:
     batch = build_forward_batch(
         [
-            item([10, 11, 12], computed=0, num_tokens=3, blocks=[7], slot=-1),  # a whole prompt of the base
-            item([20, 21, 22, 23, 24, 25], computed=5, num_tokens=1, blocks=[3, 1], slot=0),  # decoding
-            item([30, 31, 32, 33, 34, 35, 36], computed=2, num_tokens=3, blocks=[0, 2], slot=0),  # a chunk
-            item([40], computed=0, num_tokens=1, blocks=[5], slot=2),
+            item([10, 11, 12], computed=0, num_tokens=3, blocks=[7]),  # a whole prompt of the base
+            item([20, 21, 22, 23, 24, 25], computed=5, num_tokens=1, blocks=[3, 1], slot0=1.0),  # decoding
+            item([30, 31, 32, 33, 34, 35, 36], computed=2, num_tokens=3, blocks=[0, 2], slot0=1.0),  # a chunk
+            item([40], computed=0, num_tokens=1, blocks=[5], slot2=1.0),
         ],
         block_size=4,
         device=torch.device("cpu"),
@@ -32,6 +38,24 @@ def test_every_tensor() -> None:
     assert batch.context_lens.tolist() == [3, 6, 5, 1]
     assert batch.block_tables.tolist() == [[7, 0], [3, 1], [0, 2], [5, 0]]
     assert batch.logits_indices.tolist() == [2, 3, 7]
-    assert batch.segments == (Segment(0, 3, 7), Segment(2, 7, 8))
-    assert batch.logits_segments == (Segment(0, 1, 2), Segment(2, 2, 3))
+    assert batch.passes == ((Segment(0, 3, 7), Segment(2, 7, 8)),)
+    assert batch.logits_passes == ((Segment(0, 1, 2), Segment(2, 2, 3)),)
     assert (batch.query_lens, batch.kv_lens) == ((3, 1, 3, 1), (3, 6, 5, 1))
+
+
+def test_mixtures_take_one_pass_an_adapter() -> None:
+    batch = build_forward_batch(
+        [
+            item([1, 2], computed=0, num_tokens=2, blocks=[0]),
+            item([1, 2], computed=0, num_tokens=2, blocks=[1], slot0=0.5),
+            item([1], computed=0, num_tokens=1, blocks=[2], slot0=0.5, slot3=-2.0, slot1=1.0),
+            item([1], computed=0, num_tokens=1, blocks=[3], slot1=1.0, slot3=-2.0),
+        ],
+        block_size=4,
+        device=torch.device("cpu"),
+    )
+    assert batch.passes == (
+        (Segment(0, 2, 5, 0.5), Segment(1, 5, 6)),
+        (Segment(3, 4, 6, -2.0),),
+        (Segment(1, 4, 5),),
+    )

@@ -14,7 +14,7 @@ LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])  # the order of likelihood is 
 
 
 def request(output: tuple[int, ...] = (), stop: frozenset[int] = frozenset(), **params: Any) -> Request:
-    made = Request(0, [0], SamplingParams(**params), None, stop)
+    made = Request(0, [0], SamplingParams(**params), (), stop)
     made.token_ids += output
     return made
 

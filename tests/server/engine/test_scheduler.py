@@ -8,7 +8,7 @@ import pytest
 from server.engine.block_allocator import BlockAllocator
 from server.engine.request import FinishReason, Request, RequestStatus, SamplingParams
 from server.engine.scheduler import Scheduler
-from server.lora.adapter import Adapter
+from server.lora.adapter import Adapter, WeightedAdapter
 from server.lora.slots import AdapterSlots
 
 MAX_MODEL_LEN = 64
@@ -31,7 +31,9 @@ def scheduler(num_blocks: int = 32, num_slots: int = 2, max_num_seqs: int = 8, b
 def request(request_id: int, length: int, on: Adapter | None = None, max_tokens: int = 4) -> Request:
     """Prompts have tokens of their own, so that nothing is shared by accident."""
     prompt = list(range(1000 * request_id, 1000 * request_id + length))
-    return Request(request_id, prompt, SamplingParams(max_tokens=max_tokens), on, frozenset())
+    return Request(
+        request_id, prompt, SamplingParams(max_tokens=max_tokens), [WeightedAdapter(on)] if on else [], frozenset()
+    )
 
 
 def step(sched: Scheduler) -> tuple[dict[int, int], dict[int, FinishReason]]:
@@ -49,8 +51,8 @@ def check_integrity(sched: Scheduler) -> None:
     assert all(allocator._num_users[block] == users[block] for block in range(allocator.num_blocks))
     assert len(users) + allocator.num_free == allocator.num_blocks
     assert not users.keys() & allocator._free.keys()
-    assert all(not item.block_table and item.adapter_slot == -1 for item in sched.waiting)
-    adapters = [item.adapter for item in sched.running if item.adapter]
+    assert all(not item.block_table and not item.adapter_slots for item in sched.waiting)
+    adapters = [part.adapter for item in sched.running for part in item.adapters]
     assert all(slot.num_users == adapters.count(adapter) for adapter, slot in sched.slots._slots.items())
 
 
@@ -106,7 +108,7 @@ def test_a_request_that_lacks_a_slot_is_passed_but_not_for_ever() -> None:
         check_integrity(sched)
         served += 1
         assert served < 20, "the cold adapter starves"
-    assert sched._requests[1].adapter_slot == 0
+    assert sched._requests[1].adapter_slots == (0,)
 
 
 def test_requests_are_ordered_by_slot_and_slots_are_written_once() -> None:
@@ -115,8 +117,8 @@ def test_requests_are_ordered_by_slot_and_slots_are_written_once() -> None:
     for request_id, on in enumerate([second, None, first, second]):
         sched.add(request(request_id, 2, on))
     batch = sched.schedule()
-    slots = [item.request.adapter_slot for item in batch.requests]
-    assert slots == sorted(slots) == [-1, 0, 0, 1]
+    slots = [item.request.adapter_slots for item in batch.requests]
+    assert slots == sorted(slots) == [(), (0,), (0,), (1,)]
     assert batch.slot_writes == [(0, second), (1, first)]
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.kernels import native
+from server.kernels import Segment, Storage, native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 
-STORAGES: list[native.Storage] = ["float32", "bfloat16", "int8"]
+STORAGES: list[Storage] = ["float32", "bfloat16", "int8"]
 
 
 def supported_isas() -> list[str]:
@@ -44,7 +44,7 @@ def random_split(total: int) -> list[int]:
 @pytest.mark.parametrize(
     ("out_features", "in_features"), [(576, 192), (192, 576), (33, 17), (100, 301), (1, 5), (16, 1)]
 )
-def test_linear(out_features: int, in_features: int, storage: native.Storage) -> None:
+def test_linear(out_features: int, in_features: int, storage: Storage) -> None:
     weight, bias = torch.randn(out_features, in_features), torch.randn(out_features)
     packed = native.pack_linear(weight, bias, storage)
     reference = packed.unpack().double()
@@ -75,7 +75,7 @@ def test_linear_takes_bfloat16_weights_and_leading_dimensions() -> None:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_linear_rows_do_not_depend_on_their_batch(storage: native.Storage) -> None:
+def test_linear_rows_do_not_depend_on_their_batch(storage: Storage) -> None:
     packed = native.pack_linear(torch.randn(90, 300), torch.randn(90), storage)
     x = torch.randn(900, 300)
     whole = native.linear(x, packed)
@@ -127,11 +127,11 @@ class Adapters:
         return (0.5 + slot) * (x.double() @ a.double().T) @ b.double()
 
 
-def segments_of(lengths: list[int], start: int = 2) -> list[tuple[int, int, int]]:
+def segments_of(lengths: list[int], start: int = 2) -> list[Segment]:
     """One segment a slot, in order, after `start` rows without an adapter."""
     segments = []
     for slot, length in enumerate(lengths):
-        segments.append((slot, start, start + length))
+        segments.append(Segment(slot, start, start + length, 0.5 - slot % 2))
         start += length
     return segments
 
@@ -144,14 +144,14 @@ def test_add_lora(in_features: int, outs: tuple[int, ...], popularity: str, dtyp
     ranks = [(8, 1, 16, 3, 64, 13)[slot % 6] for slot in range(len(lengths))]
     adapters = Adapters(ranks, in_features, outs, dtype)
     segments = segments_of(lengths)
-    x = torch.randn(segments[-1][2] + 3, in_features)
+    x = torch.randn(segments[-1].end + 3, in_features)
     before = [torch.randn(len(x), out) for out in outs]
     ys = [y.clone() for y in before]
     native.add_lora(ys, x, adapters.group, native.Segments(segments))
     for layer, (y, base) in enumerate(zip(ys, before, strict=True)):
         expected = base.double()
-        for slot, start, end in segments:
-            expected[start:end] += adapters.reference(layer, slot, x[start:end])
+        for slot, start, end, scale in segments:
+            expected[start:end] += scale * adapters.reference(layer, slot, x[start:end])
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
         assert torch.equal(y[:2], base[:2])
         assert torch.equal(y[-3:], base[-3:])
@@ -162,7 +162,7 @@ def test_add_lora_halves_are_exact() -> None:
     layer = native.LoRASlots(1, 8, 1)
     layer.set(0, torch.ones(1, 1, dtype=torch.float16), torch.tensor([numbers], dtype=torch.float16), 1.0)
     y = torch.zeros(1, 8)
-    native.add_lora([y], torch.ones(1, 1), native.LoRAGroup([layer]), native.Segments([(0, 0, 1)]))
+    native.add_lora([y], torch.ones(1, 1), native.LoRAGroup([layer]), native.Segments([Segment(0, 0, 1)]))
     expected = torch.tensor([numbers], dtype=torch.float16).float()
     assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
 
@@ -171,11 +171,11 @@ def test_add_lora_rows_do_not_depend_on_their_segments() -> None:
     adapters = Adapters([13], 100, (90, 33), torch.float32)
     x = torch.randn(200, 100)
     whole = [torch.ones(200, 90), torch.ones(200, 33)]
-    native.add_lora(whole, x, adapters.group, native.Segments([(0, 0, 200)]))
+    native.add_lora(whole, x, adapters.group, native.Segments([Segment(0, 0, 200)]))
     for _ in range(3):
         start, segments = 0, []
         for size in random_split(200):
-            segments.append((0, start, start + size))
+            segments.append(Segment(0, start, start + size))
             start += size
         ys = [torch.ones(200, 90), torch.ones(200, 33)]
         native.add_lora(ys, x, adapters.group, native.Segments(segments))
@@ -185,7 +185,7 @@ def test_add_lora_rows_do_not_depend_on_their_segments() -> None:
 def test_add_lora_nan_stays_in_its_slot_and_empty_slots_add_nothing() -> None:
     adapters = Adapters([8, 8, 8], 32, (48,), torch.float32)
     x = torch.randn(9, 32)
-    segments = native.Segments([(0, 0, 3), (1, 3, 6), (2, 6, 9)])
+    segments = native.Segments([Segment(0, 0, 3), Segment(1, 3, 6), Segment(2, 6, 9)])
     clean = torch.zeros(9, 48)
     native.add_lora([clean], x, adapters.group, segments)
     weights = adapters.layers[0].weights[1]

@@ -99,7 +99,7 @@ def segments_of(lengths: Sequence[int], start: int = 2) -> list[Segment]:
     """One segment a slot, in order, after `start` rows without an adapter."""
     segments = []
     for slot, length in enumerate(lengths):
-        segments.append(Segment(slot, start, start + length))
+        segments.append(Segment(slot, start, start + length, 0.5 - slot % 2))
         start += length
     return segments
 
@@ -112,12 +112,12 @@ def equal(ys: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 
 def test_cut_tiles() -> None:
-    tiles = triton_ops.cut_tiles(CPU, [Segment(3, 1, 18), Segment(0, 18, 19)])
+    tiles = triton_ops.cut_tiles(CPU, [Segment(3, 1, 18, 0.5), Segment(0, 18, 19)])
     assert tiles.table.tolist() == [[3, 1, 17], [3, 17, 18], [0, 18, 19]]
+    assert tiles.scales.tolist() == [0.5, 0.5, 1]
     padded = triton_ops.cut_tiles(CPU, [Segment(3, 1, 2)], num_tiles=3)
     assert padded.table.tolist() == [[3, 1, 2], [-1, 0, 0], [-1, 0, 0]]
-    assert padded
-    assert not triton_ops.cut_tiles(CPU, [])
+    assert padded.scales.tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -135,8 +135,8 @@ def test_linear_group(
     fill([group, reference], RANKS[: len(lengths)], in_features, outs)
     segments = segments_of(lengths)
     x = torch.randn(1, segments[-1].end + 3, in_features, dtype=dtype)
-    ys = group(x, interpreted.cut_tiles(CPU, segments))
-    for y, layer, expected in zip(ys, layers, reference(x.double(), segments), strict=True):
+    ys = group(x, [interpreted.cut_tiles(CPU, segments)])
+    for y, layer, expected in zip(ys, layers, reference(x.double(), [segments]), strict=True):
         torch.testing.assert_close(y.double(), expected, rtol=TOLERANCE[dtype], atol=8 * TOLERANCE[dtype])
         assert torch.equal(y[:, :2], layer(x)[:, :2])
         assert torch.equal(y[:, -3:], layer(x)[:, -3:])
@@ -148,12 +148,12 @@ def test_rows_do_not_depend_on_their_batch(interpreted: Any, dtype: torch.dtype)
     torch.manual_seed(0)
     group = bypasses(interpreted, (13, 40), 700, (90, 33), dtype)
     x = torch.randn(40, 700, dtype=dtype)
-    whole = group(x, interpreted.cut_tiles(CPU, [Segment(0, 0, 35), Segment(1, 35, 40)]))
+    whole = group(x, [interpreted.cut_tiles(CPU, [Segment(0, 0, 35), Segment(1, 35, 40)])])
     for slot, row in ((0, 0), (0, 15), (0, 16), (0, 34), (1, 35), (1, 39)):
-        alone = group(x[row : row + 1], interpreted.cut_tiles(CPU, [Segment(slot, 0, 1)]))
+        alone = group(x[row : row + 1], [interpreted.cut_tiles(CPU, [Segment(slot, 0, 1)])])
         assert equal(alone, [y[row : row + 1] for y in whole])
     pieces = [Segment(0, 0, 3), Segment(0, 3, 30), Segment(0, 30, 35), Segment(1, 35, 40)]
-    assert equal(group(x, interpreted.cut_tiles(CPU, pieces, num_tiles=9)), whole)
+    assert equal(group(x, [interpreted.cut_tiles(CPU, pieces, num_tiles=9)]), whole)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, on NaN
@@ -161,21 +161,21 @@ def test_rows_do_not_depend_on_their_batch(interpreted: Any, dtype: torch.dtype)
 def test_nan_stays_in_its_slot_and_in_its_row(interpreted: Any) -> None:
     torch.manual_seed(0)
     group = bypasses(interpreted, (8, 8, 8), 32, (48,), torch.float32)
-    tiles = interpreted.cut_tiles(CPU, segments_of([3, 3, 3], start=0))
+    tiles = interpreted.cut_tiles(CPU, [Segment(0, 0, 3), Segment(1, 3, 6), Segment(2, 6, 9)])
     x = torch.randn(9, 32)
-    (clean,) = group(x, tiles)
+    (clean,) = group(x, [tiles])
     bad = random_weights(8, 32, 48, 1.0)
     bad.lora_a.fill_(math.nan)
     group.set_slot(0, 1, bad)
-    (y,) = group(x, tiles)
+    (y,) = group(x, [tiles])
     assert y[3:6].isnan().all()
     assert torch.equal(y[:3], clean[:3])
     assert torch.equal(y[6:], clean[6:])
     group.set_slot(0, 1, random_weights(8, 32, 48, 1.0))
-    (clean,) = group(x, tiles)
+    (clean,) = group(x, [tiles])
     kept = [row for row in range(9) if row != 4]
     x[4, 7] = math.nan
-    (y,) = group(x, tiles)
+    (y,) = group(x, [tiles])
     assert y[4].isnan().all()
     assert torch.equal(y[kept], clean[kept])
 
@@ -187,14 +187,14 @@ def test_slots_are_replaced_and_emptied_in_place(interpreted: Any) -> None:
     tables = [table.data_ptr() for table in (group._a_ptrs, group._b_ptrs, group._ranks, group._scalings)]
     tiles = interpreted.cut_tiles(CPU, [Segment(0, 0, 4)])
     x = torch.randn(4, 32)
-    before = group(x, tiles)
+    before = group(x, [tiles])
     weights = random_weights(3, 32, 48, 2.0)
     group.set_slot(0, 0, weights)
-    first, second = group(x, tiles)
+    first, second = group(x, [tiles])
     torch.testing.assert_close(first, 2.0 * x @ weights.lora_a.T @ weights.lora_b)
     assert torch.equal(second, before[1])
     group.set_slot(0, 0, None)
-    first, second = group(x, tiles)
+    first, second = group(x, [tiles])
     assert torch.equal(first, torch.zeros(4, 48))
     assert torch.equal(second, before[1])
     assert tables == [table.data_ptr() for table in (group._a_ptrs, group._b_ptrs, group._ranks, group._scalings)]
@@ -218,7 +218,7 @@ def compiled(patch: pytest.MonkeyPatch, arch: int, in_features: int, outs: Seque
 
         patch.setattr(function, "run", compile_only)
     bypasses(triton_ops, (8,), in_features, outs, dtype)(
-        torch.zeros(3, in_features, dtype=dtype), triton_ops.cut_tiles(CPU, [Segment(0, 0, 3)])
+        torch.zeros(3, in_features, dtype=dtype), [triton_ops.cut_tiles(CPU, [Segment(0, 0, 3)])]
     )
     return kernels
 

@@ -35,16 +35,16 @@ def test_a_slot_is_reset_before_it_is_written(parts: EngineParts, adapters_dir: 
     name = "model.layers.0.mlp.up_proj"
     group, index = parts.runner.lora._slots[name]
     x = torch.randn(1, 3, 64)
-    segments = parts.runner.lora._prepare([Segment(0, 0, 3)])
+    passes = [parts.runner.lora._prepare([Segment(0, 0, 3)])]
     with torch.inference_mode():
-        plain = group(x, segments)[index]
+        plain = group(x, passes)[index]
         parts.runner.lora.write(0, load(parts, adapters_dir / "plain"))
-        adapted = group(x, segments)[index]
+        adapted = group(x, passes)[index]
         parts.runner.lora.write(0, load(parts, adapters_dir / "attention"))
         assert not torch.equal(adapted, plain)
-        assert torch.equal(group(x, segments)[index], plain)
+        assert torch.equal(group(x, passes)[index], plain)
         parts.runner.lora.write(0, None)
-        assert torch.equal(group(x, segments)[index], plain)
+        assert torch.equal(group(x, passes)[index], plain)
 
 
 def test_a_sick_slot_touches_no_other_token(parts: EngineParts, adapters_dir: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_sick_slot_touches_no_other_token(parts: EngineParts, adapters_dir: Pa
     with torch.inference_mode():
         group.set_slot(index, 0, good)
         group.set_slot(index, 1, LayerWeights(bad.lora_a, bad.lora_b, 1.0))
-        expected = group(x, prepare([Segment(0, 0, 2)]))[index]
-        y = group(x, prepare([Segment(0, 0, 2), Segment(1, 3, 4)]))[index]
+        expected = group(x, [prepare([Segment(0, 0, 2)])])[index]
+        y = group(x, [prepare([Segment(0, 0, 2), Segment(1, 3, 4)])])[index]
     assert torch.equal(y[0, :3], expected[0, :3])
     assert y[0, 3].isnan().all()

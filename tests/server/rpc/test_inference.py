@@ -166,6 +166,28 @@ async def test_sampling_out_of_range(running: Running, sampling: dict[str, Any],
     assert violation.field_violations[0].field == f"sampling.{field}"
 
 
+def mix(weights: dict[str, float], **fields: Any) -> pb.GenerateRequest:
+    parts = [pb.AdapterWeight(adapter=name, weight=weight) for name, weight in weights.items()]
+    return pb.GenerateRequest(
+        prompt=PROMPT, sampling=pb.SamplingParams(max_tokens=10, ignore_eos=True), mix=parts, **fields
+    )
+
+
+async def test_mixtures_and_scales(running: Running) -> None:
+    """A mixture of one is that adapter; a scale and a weight are the same thing; every answer says what made it."""
+    generate = running.inference.Generate
+    alone = await generate(ask(adapter="plain"))
+    assert (await generate(mix({"plain": 1}))).token_ids == alone.token_ids
+    assert alone.adapter.weight == 1
+    scaled = await generate(mix({}, adapter="plain", adapter_scale=0.5))
+    assert scaled.token_ids == (await generate(mix({"plain": 0.5}))).token_ids != alone.token_ids
+    assert (scaled.adapter.name, scaled.adapter.weight) == ("plain", 0.5)
+    mixed = await generate(mix({"plain": 0.5, "feed-forward": -2}))
+    assert [(part.name, part.weight) for part in mixed.mix] == [("plain", 0.5), ("feed-forward", -2)]
+    assert not mixed.HasField("adapter")
+    assert mixed.token_ids != scaled.token_ids
+
+
 BAD_REQUESTS: list[tuple[pb.GenerateRequest, grpc.StatusCode, str]] = [
     (pb.GenerateRequest(), grpc.StatusCode.INVALID_ARGUMENT, "no input"),
     (pb.GenerateRequest(prompt=""), grpc.StatusCode.INVALID_ARGUMENT, "prompt is empty"),
@@ -185,6 +207,14 @@ BAD_REQUESTS: list[tuple[pb.GenerateRequest, grpc.StatusCode, str]] = [
     ),
     (pb.GenerateRequest(prompt="x", request_id="a\x1b[31m"), grpc.StatusCode.INVALID_ARGUMENT, "request_id"),
     (ask(n=2), grpc.StatusCode.INVALID_ARGUMENT, "GenerateStream"),
+    (mix({"plain": 0.5, "nobody": 0.5}), grpc.StatusCode.NOT_FOUND, "nobody"),
+    (mix({"plain": math.nan}), grpc.StatusCode.INVALID_ARGUMENT, "mix.weight is nan"),
+    (mix({"plain": 11}), grpc.StatusCode.INVALID_ARGUMENT, "mix.weight is 11; it must be from -10 to 10"),
+    (mix({"plain": 1, "plain@1": 1}), grpc.StatusCode.INVALID_ARGUMENT, "twice"),
+    (mix({f"a{index}": 1 for index in range(9)}), grpc.StatusCode.INVALID_ARGUMENT, "9 adapters; the limit is 8"),
+    (mix({"plain": 1}, adapter="plain"), grpc.StatusCode.INVALID_ARGUMENT, "instead of adapter"),
+    (mix({}, adapter="plain", adapter_scale=-11), grpc.StatusCode.INVALID_ARGUMENT, "adapter_scale is -11"),
+    (mix({}, adapter_scale=1), grpc.StatusCode.INVALID_ARGUMENT, "no adapter"),
 ]
 
 
