@@ -6,6 +6,7 @@ ServingError
 ├── IncompatibleAdapter     FAILED_PRECONDITION   a good adapter, but not for this server
 ├── AdapterNotFound         NOT_FOUND
 ├── AdapterExists           ALREADY_EXISTS
+├── MergeRefused            FAILED_PRECONDITION   this server cannot merge, or not on request
 ├── Overloaded              RESOURCE_EXHAUSTED
 ├── Unavailable             UNAVAILABLE           draining, or the engine is down
 └── InternalFailure         INTERNAL              the client sees only the incident id
@@ -65,6 +66,11 @@ class AdapterNotFound(ServingError):
 class AdapterExists(ServingError):
     code = grpc.StatusCode.ALREADY_EXISTS
     reason = "ADAPTER_EXISTS"
+
+
+class MergeRefused(ServingError):
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "MERGE_REFUSED"
 
 
 class Overloaded(ServingError):

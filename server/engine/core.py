@@ -42,11 +42,19 @@ class Evict:
 
 
 @dataclass(frozen=True, slots=True)
+class Merge:
+    """Add an adapter to the base's weights, or with None take the merged one out; answers with the seconds it took."""
+
+    adapter: Adapter | None
+    done: Future[float]
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     pass
 
 
-Command = Submit | Abort | Evict | Stop
+Command = Submit | Abort | Evict | Merge | Stop
 
 
 class EngineCore:
@@ -61,6 +69,7 @@ class EngineCore:
         self._stopping = False
         # Adapters in device slots: a snapshot for other threads to read, replaced whole and never changed.
         self.resident: frozenset[Adapter] = frozenset()
+        self.merged: Adapter | None = None  # for other threads too
 
     def connect(self, emit: Emit) -> None:
         """Says who gets the outputs of each step; called before the first one."""
@@ -128,11 +137,18 @@ class EngineCore:
             case Abort(request_id):
                 self.scheduler.abort(request_id)
             case Evict(adapter, freed):
+                if adapter is self.merged:
+                    self._merge(None)
                 slot = self.scheduler.slots.remove(adapter)
                 if slot is not None:
                     self.runner.lora.write(slot, None)
                 self._publish_resident()
                 freed.set_result(0 if slot is None else bytes_on_device(adapter, self.runner.base.device))
+            case Merge(adapter, done):
+                try:
+                    done.set_result(self._merge(adapter))
+                except Exception as error:
+                    done.set_exception(error)
             case Stop():
                 self._stopping = True
 
@@ -147,6 +163,12 @@ class EngineCore:
             self.scheduler.slots.remove(adapter)
         self._publish_resident()
         self._emit(outputs)
+
+    def _merge(self, adapter: Adapter | None) -> float:
+        seconds = self.runner.merge(adapter)
+        self.merged = adapter
+        log.info("%s in %.0f ms", f"adapter {adapter.name} merged" if adapter else "unmerged", 1000 * seconds)
+        return seconds
 
     def _publish_resident(self) -> None:
         self.resident = frozenset(self.scheduler.slots.adapters())

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +12,16 @@ from torch import Tensor
 from server.engine.request import Request
 from server.engine.scheduler import ScheduledRequest
 from server.kernels import Pass, Segment
+from server.lora.adapter import Adapter
 
 Bypass = tuple[int, float]  # an adapter slot, and the factor on its output
+
+
+class MergedAdapter(NamedTuple):
+    """An adapter that is part of the base's weights for now, and the slot that holds it too."""
+
+    adapter: Adapter
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +46,16 @@ class ForwardBatch:
 
 
 def build_forward_batch(
-    scheduled: Sequence[ScheduledRequest], block_size: int, device: torch.device, *, all_logits: bool = False
+    scheduled: Sequence[ScheduledRequest],
+    block_size: int,
+    device: torch.device,
+    *,
+    merged: MergedAdapter | None = None,
+    all_logits: bool = False,
 ) -> ForwardBatch:
     """Builds the tensors of a step for requests that are ordered by adapter slot.
 
+    With an adapter `merged` into the base's weights its own requests take no bypass, all others take it away first.
     `all_logits` asks for the logits of each request's last row even where it does not sample yet.
     """
     requests = [item.request for item in scheduled]
@@ -69,7 +84,7 @@ def build_forward_batch(
     slot_mapping += positions % block_size
 
     sampled = [row for row, item in enumerate(scheduled) if item.samples or all_logits]
-    bypasses = [_bypasses(request) for request in requests]
+    bypasses = [_bypasses(request, merged) for request in requests]
 
     def to_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -89,8 +104,11 @@ def build_forward_batch(
     )
 
 
-def _bypasses(request: Request) -> tuple[Bypass, ...]:
-    return tuple((slot, part.weight) for slot, part in zip(request.adapter_slots, request.adapters, strict=True))
+def _bypasses(request: Request, merged: MergedAdapter | None) -> tuple[Bypass, ...]:
+    own = tuple((slot, part.weight) for slot, part in zip(request.adapter_slots, request.adapters, strict=True))
+    if merged is None:
+        return own
+    return () if request.sole_adapter is merged.adapter else ((merged.slot, -1.0), *own)
 
 
 def _passes(bypasses: Sequence[Sequence[Bypass]], lengths: Sequence[int]) -> tuple[Pass, ...]:

@@ -1,12 +1,13 @@
 """One forward of the model for one scheduled batch. Owns every tensor of the engine; engine thread only."""
 
+import time
 from collections import Counter
 
 import torch
 from torch import Tensor
 
 from server.engine.attention import AttentionStep, PagedCache
-from server.engine.forward_batch import ForwardBatch, build_forward_batch
+from server.engine.forward_batch import ForwardBatch, MergedAdapter, build_forward_batch
 from server.engine.fusion import fuse
 from server.engine.model import PROBE_TOKENS, BaseModel
 from server.engine.request import Request, SamplingParams
@@ -14,6 +15,7 @@ from server.engine.sampler import Sampled, sample
 from server.engine.scheduler import ScheduledBatch, ScheduledRequest
 from server.errors import ConfigError
 from server.kernels import Kernels
+from server.lora.adapter import Adapter
 from server.lora.layers import LoRALayers
 
 # Largest difference from the model's own logits that is rounding, as a share of the largest logit, by weight storage.
@@ -49,9 +51,22 @@ class ModelRunner:
             self.lora.write(slot, adapter)
         if not batch.requests:
             return []
-        logits = self.forward(build_forward_batch(batch.requests, self.cache.block_size, self.base.device))
+        merged = MergedAdapter(self.lora.merged, self.lora.merged_slot) if self.lora.merged else None
+        tensors = build_forward_batch(batch.requests, self.cache.block_size, self.base.device, merged=merged)
+        logits = self.forward(tensors)
         sampling = [scheduled.request for scheduled in batch.requests if scheduled.samples]
         return list(zip(sampling, sample(logits, sampling), strict=True)) if sampling else []
+
+    @torch.inference_mode()
+    def merge(self, adapter: Adapter | None) -> float:
+        """Merges an adapter into the base's weights, or takes the merged one out; returns the seconds it took.
+
+        Raises:
+            MergeRefused: see `LoRALayers.merge`.
+        """
+        started = time.perf_counter()
+        self.lora.merge(adapter)
+        return time.perf_counter() - started
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> Tensor:

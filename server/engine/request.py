@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from server.lora.adapter import WeightedAdapter
+from server.lora.adapter import Adapter, WeightedAdapter
 
 GREEDY_BELOW = 1e-5
 
@@ -111,6 +111,11 @@ class Request:
     def adapter_name(self) -> str:
         """For people and metrics: the names of the adapters, empty for the base model."""
         return "+".join(adapter.name for adapter, _ in self.adapters)
+
+    @property
+    def sole_adapter(self) -> Adapter | None:
+        """The adapter that the request runs on if it is one, unscaled."""
+        return self.adapters[0].adapter if len(self.adapters) == 1 and self.adapters[0].weight == 1 else None
 
     @property
     def num_tokens(self) -> int:

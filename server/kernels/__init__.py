@@ -39,6 +39,15 @@ class LinearGroup(Protocol):
     def set_slot(self, layer: int, slot: int, weights: LayerWeights | None) -> None:
         """Fills or empties a slot of the group's n-th layer."""
 
+    def merge(self, weights: Sequence[LayerWeights | None]) -> int:
+        """Computes with base + scaling · (lora_aᵀ · lora_b)ᵀ from here on, for each layer that has weights.
+
+        The base's own weights are never written: the sum lies beside them. Returns its size in bytes.
+        """
+
+    def unmerge(self) -> None:
+        """Computes with the base's own weights again."""
+
     def __call__(self, x: Tensor, passes: Sequence[Any]) -> list[Tensor]:
         """Every layer's output [..., out_features] for x [..., in_features]: base, plus the bypass within segments.
 
@@ -60,4 +69,5 @@ class Kernels:
     linear_group: Callable[[Sequence[nn.Module], int], LinearGroup]  # frozen layers, number of slots
     prepare_segments: Callable[[Sequence[Segment]], Any]  # one pass, made once a step for all its groups
     groups_layers: bool  # whether layers that share their input are better computed in one call
+    can_merge: bool = True  # whether the weights are numbers to which an adapter can be added
     tied_embedding: Callable[[LinearGroup], nn.Module] | None = None  # an embedding that shares the group's weight

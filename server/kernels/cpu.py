@@ -14,19 +14,32 @@ class CpuLinearGroup:
 
     def __init__(self, storage: Storage, layers: Sequence[nn.Module], num_slots: int) -> None:
         packed = [_pack(layer, storage) for layer in layers]
-        self._linear = native.LinearGroup(packed)
+        self._base = self._linear = native.LinearGroup(packed)
         self._slots = [native.LoRASlots(layer.in_features, layer.out_features, num_slots) for layer in packed]
         self._lora = native.LoRAGroup(self._slots)
 
     @property
     def packed(self) -> Sequence[native.PackedLinear]:
-        return self._linear.layers
+        return self._base.layers
 
     def set_slot(self, layer: int, slot: int, weights: LayerWeights | None) -> None:
         if weights is None:
             self._slots[layer].clear(slot)
         else:
             self._slots[layer].set(slot, weights.lora_a, weights.lora_b, weights.scaling)
+
+    def merge(self, weights: Sequence[LayerWeights | None]) -> int:
+        layers, num_bytes = list(self._base.layers), 0
+        for index, (current, lora) in enumerate(zip(self._linear.layers, weights, strict=True)):
+            if lora is not None:
+                memory = current.data if current is not layers[index] else None
+                layers[index] = layers[index].merged(lora.lora_a, lora.lora_b, lora.scaling, out=memory)
+                num_bytes += layers[index].data.nbytes
+        self._linear = native.LinearGroup(layers)
+        return num_bytes
+
+    def unmerge(self) -> None:
+        self._linear = self._base
 
     def __call__(self, x: Tensor, passes: Sequence[native.Segments]) -> list[Tensor]:
         outputs = native.linear_many(x, self._linear)
@@ -54,6 +67,7 @@ def cpu_kernels(storage: Storage) -> Kernels:
         partial(CpuLinearGroup, storage),
         native.Segments,
         groups_layers=True,
+        can_merge=storage != "int8",
         tied_embedding=_tied_embedding,
     )
 

@@ -117,12 +117,30 @@ class PackedLinear:
     """A frozen weight [out, in] (and bias [out]) as panels [ceil(out / 16), in, 16]; int8 with one scale per output."""
 
     def __init__(self, data: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int) -> None:
+        assert data.is_contiguous()
         self.data, self.scale, self.bias = data, scale, bias
         self.in_features, self.out_features = data.shape[1], out_features
         self.struct = _LinearStruct(
             data.data_ptr(), _pointer(scale), _pointer(bias), self.in_features, out_features, _KINDS[data.dtype]
         )
         self.group = LinearGroup([self])
+
+    def merged(self, lora_a: Tensor, lora_b: Tensor, scaling: float, out: Tensor | None = None) -> "PackedLinear":
+        """The layer with weight + scaling * (lora_a.T @ lora_b).T, summed in float32, in the memory of `out` if given.
+
+        lora_a is [rank, in], lora_b [rank, out].
+        """
+        assert self.scale is None, "8-bit weights cannot take a sum"
+        panels, rank = len(self.data), len(lora_b)
+        b = torch.zeros(rank, panels * PANEL)
+        b[:, : self.out_features] = lora_b
+        b = b.view(rank, panels, PANEL).transpose(0, 1)
+        data = torch.empty_like(self.data) if out is None else out
+        total = data if data.dtype == torch.float32 else None
+        total = torch.baddbmm(self.data.float(), lora_a.float().T.expand(panels, -1, -1), b, alpha=scaling, out=total)
+        if total is not data:
+            data.copy_(total)
+        return PackedLinear(data, None, self.bias, self.out_features)
 
     def unpack(self) -> Tensor:
         """The weight [out, in] in float32 (int8: as rounded)."""

@@ -1,26 +1,62 @@
 """The operations of a step in plain torch: the reference for every kernel, and what runs where there is none."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from server.kernels import Kernels, LayerWeights, Segment
+
+
+class MergeableLayers:
+    """Frozen layers as they are, whose weights may be swapped for their sums with an adapter."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self._base = [cast(nn.Parameter, layer.weight) for layer in layers]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self._layers]
+
+    def merge(self, weights: Sequence[LayerWeights | None]) -> int:
+        """See `LinearGroup.merge`; the sums are taken in float32."""
+        self.unmerge()
+        num_bytes = 0
+        for layer, base, lora in zip(self._layers, self._base, weights, strict=True):
+            if lora is not None:
+                lora_a, lora_b = lora.lora_a.float(), lora.lora_b.float()
+                factors = (lora_a.T, lora_b) if isinstance(layer, Conv1D) else (lora_b.T, lora_a)
+                merged = torch.addmm(base.float(), *factors, alpha=lora.scaling).to(base.dtype)
+                layer.weight = nn.Parameter(merged, requires_grad=False)
+                num_bytes += merged.nbytes
+        return num_bytes
+
+    def unmerge(self) -> None:
+        for layer, base in zip(self._layers, self._base, strict=True):
+            layer.weight = base
 
 
 class TorchLinearGroup:
     """The reference of `LinearGroup`; its layers stay as they are."""
 
     def __init__(self, layers: Sequence[nn.Module], num_slots: int) -> None:
-        self._layers = layers
+        self._layers = MergeableLayers(layers)
         self._slots: list[list[LayerWeights | None]] = [[None] * num_slots for _ in layers]
 
     def set_slot(self, layer: int, slot: int, weights: LayerWeights | None) -> None:
         self._slots[layer][slot] = weights
 
+    def merge(self, weights: Sequence[LayerWeights | None]) -> int:
+        return self._layers.merge(weights)
+
+    def unmerge(self) -> None:
+        self._layers.unmerge()
+
     def __call__(self, x: Tensor, passes: Sequence[Sequence[Segment]]) -> list[Tensor]:
-        outputs = [layer(x) for layer in self._layers]
+        outputs = self._layers(x)
         rows = x.reshape(-1, x.shape[-1])
         for segments in passes:
             for y, slots in zip(outputs, self._slots, strict=True):

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from server.kernels import Kernels, LayerWeights, Segment
+from server.kernels.torch_ops import MergeableLayers
 
 TILE_ROWS = 16  # the fewest that tl.dot takes: decode wastes no more than it must
 RANK_STEP = 16  # what passes from shrink to expand is read in units of this many ranks
@@ -57,7 +58,7 @@ class TritonLinearGroup:
     """Layers that stay as they are, and the bypasses of them all in two launches."""
 
     def __init__(self, device: torch.device, max_rank: int, layers: Sequence[nn.Module], num_slots: int) -> None:
-        self._layers = layers
+        self._layers = MergeableLayers(layers)
         self._max_rank = max_rank
         self._dtype = next(layers[0].parameters()).dtype
         self._slots: list[list[tuple[Tensor, Tensor] | None]] = [[None] * num_slots for _ in layers]
@@ -81,8 +82,14 @@ class TritonLinearGroup:
         self._scalings[layer, slot] = weights.scaling
         self._slots[layer][slot] = a, b
 
+    def merge(self, weights: Sequence[LayerWeights | None]) -> int:
+        return self._layers.merge(weights)
+
+    def unmerge(self) -> None:
+        self._layers.unmerge()
+
     def __call__(self, x: Tensor, passes: Sequence[Tiles]) -> list[Tensor]:
-        outputs = [layer(x) for layer in self._layers]
+        outputs = self._layers(x)
         assert not passes or all(y.is_contiguous() for y in outputs)
         for tiles in passes:
             self._add_lora(outputs, x.reshape(-1, x.shape[-1]).contiguous(), tiles)

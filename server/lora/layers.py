@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from server.errors import MergeRefused
 from server.kernels import Kernels, LayerWeights, LinearGroup, Pass
 from server.lora.adapter import Adapter
 
@@ -70,37 +71,62 @@ class LoRALayers:
             head: the layer that makes the logits; its rows are the sampled ones.
         """
         self.kernels_name = kernels.name
+        self.merged: Adapter | None = None
+        self.merged_bytes = 0
+        self.merged_slot = num_slots  # beyond the others: holds what tokens of other adapters take away again
+        self._can_merge = kernels.can_merge
         self._prepare = kernels.prepare_segments
         self._device = next(model.parameters()).device
         self._tokens, self._logits = _Rows(), _Rows()
-        self._slots: dict[str, tuple[LinearGroup, int]] = {}
+        self._groups: list[tuple[Sequence[str], LinearGroup]] = []
         embedding = model.get_input_embeddings()
         tied = type(embedding) is nn.Embedding and embedding.weight is model.get_submodule(head).weight
         parts = groups if kernels.groups_layers else [[name] for group in groups for name in group]
         for names in parts:
-            kernel = kernels.linear_group([model.get_submodule(name) for name in names], num_slots)
+            kernel = kernels.linear_group([model.get_submodule(name) for name in names], num_slots + 1)
             shared = _SharedInput(kernel, len(names), self._logits if names == [head] else self._tokens)
             for index, name in enumerate(names):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, MultiLoRALinear(shared, index))
-                self._slots[name] = kernel, index
-        if tied and kernels.tied_embedding:
-            model.set_input_embeddings(kernels.tied_embedding(self._slots[head][0]))
+            self._groups.append((names, kernel))
+            if names == [head] and tied and kernels.tied_embedding:
+                model.set_input_embeddings(kernels.tied_embedding(kernel))
 
     def write(self, slot: int, adapter: Adapter | None) -> None:
         """Puts an adapter's weights into a slot, in place of whatever was there; None empties the slot.
 
         On the CPU the slot shares the host's tensors: a resident adapter is in memory once.
         """
-        for name, (kernel, index) in self._slots.items():
-            weights = adapter.weights.get(name) if adapter is not None else None
-            if weights is not None:
-                weights = LayerWeights(
-                    weights.lora_a.to(self._device, non_blocking=True),
-                    weights.lora_b.to(self._device, non_blocking=True),
-                    weights.scaling,
-                )
-            kernel.set_slot(index, slot, weights)
+        for names, kernel in self._groups:
+            for index, name in enumerate(names):
+                weights = adapter.weights.get(name) if adapter is not None else None
+                kernel.set_slot(index, slot, weights and self._on_device(weights))
+
+    def _on_device(self, weights: LayerWeights) -> LayerWeights:
+        lora_a, lora_b = (matrix.to(self._device, non_blocking=True) for matrix in (weights.lora_a, weights.lora_b))
+        return LayerWeights(lora_a, lora_b, weights.scaling)
+
+    def merge(self, adapter: Adapter | None) -> None:
+        """Adds an adapter to the base's weights, in place of one that is merged; None: the base as it was.
+
+        Tokens of everybody else take the bypass of `merged_slot` with a factor of −1.
+
+        Raises:
+            MergeRefused: the weights are quantized.
+        """
+        if adapter is not None and not self._can_merge:
+            raise MergeRefused(
+                f"adapter {adapter.name!r} cannot be merged: the base is quantized (--quantization); "
+                "it is served as a bypass"
+            )
+        self.merged, self.merged_bytes = adapter, 0
+        for names, kernel in self._groups:
+            if adapter is None:
+                kernel.unmerge()
+            else:
+                weights = [adapter.weights.get(name) for name in names]
+                self.merged_bytes += kernel.merge([layer and self._on_device(layer) for layer in weights])
+        self.write(self.merged_slot, adapter)
 
     @contextmanager
     def activate(self, passes: Sequence[Pass], logits_passes: Sequence[Pass]) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from adapters.format import read_adapter
 from server.config import EngineConfig
 from server.engine.build import build_engine
-from server.engine.core import EngineCore, Submit
+from server.engine.core import EngineCore, Merge, Submit
 from server.engine.forward_batch import ForwardBatch
 from server.engine.request import Request, SamplingParams, TokenOutput
 from server.engine.scheduler import ScheduledBatch
@@ -50,6 +51,12 @@ class Engine:
         self.core.step()
         while self.parts.scheduler.has_work:
             self.core.step()
+
+    def merge(self, adapter: Adapter | None) -> float:
+        done: Future[float] = Future()
+        self.core.put(Merge(adapter, done))
+        self.core.step()
+        return done.result()
 
     def tokens(self, request_id: int) -> list[int]:
         return [output.token_id for output in self.outputs[request_id] if output.token_id is not None]

@@ -8,7 +8,7 @@ import torch
 from adapters.format import read_adapter
 from server.config import EngineConfig
 from server.engine.build import EngineParts, build_engine
-from server.kernels import LayerWeights, Segment, native
+from server.kernels import LayerWeights, LinearGroup, Segment, native
 from server.lora.adapter import Adapter
 
 
@@ -23,6 +23,11 @@ def load(parts: EngineParts, folder: Path) -> Adapter:
     return Adapter.from_files(read_adapter(folder, parts.base.linear_layers, 64), folder.name, "1", 1)
 
 
+def layer(parts: EngineParts, name: str) -> tuple[LinearGroup, int]:
+    """A layer's group and its place in it."""
+    return next((group, names.index(name)) for names, group in parts.runner.lora._groups if name in names)
+
+
 def test_an_adapter_is_one_block_of_memory(parts: EngineParts, adapters_dir: Path) -> None:
     adapter = load(parts, adapters_dir / "plain")
     tensors = [tensor for layer in adapter.weights.values() for tensor in (layer.lora_a, layer.lora_b)]
@@ -32,8 +37,7 @@ def test_an_adapter_is_one_block_of_memory(parts: EngineParts, adapters_dir: Pat
 
 def test_a_slot_is_reset_before_it_is_written(parts: EngineParts, adapters_dir: Path) -> None:
     """What the old adapter had and the new one has not must be gone."""
-    name = "model.layers.0.mlp.up_proj"
-    group, index = parts.runner.lora._slots[name]
+    group, index = layer(parts, "model.layers.0.mlp.up_proj")
     x = torch.randn(1, 3, 64)
     passes = [parts.runner.lora._prepare([Segment(0, 0, 3)])]
     with torch.inference_mode():
@@ -49,7 +53,7 @@ def test_a_slot_is_reset_before_it_is_written(parts: EngineParts, adapters_dir: 
 
 def test_a_sick_slot_touches_no_other_token(parts: EngineParts, adapters_dir: Path) -> None:
     name = "model.layers.0.self_attn.q_proj"
-    group, index = parts.runner.lora._slots[name]
+    group, index = layer(parts, name)
     good, bad = load(parts, adapters_dir / "plain").weights[name], load(parts, adapters_dir / "plain").weights[name]
     bad.lora_a.fill_(float("nan"))
     x = torch.randn(1, 4, 64)

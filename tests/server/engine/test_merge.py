@@ -1,0 +1,132 @@
+"""An adapter merged into the base: everybody's tokens stay the same, and the base's weights stay what they were."""
+
+import hashlib
+from concurrent.futures import Future
+from itertools import cycle, islice
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from server.engine.core import Evict
+from server.errors import MergeRefused
+from server.kernels import native
+from server.lora.adapter import Adapter, WeightedAdapter
+from tests.conftest import ADAPTERS
+from tests.server.engine.conftest import Engine, peft_greedy, peft_mixture
+
+NUM_TOKENS = 12
+NAMES = ["", *ADAPTERS]
+NUM_CYCLES = 1000
+
+
+@pytest.fixture(params=["native", "torch"])
+def engine(model_dir: Path, request: pytest.FixtureRequest) -> Engine:
+    if request.param == "native" and not native.available():
+        pytest.skip("the native kernels are not built")
+    return Engine(model_dir, kernels="torch" if request.param == "torch" else "auto")
+
+
+@pytest.fixture
+def adapters(engine: Engine, adapters_dir: Path) -> dict[str, Adapter]:
+    return {name: engine.load(adapters_dir / name) for name in ADAPTERS}
+
+
+@pytest.fixture(scope="module")
+def expected(reference: peft.PeftModel, prompts: list[list[int]]) -> list[list[int]]:
+    return [
+        peft_greedy(reference, prompt, name, NUM_TOKENS) for prompt, name in zip(prompts, cycle(NAMES), strict=False)
+    ]
+
+
+def test_everybody_answers_as_before(
+    engine: Engine,
+    adapters: dict[str, Adapter],
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    reference: peft.PeftModel,
+) -> None:
+    """Each adapter in turn is merged; it, the others, the base and mixtures run in the same batch."""
+    work = [(prompt, adapters.get(name)) for prompt, name in zip(prompts, cycle(NAMES), strict=False)]
+    with peft_mixture(reference, {"plain": 0.7, "rslora": -0.5}):
+        mixture_expected = peft_greedy(reference, prompts[0], None, NUM_TOKENS)
+    mixture = [WeightedAdapter(adapters["plain"], 0.7), WeightedAdapter(adapters["rslora"], -0.5)]
+    for adapter in adapters.values():
+        assert engine.merge(adapter) > 0
+        assert engine.core.merged is adapter
+        assert engine.generate([*work, (prompts[0], mixture)]) == [*expected, mixture_expected], adapter.name
+
+
+def test_merging_in_the_middle_of_requests(
+    engine: Engine, adapters: dict[str, Adapter], prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """K and V computed in one mode serve the other."""
+    ids = [engine.submit(prompt, adapters.get(name)) for prompt, name in zip(prompts, cycle(NAMES), strict=False)]
+    for adapter in islice(cycle([adapters["plain"], None, adapters["head"], adapters["rslora"]]), NUM_TOKENS):
+        engine.merge(adapter)  # which takes a step too
+    engine.run()
+    assert [engine.tokens(request_id) for request_id in ids] == expected
+
+
+def test_the_base_is_bit_for_bit_what_it_was(engine: Engine, adapters: dict[str, Adapter]) -> None:
+    before = base_digest(engine)
+    for adapter in islice(cycle(adapters.values()), NUM_CYCLES):
+        engine.parts.runner.merge(adapter)
+        engine.parts.runner.merge(None)
+    assert base_digest(engine) == before
+    engine.merge(adapters["plain"])
+    assert base_digest(engine) != before
+
+
+def base_digest(engine: Engine) -> str:
+    """Of what every linear layer computes with: its output for the rows of the unit matrix."""
+    digest = hashlib.sha256()
+    layers = engine.parts.base.linear_layers
+    with torch.inference_mode():
+        for names, group in engine.parts.runner.lora._groups:
+            for y in group(torch.eye(layers[names[0]].in_features)[None], ()):
+                digest.update(y.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_memory_of_the_sums_is_counted_and_given_back(engine: Engine, adapters: dict[str, Adapter]) -> None:
+    lora = engine.parts.runner.lora
+    engine.merge(adapters["attention"])
+    shapes = [engine.parts.base.linear_layers[name] for name in adapters["attention"].weights]
+    assert lora.merged_bytes == sum(shape.in_features * shape.out_features * 4 for shape in shapes)
+    engine.merge(None)
+    assert lora.merged_bytes == 0
+    assert engine.core.merged is None
+
+
+def test_an_adapter_that_goes_is_unmerged(
+    engine: Engine, adapters: dict[str, Adapter], prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    engine.merge(adapters["plain"])
+    engine.core.put(Evict(adapters["plain"], Future()))
+    assert engine.generate([(prompts[0], None)]) == expected[:1]
+    assert engine.core.merged is None
+    assert engine.parts.runner.lora.merged is None
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+def test_half_width_weights(model_dir: Path, adapters_dir: Path, prompts: list[list[int]]) -> None:
+    """Sums are rounded to the storage, so answers may part at near ties; first tokens must agree."""
+    engine = Engine(model_dir, dtype="bfloat16")
+    adapters = [engine.load(adapters_dir / name) for name in ("plain", "head")]
+    work = [(prompt, adapters[index % 2]) for index, prompt in enumerate(prompts)]
+    bypass = engine.generate(work, max_tokens=1)
+    engine.merge(adapters[0])
+    assert sum(a == b for a, b in zip(engine.generate(work, max_tokens=1), bypass, strict=True)) >= len(work) - 1
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+def test_a_quantized_base_says_no(model_dir: Path, adapters_dir: Path, prompts: list[list[int]]) -> None:
+    engine = Engine(model_dir, quantization="int8")
+    adapter = engine.load(adapters_dir / "plain")
+    bypass = engine.generate([(prompts[0], adapter)])
+    with pytest.raises(MergeRefused, match=r"plain.*quantized.*--quantization"):
+        engine.merge(adapter)
+    assert engine.core.merged is None
+    assert engine.generate([(prompts[0], adapter)]) == bypass
