@@ -75,16 +75,19 @@ class LoRALayers:
         self._tokens, self._logits = _Rows(), _Rows()
         self._slots: dict[str, tuple[LinearGroup, int]] = {}
         embedding = model.get_input_embeddings()
-        tied = type(embedding) is nn.Embedding and embedding.weight is model.get_submodule(head).weight
+        tied = embedding.weight is model.get_submodule(head).weight
         parts = groups if kernels.groups_layers else [[name] for group in groups for name in group]
         for names in parts:
-            kernel = kernels.linear_group([model.get_submodule(name) for name in names], num_slots)
+            layers = [model.get_submodule(name) for name in names]
+            if kernels.pack and not (tied and names == [head]):  # the embedding keeps a tied weight: no second copy
+                layers = [kernels.pack(layer) for layer in layers]
+            kernel = kernels.linear_group(layers, num_slots)
             shared = _SharedInput(kernel, len(names), self._logits if names == [head] else self._tokens)
             for index, name in enumerate(names):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, MultiLoRALinear(shared, index))
                 self._slots[name] = kernel, index
-        if tied and kernels.tied_embedding:
+        if tied and kernels.tied_embedding and type(embedding) is nn.Embedding:
             model.set_input_embeddings(kernels.tied_embedding(self._slots[head][0]))
 
     def write(self, slot: int, adapter: Adapter | None) -> None:
