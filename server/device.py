@@ -10,7 +10,7 @@ from server.engine.attention import PagedCache
 from server.engine.cpu_kv_cache import CpuKVCache
 from server.engine.kv_cache import KVShape, TorchKVCache
 from server.errors import ConfigError
-from server.kernels import Kernels, Storage, native
+from server.kernels import Kernels, Storage, native, onednn
 from server.kernels.cpu import cpu_kernels
 from server.kernels.torch_ops import torch_kernels
 
@@ -93,7 +93,8 @@ def _cpu(config: EngineConfig) -> Device:
         )
     if not native.available():
         log.warning("the native CPU kernels are not built (no C compiler at install): torch does their work, slower")
-    return Device(device, dtype, _name(dtype), torch_kernels(), native=False)
+    packed = config.kernels == "auto" and onednn.available(dtype)
+    return Device(device, dtype, _name(dtype), onednn.onednn_kernels() if packed else torch_kernels(), native=False)
 
 
 def _name(dtype: torch.dtype) -> str:

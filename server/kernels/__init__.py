@@ -1,6 +1,7 @@
 """The operations of a step that Loraplex brings itself: their interface, and what passes through it.
 
-`torch_ops` is the plain reference and runs everywhere; `cpu` is the native one. `server.device` chooses.
+`torch_ops` is the plain reference and runs everywhere; `cpu` is the native one, `onednn` what a CPU without it has.
+`server.device` chooses.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,5 +70,6 @@ class Kernels:
     linear_group: Callable[[Sequence[nn.Module], int], LinearGroup]  # frozen layers, number of slots
     prepare_segments: Callable[[Sequence[Segment]], Any]  # one pass, made once a step for all its groups
     groups_layers: bool  # whether layers that share their input are better computed in one call
-    can_merge: bool = True  # whether the weights are numbers to which an adapter can be added
+    no_merge: str = ""  # why no adapter can be added to the weights; empty: it can
     tied_embedding: Callable[[LinearGroup], nn.Module] | None = None  # an embedding that shares the group's weight
+    pack: Callable[[nn.Module], nn.Module] | None = None  # a layer in the form that a group likes best, alone in memory

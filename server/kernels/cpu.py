@@ -67,7 +67,7 @@ def cpu_kernels(storage: Storage) -> Kernels:
         partial(CpuLinearGroup, storage),
         native.Segments,
         groups_layers=True,
-        can_merge=storage != "int8",
+        no_merge="the base is quantized (--quantization int8)" if storage == "int8" else "",
         tied_embedding=_tied_embedding,
     )
 

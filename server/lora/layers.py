@@ -74,22 +74,25 @@ class LoRALayers:
         self.merged: Adapter | None = None
         self.merged_bytes = 0
         self.merged_slot = num_slots  # beyond the others: holds what tokens of other adapters take away again
-        self._can_merge = kernels.can_merge
+        self._no_merge = kernels.no_merge
         self._prepare = kernels.prepare_segments
         self._device = next(model.parameters()).device
         self._tokens, self._logits = _Rows(), _Rows()
         self._groups: list[tuple[Sequence[str], LinearGroup]] = []
         embedding = model.get_input_embeddings()
-        tied = type(embedding) is nn.Embedding and embedding.weight is model.get_submodule(head).weight
+        tied = embedding.weight is model.get_submodule(head).weight
         parts = groups if kernels.groups_layers else [[name] for group in groups for name in group]
         for names in parts:
-            kernel = kernels.linear_group([model.get_submodule(name) for name in names], num_slots + 1)
+            layers = [model.get_submodule(name) for name in names]
+            if kernels.pack and not (tied and names == [head]):  # the embedding keeps a tied weight: no second copy
+                layers = [kernels.pack(layer) for layer in layers]
+            kernel = kernels.linear_group(layers, num_slots + 1)
             shared = _SharedInput(kernel, len(names), self._logits if names == [head] else self._tokens)
             for index, name in enumerate(names):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, MultiLoRALinear(shared, index))
             self._groups.append((names, kernel))
-            if names == [head] and tied and kernels.tied_embedding:
+            if names == [head] and tied and kernels.tied_embedding and type(embedding) is nn.Embedding:
                 model.set_input_embeddings(kernels.tied_embedding(kernel))
 
     def write(self, slot: int, adapter: Adapter | None) -> None:
@@ -112,13 +115,10 @@ class LoRALayers:
         Tokens of everybody else take the bypass of `merged_slot` with a factor of −1.
 
         Raises:
-            MergeRefused: the weights are quantized.
+            MergeRefused: the weights are of a kind that takes no sum.
         """
-        if adapter is not None and not self._can_merge:
-            raise MergeRefused(
-                f"adapter {adapter.name!r} cannot be merged: the base is quantized (--quantization); "
-                "it is served as a bypass"
-            )
+        if adapter is not None and self._no_merge:
+            raise MergeRefused(f"adapter {adapter.name!r} cannot be merged: {self._no_merge}; it is served as a bypass")
         self.merged, self.merged_bytes = adapter, 0
         for names, kernel in self._groups:
             if adapter is None:

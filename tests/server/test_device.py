@@ -12,7 +12,7 @@ from server.engine.build import build_engine
 from server.engine.cpu_kv_cache import CpuKVCache
 from server.engine.kv_cache import KVShape, TorchKVCache
 from server.errors import ConfigError
-from server.kernels import native
+from server.kernels import native, onednn
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 
@@ -31,6 +31,14 @@ def test_torch_serves_what_the_native_kernels_do_not() -> None:
     device = pick_device(EngineConfig(device="cpu", kernels="torch", dtype="bfloat16"))
     assert (device.native, device.dtype, device.storage) == (False, torch.bfloat16, "bfloat16")
     assert not pick_device(EngineConfig(device="cpu", dtype="float16")).native
+
+
+@pytest.mark.skipif(not onednn.available(torch.float32), reason="torch was built without oneDNN")
+def test_onednn_packs_the_weights_where_the_native_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert pick_device(EngineConfig(device="cpu")).kernels.name == "oneDNN"
+    assert pick_device(EngineConfig(device="cpu", dtype="float16")).kernels.name == "torch"
+    assert pick_device(EngineConfig(device="cpu", kernels="torch")).kernels.name == "torch"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from server.engine.build import build_engine
 from server.engine.core import EngineCore, Merge, Submit
 from server.engine.forward_batch import ForwardBatch
 from server.engine.request import Request, SamplingParams, TokenOutput
-from server.engine.scheduler import ScheduledBatch
+from server.engine.scheduler import ScheduledBatch, Scheduler
 from server.lora.adapter import Adapter, WeightedAdapter
 from server.metrics import Metrics
 from tests.conftest import ADAPTERS, VOCAB_SIZE, tiny_llama
@@ -29,9 +30,15 @@ class Engine:
 
     def __init__(self, model: Path, **settings: Any) -> None:
         self.parts = build_engine(EngineConfig(model=str(model), device="cpu", **{"dtype": "float32", **settings}))
-        self.core = EngineCore(self.parts.runner, self.parts.scheduler, Metrics(CollectorRegistry()))
-        self.core.connect(self._collect)
         self._generation = 0
+        self.restart(self.parts.scheduler)
+
+    def restart(self, scheduler: Scheduler) -> None:
+        """Goes on with another scheduler and no requests; slots and KV cache still hold what they were left with."""
+        self.parts = replace(self.parts, scheduler=scheduler)
+        self.metrics = Metrics(CollectorRegistry())
+        self.core = EngineCore(self.parts.runner, scheduler, self.metrics)
+        self.core.connect(self._collect)
         self.outputs: dict[int, list[TokenOutput]] = {}
 
     def _collect(self, outputs: list[TokenOutput]) -> None:

@@ -13,7 +13,7 @@ from server.engine.core import Evict
 from server.engine.forward_batch import build_forward_batch
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import ScheduledRequest
-from server.kernels import native
+from server.kernels import native, onednn
 from server.lora.adapter import Adapter, WeightedAdapter
 from tests.conftest import ADAPTERS
 from tests.server.engine.conftest import Engine, peft_greedy, peft_logits, peft_mixture
@@ -23,11 +23,15 @@ NAMES = ["", *ADAPTERS]  # the empty name is the base
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4  # block_size · (K, V) · layers · KV heads · head size · float32
 
 
-@pytest.fixture(params=["native", "torch"])
-def kernels(request: pytest.FixtureRequest) -> str:
-    """Both implementations of every operation; the native one where it is built."""
+@pytest.fixture(params=["native", "onednn", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every implementation that is chosen by itself, and the reference; the native one where it is built."""
     if request.param == "native" and not native.available():
         pytest.skip("the native kernels are not built")
+    if request.param == "onednn":
+        if not onednn.available(torch.float32):
+            pytest.skip("torch was built without oneDNN")
+        monkeypatch.setattr(native, "available", lambda: False)
     return "torch" if request.param == "torch" else "auto"
 
 
@@ -205,7 +209,7 @@ def test_a_prefix_from_the_cache_changes_not_one_bit(
         first, second = index, index + len(work)
         assert engine.outputs[first][0].num_cached_tokens == 0
         assert engine.outputs[second][0].num_cached_tokens == (len(prompt) - 1) // 16 * 16
-        if kernels == "auto":
+        if engine.parts.runner.lora.kernels_name.startswith("native"):
             assert torch.equal(torch.stack(rows[first]), torch.stack(rows[second]))
 
 

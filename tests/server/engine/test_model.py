@@ -1,5 +1,6 @@
 """Which transformers architectures are base models: the one attention function serves them, or they are refused."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from server.engine.kv_cache import TorchKVCache
 from server.engine.model import BaseModel, prepare_base_model
 from server.engine.model_runner import ModelRunner
 from server.errors import ConfigError
-from server.kernels import native
+from server.kernels import Kernels, native, onednn
 from server.kernels.cpu import cpu_kernels
+from server.kernels.onednn import onednn_kernels
 from server.kernels.torch_ops import torch_kernels
 
 CPU = torch.device("cpu")
@@ -94,9 +96,9 @@ def tiny(model_type: str, settings: dict[str, Any]) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def torch_runner(base: BaseModel) -> ModelRunner:
+def torch_runner(base: BaseModel, kernels: Kernels | None = None) -> ModelRunner:
     cache = TorchKVCache(base.kv_shape, num_blocks=8, block_size=4, dtype=base.dtype, device=CPU)
-    return ModelRunner(base, torch_kernels(), cache, num_adapter_slots=1)
+    return ModelRunner(base, kernels or torch_kernels(), cache, num_adapter_slots=1)
 
 
 @pytest.mark.parametrize("model_type", SERVED)
@@ -107,6 +109,20 @@ def test_served(model_type: str) -> None:
     assert runner.verify("float32") <= 5e-7 * max(1, float(base.reference.logits.abs().max()))
     assert any(name.endswith(("q_proj", "qkv_proj", "query_key_value", "c_attn")) for name in base.linear_layers)
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.skipif(not onednn.available(torch.float32), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("model_type", SERVED)
+def test_served_by_onednn(model_type: str) -> None:
+    """Packed weights change the logits by rounding only, and no weight is in memory twice."""
+    base = prepare_base_model(tiny(model_type, SERVED[model_type]), model_type, CPU)
+    embedding, head = base.model.get_input_embeddings(), base.model.get_submodule(base.head)
+    tied = embedding.weight is head.weight
+    weights = {name: weakref.ref(base.model.get_submodule(name).weight) for name in base.linear_layers}
+    del head
+    runner = torch_runner(base, onednn_kernels())
+    assert runner.verify("float32") <= 5e-6 * max(1, float(base.reference.logits.abs().max()))
+    assert {name for name, weight in weights.items() if weight() is not None} == ({base.head} if tied else set())
 
 
 @pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
