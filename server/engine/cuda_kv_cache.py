@@ -1,4 +1,4 @@
-"""The paged KV cache and attention over it, by the flash attention that comes with torch for CUDA. Engine thread only."""
+"""The paged KV cache and attention over it, by torch's own flash attention for CUDA. Engine thread only."""
 
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +68,8 @@ class CudaAttentionStep:
 
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         assert layer is not None
-        assert options.softcap is None and options.sinks is None
+        assert options.softcap is None
+        assert options.sinks is None
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys.flatten(0, 1).index_copy_(0, self._slot_mapping, key.transpose(0, 1))
         values.flatten(0, 1).index_copy_(0, self._slot_mapping, value.transpose(0, 1))

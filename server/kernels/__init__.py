@@ -53,7 +53,7 @@ class LinearGroup(Protocol):
 
 
 class FixedSegments(Protocol):
-    """A step's prepared segments in memory that stays, for captured CUDA graphs to read."""
+    """A prepared pass in memory that stays, for captured CUDA graphs to read."""
 
     def write(self, segments: Sequence[Segment]) -> None:
         """Puts other segments in place of those that are there."""
@@ -67,5 +67,7 @@ class Kernels:
     linear_group: Callable[[Sequence[nn.Module], int], LinearGroup]  # frozen layers, number of slots
     prepare_segments: Callable[[Sequence[Segment]], Any]  # one pass, made once a step for all its groups
     groups_layers: bool  # whether layers that share their input are better computed in one call
-    fixed_segments: Callable[[int], FixedSegments] | None = None  # of as many rows at most; None: no graph can hold them
+    fixed_segments: Callable[[int], FixedSegments] | None = (
+        None  # of as many rows at most; None: no graph can hold them
+    )
     tied_embedding: Callable[[LinearGroup], nn.Module] | None = None  # an embedding that shares the group's weight

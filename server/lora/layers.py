@@ -1,14 +1,14 @@
 """The linear layers that serve many adapters at once, and what is in their slots. Engine thread only."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from server.kernels import Kernels, LayerWeights, LinearGroup, Pass
+from server.kernels import FixedSegments, Kernels, LayerWeights, LinearGroup, Pass
 from server.lora.adapter import Adapter
 
 
@@ -71,6 +71,7 @@ class LoRALayers:
         """
         self.kernels_name = kernels.name
         self._prepare = kernels.prepare_segments
+        self._fixed_segments = kernels.fixed_segments
         self._device = next(model.parameters()).device
         self._tokens, self._logits = _Rows(), _Rows()
         self._slots: dict[str, tuple[LinearGroup, int]] = {}
@@ -102,12 +103,25 @@ class LoRALayers:
                 )
             kernel.set_slot(index, slot, weights)
 
-    @contextmanager
-    def activate(self, passes: Sequence[Pass], logits_passes: Sequence[Pass]) -> Iterator[None]:
+    def activate(self, passes: Sequence[Pass], logits_passes: Sequence[Pass]) -> AbstractContextManager[None]:
         """Within, every forward is a step whose tokens take the bypasses of `passes`, its logits `logits_passes`."""
+        return self._active(
+            [self._prepare(segments) for segments in passes], [self._prepare(segments) for segments in logits_passes]
+        )
+
+    def fixed_segments(self, num_rows: int) -> FixedSegments:
+        """Room on the device for one pass over so many rows."""
+        assert self._fixed_segments is not None
+        return self._fixed_segments(num_rows)
+
+    def activate_fixed(self, segments: FixedSegments) -> AbstractContextManager[None]:
+        """Within, every forward is a step of one pass, whose every token samples: the pass is what `segments` hold."""
+        return self._active([segments], [segments])
+
+    @contextmanager
+    def _active(self, tokens: Sequence[Any], logits: Sequence[Any]) -> Iterator[None]:
         assert not self._tokens.passes, "a step is running already"
-        self._tokens.passes = [self._prepare(segments) for segments in passes]
-        self._logits.passes = [self._prepare(segments) for segments in logits_passes]
+        self._tokens.passes, self._logits.passes = tokens, logits
         try:
             yield
         finally:
