@@ -41,7 +41,10 @@ STEPS = {
 
 def test_the_stand_in_takes_what_torch_takes() -> None:
     real, ours = (
-        {name: (parameter.kind, parameter.default) for name, parameter in inspect.signature(function).parameters.items()}
+        {
+            name: (parameter.kind, parameter.default)
+            for name, parameter in inspect.signature(function).parameters.items()
+        }
         for function in (varlen.varlen_attn, varlen_attn)
     )
     assert ours.items() <= real.items()
