@@ -67,7 +67,5 @@ class Kernels:
     linear_group: Callable[[Sequence[nn.Module], int], LinearGroup]  # frozen layers, number of slots
     prepare_segments: Callable[[Sequence[Segment]], Any]  # one pass, made once a step for all its groups
     groups_layers: bool  # whether layers that share their input are better computed in one call
-    fixed_segments: Callable[[int], FixedSegments] | None = (
-        None  # of as many rows at most; None: no graph can hold them
-    )
     tied_embedding: Callable[[LinearGroup], nn.Module] | None = None  # an embedding that shares the group's weight
+    fixed_segments: Callable[[int], FixedSegments] | None = None  # of as many rows; None: a graph cannot hold them

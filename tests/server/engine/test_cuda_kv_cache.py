@@ -25,7 +25,7 @@ def step(*requests: tuple[int, int, list[int]]) -> ForwardBatch:
     """A step of requests: tokens in the cache already, tokens to compute, blocks."""
     scheduled = []
     for computed, num_tokens, blocks in requests:
-        request = Request(0, [0] * (computed + num_tokens), SamplingParams(), None, frozenset())
+        request = Request(0, [0] * (computed + num_tokens), SamplingParams(), (), frozenset())
         request.num_computed_tokens, request.block_table = computed, blocks
         scheduled.append(ScheduledRequest(request, num_tokens))
     return build_forward_batch(scheduled, BLOCK, CPU)

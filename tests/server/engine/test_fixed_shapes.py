@@ -9,12 +9,12 @@ import torch
 from server.device import Device
 from server.engine.fixed_shapes import FixedShapes
 from server.engine.forward_batch import ForwardBatch, build_forward_batch
-from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import ScheduledRequest
 from server.kernels import Segment, native
-from server.lora.adapter import Adapter
+from server.lora.adapter import Adapter, WeightedAdapter
 from tests.conftest import ADAPTERS
 from tests.server.engine.conftest import Engine
+from tests.server.engine.test_forward_batch import item
 
 BLOCK_SIZE = 4
 PADDING_BLOCK = 9
@@ -30,17 +30,15 @@ def fixed_shapes(max_num_seqs: int = 6, max_blocks: int = 3) -> FixedShapes:
     )
 
 
-def step(*requests: tuple[list[int], int, list[int], int], num_tokens: int = 1) -> ForwardBatch:
-    """A step of requests: tokens, how many of them are in the cache, blocks, adapter slot."""
-    scheduled = []
-    for token_ids, computed, blocks, slot in requests:
-        request = Request(0, token_ids, SamplingParams(), None, frozenset())
-        request.num_computed_tokens, request.block_table, request.adapter_slot = computed, blocks, slot
-        scheduled.append(ScheduledRequest(request, num_tokens))
+def step(*scheduled: ScheduledRequest) -> ForwardBatch:
     return build_forward_batch(scheduled, BLOCK_SIZE, torch.device("cpu"))
 
 
-THREE = step(([10], 0, [7], -1), ([20, 21, 22, 23, 24, 25], 5, [3, 1], 0), ([30, 31], 1, [5], 2))
+THREE = step(
+    item([10], computed=0, num_tokens=1, blocks=[7]),
+    item([20, 21, 22, 23, 24, 25], computed=5, num_tokens=1, blocks=[3, 1], slot0=1.0),
+    item([30, 31], computed=1, num_tokens=1, blocks=[5], slot2=0.5),
+)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +60,7 @@ def test_every_tensor() -> None:
     assert padded.block_tables[:3, :2].tolist() == [[7, 0], [3, 1], [5, 0]]
     assert padded.block_tables[3, 0] == PADDING_BLOCK
     assert padded.logits_indices.tolist() == [0, 1, 2, 3]
-    assert padded.segments == padded.logits_segments == (Segment(0, 1, 2), Segment(2, 2, 3))
+    assert padded.passes == padded.logits_passes == ((Segment(0, 1, 2), Segment(2, 2, 3, 0.5)),)
     assert (padded.query_lens, padded.kv_lens) == ((1,) * 4, (1, 6, 2, 1))
 
 
@@ -70,7 +68,7 @@ def test_a_step_leaves_nothing_in_the_next_ones_padding() -> None:
     shapes = fixed_shapes()
     fresh = shapes.pad(THREE)
     assert fresh is not None
-    shapes.pad(step(*[([1, 2, 3, 4, 5], 4, [2, 4], 1)] * 6))
+    shapes.pad(step(*[item([1, 2, 3, 4, 5], computed=4, num_tokens=1, blocks=[2, 4])] * 6))
     again = shapes.pad(THREE)
     assert again is not None
     for name in ("input_ids", "position_ids", "slot_mapping", "context_lens"):
@@ -80,8 +78,9 @@ def test_a_step_leaves_nothing_in_the_next_ones_padding() -> None:
 
 
 def test_what_is_no_decode_step_or_does_not_fit_is_left_alone() -> None:
-    prompts = step(([1, 2], 0, [1], -1), ([1, 2, 3], 1, [2], -1), num_tokens=2)
-    chunk_of_one = step(([1, 2], 0, [1], -1), ([1, 2], 1, [2], -1))
+    decoding = item([1, 2], computed=1, num_tokens=1, blocks=[2])
+    prompts = step(decoding, item([1, 2], computed=0, num_tokens=2, blocks=[1]))
+    chunk_of_one = step(decoding, item([1, 2], computed=0, num_tokens=1, blocks=[1]))
     assert fixed_shapes().pad(prompts) is None
     assert fixed_shapes().pad(chunk_of_one) is None
     assert fixed_shapes(max_num_seqs=2).pad(THREE) is None
@@ -95,7 +94,39 @@ def kernels(request: pytest.FixtureRequest) -> str:
     return "torch" if request.param == "torch" else "auto"
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 16, "max_num_seqs": 11}, {"adapter_slots": 2}])
+def generate(
+    engine: Engine, folder: Path, prompts: list[list[int]]
+) -> tuple[list[list[int]], list[torch.Tensor], list[tuple[int, int]]]:
+    """Tokens and logits of requests with every adapter, a mixture and none, of different lengths; padded steps.
+
+    A padded step is told by how many requests it had and to how many rows it was padded.
+    """
+    rows: dict[int, list[torch.Tensor]] = {}
+    padded_steps = []
+    pad = FixedShapes.pad
+
+    def watched(self: FixedShapes, batch: ForwardBatch) -> ForwardBatch | None:
+        padded = pad(self, batch)
+        if padded is not None:
+            padded_steps.append((batch.num_tokens, padded.num_tokens))
+        return padded
+
+    adapters: list[Adapter | list[WeightedAdapter] | None] = [engine.load(folder / name) for name in ADAPTERS]
+    adapters += [None, [WeightedAdapter(engine.load(folder / name), 0.5) for name in ("plain", "head")]]
+    engine.watch_logits(lambda request_id, row: rows.setdefault(request_id, []).append(row.clone()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FixedShapes, "pad", watched)
+        ids = [
+            engine.submit(prompt, adapters[index % len(adapters)], max_tokens=4 + index)
+            for index, prompt in enumerate(prompts)
+        ]
+        engine.run()
+    return [engine.tokens(request_id) for request_id in ids], [torch.stack(rows[key]) for key in ids], padded_steps
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_num_batched_tokens": 16, "max_num_seqs": 11}, {"adapter_slots": 2, "prefix_cache": False}]
+)
 def test_padded_steps_give_the_same(
     model_dir: Path,
     adapters_dir: Path,
@@ -104,46 +135,22 @@ def test_padded_steps_give_the_same(
     settings: dict[str, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same tokens for every mix of adapters; with the native kernels, whose rows stand alone, the same logits."""
-
-    def run() -> tuple[list[list[int]], list[torch.Tensor]]:
-        engine = Engine(model_dir, kernels=kernels, **settings)
-        rows: dict[int, list[torch.Tensor]] = {}
-        engine.watch_logits(lambda request_id, row: rows.setdefault(request_id, []).append(row.clone()))
-        tokens = engine.generate(mix(engine, adapters_dir, prompts))
-        return tokens, [torch.stack(rows[request_id]) for request_id in range(len(prompts))]
-
-    def mix(engine: Engine, folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], Adapter | None]]:
-        adapters = [None, *(engine.load(folder / name) for name in ADAPTERS)]
-        return [(prompt, adapters[index % len(adapters)]) for index, prompt in enumerate(prompts)]
-
-    tokens, logits = run()
-    padded_sizes = []
-    pad = FixedShapes.pad
-
-    def count(self: FixedShapes, batch: ForwardBatch) -> ForwardBatch | None:
-        padded = pad(self, batch)
-        if padded is not None:
-            padded_sizes.append((batch.num_tokens, padded.num_tokens))
-        return padded
-
-    monkeypatch.setattr(FixedShapes, "pad", count)
+    """The same tokens for every mix of adapters; with the native kernels, whose rows stand alone, the same bits."""
+    tokens, logits, _ = generate(Engine(model_dir, kernels=kernels, **settings), adapters_dir, prompts)
     monkeypatch.setattr(Device, "fixed_shapes", lambda *_: True)
-    padded_tokens, padded_logits = run()
-    assert padded_tokens == tokens
-    assert any(size > count for count, size in padded_sizes), "no step was padded"
-    for got, expected in zip(padded_logits, logits, strict=True):
+    padded = generate(Engine(model_dir, kernels=kernels, **settings), adapters_dir, prompts)
+    assert padded[0] == tokens
+    assert any(size > count for count, size in padded[2])
+    for got, expected in zip(padded[1], logits, strict=True):
         assert torch.equal(got, expected) if kernels == "auto" else torch.allclose(got, expected, atol=1e-4)
 
 
-def test_no_request_is_given_the_padding_block(
-    model_dir: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_request_is_given_the_padding_block(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "fixed_shapes", lambda *_: True)
     engine = Engine(model_dir, max_num_seqs=3, max_model_len=64)
     allocator = engine.parts.scheduler.allocator
-    everything: list[int] = []
-    assert allocator.grow(everything, engine.parts.num_blocks * allocator.block_size)
-    assert not allocator.grow(everything, (engine.parts.num_blocks + 1) * allocator.block_size)
+    blocks: list[int] = []
+    assert allocator.grow(blocks, engine.parts.num_blocks * allocator.block_size)
+    assert not allocator.grow(blocks, (engine.parts.num_blocks + 1) * allocator.block_size)
     shapes: Any = engine.parts.runner._fixed_shapes
-    assert shapes._padding_block not in everything
+    assert shapes._padding_block not in blocks
