@@ -8,6 +8,7 @@ import torch
 from server.config import EngineConfig
 from server.engine.attention import PagedCache
 from server.engine.cpu_kv_cache import CpuKVCache
+from server.engine.cuda_kv_cache import CudaKVCache
 from server.engine.kv_cache import KVShape, TorchKVCache
 from server.errors import ConfigError
 from server.kernels import Kernels, Storage, native, onednn
@@ -20,6 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _CPU_KV_BYTES = 2 << 30
 _CUDA_KV_SHARE = 0.8  # of the memory that the weights leave free
+_BLOCK_SIZE = 16  # tokens, where the kernels leave it open
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class Device:
     storage: str  # of the packed weights: the dtype, or what the weights are quantized to
     kernels: Kernels
     native: bool  # whether the native CPU kernels do the work
+    flash: bool = False  # whether torch's flash attention over pages runs here
+    graphs: bool = False  # whether a step's kernels are to be captured as CUDA graphs
 
     def kv_cache_bytes(self) -> int:
         """A sensible size of the KV cache, asked after the weights are in place."""
@@ -39,10 +43,23 @@ class Device:
             return int(free * _CUDA_KV_SHARE)
         return _CPU_KV_BYTES
 
+    def block_size(self, shape: KVShape) -> int:
+        """Tokens per KV block that suit the fastest attention of the device."""
+        return CudaKVCache.page_size if self.flash and CudaKVCache.serves(shape, self.dtype) else _BLOCK_SIZE
+
+    def fixed_shapes(self, shape: KVShape, block_size: int) -> bool:
+        """Whether decode steps are padded to a few sizes, for CUDA graphs."""
+        return self.graphs and self._pages(shape, block_size)
+
     def paged_cache(self, shape: KVShape, num_blocks: int, block_size: int) -> PagedCache:
+        if self._pages(shape, block_size):
+            return CudaKVCache(shape, num_blocks, block_size, self.dtype, self.torch_device)
         if self.native and block_size == CpuKVCache.block_size and native.serves_head_dim(shape.head_dim):
             return CpuKVCache(shape, num_blocks)
         return TorchKVCache(shape, num_blocks, block_size, self.dtype, self.torch_device)
+
+    def _pages(self, shape: KVShape, block_size: int) -> bool:
+        return self.flash and block_size % CudaKVCache.page_size == 0 and CudaKVCache.serves(shape, self.dtype)
 
 
 def pick_device(config: EngineConfig) -> Device:
@@ -75,7 +92,9 @@ def _cuda(config: EngineConfig) -> Device:
             log.warning("Triton is not installed: torch applies the adapters, one after the other")
         else:
             kernels = triton_kernels(device, config.max_lora_rank)
-    return Device(device, dtype, _name(dtype), kernels, native=False)
+    flash = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    graphs = config.cuda_graphs and kernels.fixed_segments is not None
+    return Device(device, dtype, _name(dtype), kernels, native=False, flash=flash, graphs=graphs)
 
 
 def _cpu(config: EngineConfig) -> Device:

@@ -10,6 +10,8 @@ from server.base_models import resolve
 from server.config import EngineConfig
 from server.device import Device, pick_device
 from server.engine.block_allocator import BlockAllocator
+from server.engine.decode_graphs import CudaCapture
+from server.engine.fixed_shapes import FixedShapes
 from server.engine.kv_cache import KVShape
 from server.engine.model import BaseModel, load_base_model
 from server.engine.model_runner import ModelRunner, blocks_to_verify
@@ -46,20 +48,17 @@ def build_engine(config: EngineConfig) -> EngineParts:
     path = resolve(config.model)
     base = load_base_model(path, Path(path).name, device.torch_device, device.dtype)
     max_model_len = _max_model_len(config, base)
-    num_blocks = _num_blocks(config, base.kv_shape, device, max_model_len)
-    cache = device.paged_cache(base.kv_shape, num_blocks, config.block_size)
-    runner = ModelRunner(base, device.kernels, cache, config.adapter_slots)
-    if device.native:
-        fused = runner.fuse()
-        log.info("fused: %s", ", ".join(f"{count} × {kind}" for kind, count in fused.items()) or "nothing")
+    block_size = config.block_size or device.block_size(base.kv_shape)
+    num_blocks = _num_blocks(config, base.kv_shape, device, max_model_len, block_size)
+    runner = _model_runner(config, base, device, num_blocks, block_size, max_model_len)
     scheduler = Scheduler(
-        BlockAllocator(num_blocks, config.block_size, prefix_cache=config.prefix_cache),
+        BlockAllocator(num_blocks, block_size, prefix_cache=config.prefix_cache),
         AdapterSlots(config.adapter_slots),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
     )
-    kv_cache_bytes = num_blocks * config.block_size * base.kv_shape.bytes_per_token(base.dtype)
+    kv_cache_bytes = num_blocks * block_size * base.kv_shape.bytes_per_token(base.dtype)
     return EngineParts(
         base,
         runner,
@@ -72,21 +71,49 @@ def build_engine(config: EngineConfig) -> EngineParts:
     )
 
 
+def _model_runner(
+    config: EngineConfig, base: BaseModel, device: Device, num_blocks: int, block_size: int, max_model_len: int
+) -> ModelRunner:
+    """The runner with everything that is done once: kernels fused or compiled, graphs captured."""
+    fixed_shapes = None
+    cache_blocks = num_blocks
+    if device.fixed_shapes(base.kv_shape, block_size):
+        cache_blocks += 1  # one that the allocator does not know
+        fixed_shapes = FixedShapes(
+            max_num_seqs=config.max_num_seqs,
+            max_blocks=-(-max_model_len // block_size),
+            block_size=block_size,
+            padding_block=num_blocks,
+            device=device.torch_device,
+        )
+    cache = device.paged_cache(base.kv_shape, cache_blocks, block_size)
+    runner = ModelRunner(base, device.kernels, cache, config.adapter_slots, fixed_shapes)
+    if device.native:
+        fused = runner.fuse()
+        log.info("fused: %s", ", ".join(f"{count} × {kind}" for kind, count in fused.items()) or "nothing")
+    if device.torch_device.type == "cuda":
+        runner.warm_up()
+        if fixed_shapes is not None:
+            runner.capture_graphs(CudaCapture())
+            log.info("CUDA graphs of decode steps: %s requests", ", ".join(map(str, fixed_shapes.sizes)))
+    return runner
+
+
 def _max_model_len(config: EngineConfig, base: BaseModel) -> int:
     if config.max_model_len > base.max_model_len:
         raise ConfigError(f"--max-model-len {config.max_model_len}: the model was made for {base.max_model_len} tokens")
     return config.max_model_len or base.max_model_len
 
 
-def _num_blocks(config: EngineConfig, shape: KVShape, device: Device, max_model_len: int) -> int:
+def _num_blocks(config: EngineConfig, shape: KVShape, device: Device, max_model_len: int, block_size: int) -> int:
     """As many blocks as fit, but at least one request of the full length: no request is ever too long to run."""
-    block_bytes = config.block_size * shape.bytes_per_token(device.dtype)
+    block_bytes = block_size * shape.bytes_per_token(device.dtype)
     available = config.kv_cache_bytes or device.kv_cache_bytes()
-    wanted = -(-max_model_len // config.block_size)
+    wanted = -(-max_model_len // block_size)
     if available < wanted * block_bytes:
         raise ConfigError(
             f"a KV cache of {available:,} bytes does not hold one request of {max_model_len:,} tokens, which takes "
             f"{wanted * block_bytes:,}: raise --kv-cache-bytes or lower --max-model-len"
         )
-    useful = max(config.max_num_seqs * wanted, blocks_to_verify(config.block_size))
-    return min(max(available // block_bytes, blocks_to_verify(config.block_size)), useful)
+    useful = max(config.max_num_seqs * wanted, blocks_to_verify(block_size))
+    return min(max(available // block_bytes, blocks_to_verify(block_size)), useful)

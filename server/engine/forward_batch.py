@@ -44,6 +44,11 @@ class ForwardBatch:
     def num_tokens(self) -> int:
         return int(self.input_ids.shape[1])
 
+    @property
+    def decodes(self) -> bool:
+        """Whether every request computes a single token and samples the next."""
+        return self.num_tokens == len(self.query_lens) == len(self.logits_indices)
+
 
 def build_forward_batch(
     scheduled: Sequence[ScheduledRequest],

@@ -13,11 +13,12 @@ from server.kernels import torch_ops
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What the cache of one token looks like in this model."""
+    """What the cache of one token looks like in this model, and how it is read."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    plain_attention: bool = True  # no layer has a soft cap or sinks
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize

@@ -126,6 +126,7 @@ class _Probe:
 
     kv_shapes: dict[int | None, tuple[int, int]] = field(default_factory=dict)  # layer → heads, head size
     value_sizes: set[tuple[int, int]] = field(default_factory=set)
+    plain_attention: bool = True
     linear_layers: dict[str, LinearShape] = field(default_factory=dict)
     linear_groups: list[list[str]] = field(default_factory=list)
     head: str = ""
@@ -133,6 +134,7 @@ class _Probe:
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         self.kv_shapes[layer] = (key.shape[0], key.shape[2])
         self.value_sizes.add((key.shape[2], value.shape[2]))
+        self.plain_attention &= options.softcap is None and options.sinks is None
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
 
     def kv_shape(self, num_layers: int, name: str) -> KVShape:
@@ -149,7 +151,7 @@ class _Probe:
         if len(shapes) > 1:
             raise ConfigError(refused + f"its layers differ in KV heads and head size: {sorted(shapes)}")
         num_kv_heads, head_dim = shapes.pop()
-        return KVShape(num_layers, num_kv_heads, head_dim)
+        return KVShape(num_layers, num_kv_heads, head_dim, self.plain_attention)
 
 
 def _probe(model: PreTrainedModel, input_ids: Tensor) -> _Probe:

@@ -2,11 +2,14 @@
 
 import time
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from server.engine.attention import AttentionStep, PagedCache
+from server.engine.decode_graphs import Capture, DecodeGraphs
+from server.engine.fixed_shapes import FixedShapes
 from server.engine.forward_batch import ForwardBatch, MergedAdapter, build_forward_batch
 from server.engine.fusion import fuse
 from server.engine.model import PROBE_TOKENS, BaseModel
@@ -14,7 +17,7 @@ from server.engine.request import Request, SamplingParams
 from server.engine.sampler import Sampled, sample
 from server.engine.scheduler import ScheduledBatch, ScheduledRequest
 from server.errors import ConfigError
-from server.kernels import Kernels
+from server.kernels import Kernels, Segment
 from server.lora.adapter import Adapter
 from server.lora.layers import LoRALayers
 
@@ -30,9 +33,19 @@ def blocks_to_verify(block_size: int) -> int:
 class ModelRunner:
     """Holds the model, the KV cache and the adapters' device slots, and runs steps on them."""
 
-    def __init__(self, base: BaseModel, kernels: Kernels, cache: PagedCache, num_adapter_slots: int) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        kernels: Kernels,
+        cache: PagedCache,
+        num_adapter_slots: int,
+        fixed_shapes: FixedShapes | None = None,
+    ) -> None:
+        """`fixed_shapes`: what decode steps are padded in; None: they run as they are."""
         self.base = base
         self.cache = cache
+        self._fixed_shapes = fixed_shapes
+        self._graphs: DecodeGraphs | None = None
         self.lora = LoRALayers(base.model, base.linear_groups, base.head, num_adapter_slots, kernels)
 
     @torch.inference_mode()
@@ -43,6 +56,24 @@ class ModelRunner:
         scheduled = [ScheduledRequest(request, len(reference.token_ids))]
         batch = build_forward_batch(scheduled, self.cache.block_size, self.base.device)
         return fuse(self.base.model, lambda step: self._forward(batch, step), self.cache.step(batch))
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Computes a step without adapters and one over an empty slot: some kernels are compiled at their first use."""
+        request = self._reference_request(0)
+        scheduled = [ScheduledRequest(request, len(request.token_ids))]
+        batch = build_forward_batch(scheduled, self.cache.block_size, self.base.device)
+        self.forward(batch)
+        passes, logits_passes = ((Segment(0, 0, num_rows),) for num_rows in (batch.num_tokens, 1))
+        self.forward(replace(batch, passes=(passes,), logits_passes=(logits_passes,)))
+
+    @torch.inference_mode()
+    def capture_graphs(self, capture: Capture) -> None:
+        """Captures the decode steps, which are replayed from then on."""
+        assert self._fixed_shapes is not None
+        self._graphs = DecodeGraphs(
+            self._fixed_shapes, self.lora, lambda batch: self._logits(batch, self.cache.step(batch)), capture
+        )
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[tuple[Request, Sampled]]:
@@ -71,17 +102,29 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits [num_sampled, vocab_size] of the rows that the batch names."""
-        return self._forward(batch, self.cache.step(batch))
+        padded = self._fixed_shapes.pad(batch) if self._fixed_shapes is not None else None
+        if padded is None:
+            return self._forward(batch, self.cache.step(batch))
+        logits = None
+        if self._graphs is not None and self.lora.merged is None:  # graphs compute with the base's own weights
+            logits = self._graphs.replay(padded)
+        if logits is None:
+            logits = self._forward(padded, self.cache.step(padded))
+        return logits[: batch.num_tokens]
 
     def _forward(self, batch: ForwardBatch, attention_step: AttentionStep) -> Tensor:
         with self.lora.activate(batch.passes, batch.logits_passes):
-            logits: Tensor = self.base.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=batch.logits_indices,
-                attention_step=attention_step,
-            ).logits[0]
+            return self._logits(batch, attention_step)
+
+    def _logits(self, batch: ForwardBatch, attention_step: AttentionStep) -> Tensor:
+        """One call of the model, with whatever adapters are active."""
+        logits: Tensor = self.base.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=batch.logits_indices,
+            attention_step=attention_step,
+        ).logits[0]
         return logits
 
     def verify(self, storage: str) -> float:

@@ -62,6 +62,13 @@ class LinearGroup(Protocol):
         """
 
 
+class FixedSegments(Protocol):
+    """A prepared pass in memory that stays, for captured CUDA graphs to read."""
+
+    def write(self, segments: Sequence[Segment]) -> None:
+        """Puts other segments in place of those that are there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """One implementation of every operation."""
@@ -73,3 +80,4 @@ class Kernels:
     no_merge: str = ""  # why no adapter can be added to the weights; empty: it can
     tied_embedding: Callable[[LinearGroup], nn.Module] | None = None  # an embedding that shares the group's weight
     pack: Callable[[nn.Module], nn.Module] | None = None  # a layer in the form that a group likes best, alone in memory
+    fixed_segments: Callable[[int], FixedSegments] | None = None  # of as many rows; None: a graph cannot hold them

@@ -37,6 +37,12 @@ class Tiles:
     def __len__(self) -> int:
         return len(self.table)
 
+    def write(self, segments: Sequence[Segment]) -> None:
+        """Puts other segments into the same memory, padded to its size: a captured CUDA graph sees them."""
+        tiles = cut_tiles(torch.device("cpu"), segments, len(self))
+        self.table.copy_(tiles.table, non_blocking=True)
+        self.scales.copy_(tiles.scales, non_blocking=True)
+
 
 def cut_tiles(device: torch.device, segments: Sequence[Segment], num_tiles: int = 0) -> Tiles:
     """Cuts segments into tiles, padded to `num_tiles` for CUDA graphs, which replay a table of one size."""
@@ -122,7 +128,11 @@ class TritonLinearGroup:
 def triton_kernels(device: torch.device, max_rank: int) -> Kernels:
     """The kernels for a CUDA device and adapters of at most `max_rank`."""
     return Kernels(
-        "triton", partial(TritonLinearGroup, device, max_rank), partial(cut_tiles, device), groups_layers=True
+        "triton",
+        partial(TritonLinearGroup, device, max_rank),
+        partial(cut_tiles, device),
+        groups_layers=True,
+        fixed_segments=partial(cut_tiles, device, ()),  # a tile for every row, at worst
     )
 
 

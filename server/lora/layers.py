@@ -1,7 +1,7 @@
 """The linear layers that serve many adapters at once, and what is in their slots. Engine thread only."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from server.errors import MergeRefused
-from server.kernels import Kernels, LayerWeights, LinearGroup, Pass
+from server.kernels import FixedSegments, Kernels, LayerWeights, LinearGroup, Pass
 from server.lora.adapter import Adapter
 
 
@@ -76,6 +76,7 @@ class LoRALayers:
         self.merged_slot = num_slots  # beyond the others: holds what tokens of other adapters take away again
         self._no_merge = kernels.no_merge
         self._prepare = kernels.prepare_segments
+        self._fixed_segments = kernels.fixed_segments
         self._device = next(model.parameters()).device
         self._tokens, self._logits = _Rows(), _Rows()
         self._groups: list[tuple[Sequence[str], LinearGroup]] = []
@@ -128,12 +129,25 @@ class LoRALayers:
                 self.merged_bytes += kernel.merge([layer and self._on_device(layer) for layer in weights])
         self.write(self.merged_slot, adapter)
 
-    @contextmanager
-    def activate(self, passes: Sequence[Pass], logits_passes: Sequence[Pass]) -> Iterator[None]:
+    def activate(self, passes: Sequence[Pass], logits_passes: Sequence[Pass]) -> AbstractContextManager[None]:
         """Within, every forward is a step whose tokens take the bypasses of `passes`, its logits `logits_passes`."""
+        return self._active(
+            [self._prepare(segments) for segments in passes], [self._prepare(segments) for segments in logits_passes]
+        )
+
+    def fixed_segments(self, num_rows: int) -> FixedSegments:
+        """Room on the device for one pass over so many rows."""
+        assert self._fixed_segments is not None
+        return self._fixed_segments(num_rows)
+
+    def activate_fixed(self, segments: FixedSegments) -> AbstractContextManager[None]:
+        """Within, every forward is a step of one pass, whose every token samples: the pass is what `segments` hold."""
+        return self._active([segments], [segments])
+
+    @contextmanager
+    def _active(self, tokens: Sequence[Any], logits: Sequence[Any]) -> Iterator[None]:
         assert not self._tokens.passes, "a step is running already"
-        self._tokens.passes = [self._prepare(segments) for segments in passes]
-        self._logits.passes = [self._prepare(segments) for segments in logits_passes]
+        self._tokens.passes, self._logits.passes = tokens, logits
         try:
             yield
         finally:

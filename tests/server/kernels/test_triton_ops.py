@@ -1,11 +1,9 @@
 """The Triton kernels without a GPU: values by Triton's interpreter, machine code by its compiler for GPUs not there."""
 
 import copy
-import importlib.util
 import math
 import re
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from server.kernels import LayerWeights, LinearGroup, Segment
 from server.kernels.torch_ops import TorchLinearGroup
+from tests.server.kernels.interpreted import interpreted_triton_ops
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 triton_ops = pytest.importorskip("server.kernels.triton_ops")
@@ -35,37 +34,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Any]:
-    """The module with its kernels interpreted on CPU tensors: a copy of its own, since triton.jit decides at import."""
-    spec = importlib.util.spec_from_file_location("interpreted_triton_ops", triton_ops.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)
-        repair_bfloat16(patch)
-        with triton.knobs.runtime.scope():
-            triton.knobs.runtime.interpret = True
-            spec.loader.exec_module(module)
+    with interpreted_triton_ops() as module:
         yield module
-
-
-def repair_bfloat16(patch: pytest.MonkeyPatch) -> None:
-    """The interpreter keeps bfloat16 as uint16: its dot multiplies those as integers, its rounding loses carries."""
-    interpreter, tl = pytest.importorskip("triton.runtime.interpreter"), triton.language
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-
-    def repaired_convert(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
-        if target != tl.bfloat16:
-            return convert(data, source, target, rounding_mode)
-        return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
-
-    def repaired_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
-        return dot(self, a, b, *others)
-
-    patch.setattr(interpreter, "_convert_float", repaired_convert)
-    patch.setattr(interpreter.InterpreterBuilder, "create_dot", repaired_dot)
 
 
 def random_weights(rank: int, in_features: int, out_features: int, scaling: float) -> LayerWeights:
