@@ -1,6 +1,7 @@
 """`loraplex bench throughput`: the engine in this process, without gRPC, under a fixed load."""
 
 import gc
+import json
 import resource
 import time
 from importlib.metadata import version
@@ -29,13 +30,22 @@ def measure_throughput(
     num_prompts: int,
     prompt_tokens: int,
     output_tokens: int,
+    unused_adapters: bool = False,
+    prompts_file: Path | None = None,
+    tokens_file: Path | None = None,
 ) -> dict[str, Any]:
     """Runs the load once to warm up (eight tokens each) and once for the clock.
 
+    With `unused_adapters` only the warm-up uses them: they sit in their slots while the base answers. The prompts of
+    `prompts_file` take the place of random ones; `tokens_file` receives the tokens of every request. Both are JSON.
+
     Raises:
-        ConfigError: the adapters cannot be had, or a request would be too long.
+        ConfigError: the adapters or prompts cannot be had, or a request would be too long.
     """
     parts = build_engine(config)
+    own_prompts = _read_prompts(prompts_file, parts.base.vocab_size) if prompts_file else None
+    if own_prompts:
+        num_prompts, prompt_tokens = len(own_prompts), max(map(len, own_prompts))
     if prompt_tokens + output_tokens > parts.max_model_len:
         raise ConfigError(
             f"--prompt-tokens {prompt_tokens} and --output-tokens {output_tokens} are over the {parts.max_model_len} "
@@ -48,10 +58,12 @@ def measure_throughput(
     _generate(core, parts, other_prompts, adapters, min(8, output_tokens))
     gc.collect()
     started = time.perf_counter()
-    outputs = _generate(core, parts, prompts, adapters, output_tokens)
+    outputs = _generate(core, parts, own_prompts or prompts, [] if unused_adapters else adapters, output_tokens)
     wall = time.perf_counter() - started
     num_generated = sum(len(tokens) for tokens in outputs)
     assert num_generated == num_prompts * output_tokens
+    if tokens_file:
+        tokens_file.write_text(json.dumps(outputs))
     return {
         "out_tok_s": round(num_generated / wall, 2),
         "wall_s": round(wall, 3),
@@ -85,6 +97,17 @@ def _load_adapters(config: EngineConfig, parts: EngineParts, folder: str | None,
         ]
     except AdapterFormatError as error:
         raise ConfigError(f"--adapters-dir {folder}: {error}") from error
+
+
+def _read_prompts(path: Path, vocab_size: int) -> list[list[int]]:
+    try:
+        prompts = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prompts-file {path}: {error}") from error
+    tokens = [token for prompt in prompts for token in prompt]
+    if not tokens or not all(prompts) or not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        raise ConfigError(f"--prompts-file {path}: a list of prompts is needed, each of token ids below {vocab_size}")
+    return prompts  # type: ignore[no-any-return]
 
 
 def _prompts(count: int, length: int, vocab_size: int) -> list[list[list[int]]]:

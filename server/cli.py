@@ -4,16 +4,20 @@ import asyncio
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from adapters.cli import train_command
+from benchmarks.cli import compare_command
 from loadtest.cli import loadtest_command
 from server.base_models import EMBEDDED, resolve
 from server.client_commands import adapters, generate, health
 from server.config import EngineConfig, ServerConfig, options, take
 from server.errors import ConfigError
+
+FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 class _Group(click.Group):
@@ -71,6 +75,9 @@ def bench() -> None:
     """Measure."""
 
 
+bench.add_command(compare_command)
+
+
 @bench.command()
 @options(EngineConfig)
 @click.option("--adapters-dir", type=click.Path(exists=True, file_okay=False), help="Folder of PEFT adapters.")
@@ -80,6 +87,9 @@ def bench() -> None:
 @click.option("--num-prompts", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--unused-adapters", is_flag=True, help="Load and warm up the adapters, but time the base.")
+@click.option("--prompts-file", type=FILE, help="JSON list of prompts, each a list of token ids, to take as they are.")
+@click.option("--tokens-file", type=FILE, help="Write the tokens of every request here, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of a sentence.")
 def throughput(
     adapters_dir: str | None,
@@ -87,6 +97,9 @@ def throughput(
     num_prompts: int,
     prompt_tokens: int,
     output_tokens: int,
+    unused_adapters: bool,
+    prompts_file: Path | None,
+    tokens_file: Path | None,
     as_json: bool,
     **values: Any,
 ) -> None:
@@ -104,12 +117,20 @@ def throughput(
         num_prompts=num_prompts,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
+        unused_adapters=unused_adapters,
+        prompts_file=prompts_file,
+        tokens_file=tokens_file,
     )
     if as_json:
         click.echo(json.dumps(result))
     else:
         click.echo(
-            f"{result['out_tok_s']:.1f} tokens/s: {num_prompts} requests of {prompt_tokens} + {output_tokens} tokens "
+            f"{result['out_tok_s']:.1f} tokens/s: {result['num_prompts']} requests of {result['prompt_tokens']} + "
+            f"{output_tokens} tokens "
             f"over {num_adapters} adapters in {result['wall_s']:.2f} s, "
             f"peak memory {result['peak_rss_bytes'] / 2**20:.0f} MiB"
         )
+
+
+if __name__ == "__main__":
+    main()
