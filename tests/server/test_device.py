@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from server.config import EngineConfig
-from server.device import pick_device
+from server.device import Device, pick_device
 from server.engine.build import build_engine
 from server.engine.cpu_kv_cache import CpuKVCache
+from server.engine.cuda_kv_cache import CudaKVCache
 from server.engine.kv_cache import KVShape, TorchKVCache
 from server.errors import ConfigError
 from server.kernels import native, onednn
+from server.kernels.torch_ops import torch_kernels
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 
@@ -64,6 +66,24 @@ def test_the_cache_is_native_where_the_kernel_fits() -> None:
     assert isinstance(device.paged_cache(KVShape(1, 2, 64), 4, 16), CpuKVCache)
     assert isinstance(device.paged_cache(KVShape(1, 2, 64), 4, 8), TorchKVCache)
     assert isinstance(device.paged_cache(KVShape(1, 2, 20), 4, 16), TorchKVCache)
+
+
+def test_pages_suit_the_flash_attention_where_it_serves_the_model() -> None:
+    served, other = KVShape(1, 2, 64), KVShape(1, 2, 64, plain_attention=False)
+
+    def device(**choices: bool) -> Device:
+        return Device(torch.device("cpu"), torch.bfloat16, "bfloat16", torch_kernels(), native=False, **choices)
+
+    flash = device(flash=True, graphs=True)
+    assert (flash.block_size(served), flash.block_size(other), device().block_size(served)) == (256, 16, 16)
+    assert isinstance(flash.paged_cache(served, 4, 256), CudaKVCache)
+    assert isinstance(flash.paged_cache(served, 4, 16), TorchKVCache)
+    assert isinstance(flash.paged_cache(other, 4, 256), TorchKVCache)
+    assert flash.fixed_shapes(served, 512)
+    assert not flash.fixed_shapes(served, 16)
+    assert not flash.fixed_shapes(other, 256)
+    assert not device(flash=True).fixed_shapes(served, 256)
+    assert not device(graphs=True).fixed_shapes(served, 256)
 
 
 @needs_native

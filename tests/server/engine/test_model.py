@@ -137,6 +137,15 @@ def test_served_by_the_native_kernels(model_type: str) -> None:
         assert fused[kind] == count, kind
 
 
+def test_soft_caps_and_sinks_are_noticed() -> None:
+    special = {
+        model_type
+        for model_type in ("llama", "mistral", "gemma2", "gemma3_text", "gpt_oss")
+        if not prepare_base_model(tiny(model_type, SERVED[model_type]), model_type, CPU).kv_shape.plain_attention
+    }
+    assert special == {"gemma2", "gpt_oss"}
+
+
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_refused_with_the_reason(model_type: str) -> None:
     settings, reason = REFUSED[model_type]

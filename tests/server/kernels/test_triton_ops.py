@@ -170,6 +170,25 @@ def test_slots_are_replaced_and_emptied_in_place(interpreted: Any) -> None:
     assert tables == [table.data_ptr() for table in (group._a_ptrs, group._b_ptrs, group._ranks, group._scalings)]
 
 
+@torch.inference_mode()
+def test_other_segments_in_the_same_memory(interpreted: Any) -> None:
+    """A captured graph launches over the same table again: what is written there is what it computes."""
+    torch.manual_seed(0)
+    group = bypasses(interpreted, (13, 40), 70, (90, 33), torch.float32)
+    x = torch.randn(20, 70)
+    fixed = interpreted.triton_kernels(CPU, MAX_RANK).fixed_segments(20)
+    memory = fixed.table.data_ptr(), fixed.scales.data_ptr()
+    assert not any(y.any() for y in group(x, [fixed]))
+    for segments in (
+        [Segment(0, 0, 18, 0.5), Segment(1, 18, 20)],
+        [Segment(row % 2, row, row + 1, row / 8) for row in range(20)],
+        [Segment(1, 3, 4)],
+    ):
+        fixed.write(segments)
+        assert equal(group(x, [fixed]), group(x, [interpreted.cut_tiles(CPU, segments)]))
+    assert memory == (fixed.table.data_ptr(), fixed.scales.data_ptr())
+
+
 # ---------------------------------------------------------------------------------------------------- machine code
 
 
