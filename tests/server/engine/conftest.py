@@ -24,12 +24,16 @@ from server.lora.adapter import Adapter, WeightedAdapter
 from server.metrics import Metrics
 from tests.conftest import ADAPTERS, VOCAB_SIZE, tiny_llama
 
+collect_ignore = [] if torch.cuda.is_available() else ["test_on_cuda.py"]
+
 
 class Engine:
     """Steps an engine by hand."""
 
     def __init__(self, model: Path, **settings: Any) -> None:
-        self.parts = build_engine(EngineConfig(model=str(model), device="cpu", **{"dtype": "float32", **settings}))
+        self.parts = build_engine(
+            EngineConfig(**{"model": str(model), "device": "cpu", "dtype": "float32", **settings})
+        )
         self._generation = 0
         self.restart(self.parts.scheduler)
 
