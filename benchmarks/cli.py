@@ -12,6 +12,7 @@ import click
 from benchmarks.contenders import PEERS, select
 from benchmarks.workload import Workload, parse_workload
 from server.base_models import cache_dir, resolve
+from server.config import EngineConfig, ServerConfig, options, take
 from server.errors import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -123,6 +124,71 @@ def compare_command(
         console = Console()
         console.print(*(f"{key}: {value}" for key, value in header.items()), sep="\n", highlight=False, markup=False)
         report.print(console)
+
+
+@click.command("adapters")
+@options(EngineConfig)
+@click.option("--registered", type=click.IntRange(min=1), default=1000, show_default=True, help="Adapters on disk.")
+@click.option("--few", type=click.IntRange(min=1), default=8, show_default=True, help="Adapters to compare with.")
+@click.option("--alpha", type=click.FloatRange(min=0, min_open=True), default=0.3, show_default=True)
+@click.option("--requests", type=click.IntRange(min=1), default=128, show_default=True, help="Of one run.")
+@click.option("--concurrency", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--adapter-host-bytes", type=click.IntRange(min=1), default=2 << 30, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="The median counts.")
+@click.option(
+    "--work-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=lambda: cache_dir().parent / "compare",
+    help="Where the adapters are kept: 10 MB each for the default base.  [default: in the cache folder]",
+)
+def adapters_command(
+    registered: int,
+    few: int,
+    alpha: float,
+    requests: int,
+    concurrency: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    adapter_host_bytes: int,
+    rounds: int,
+    work_dir: Path,
+    **values: Any,
+) -> None:
+    """Serve many adapters of skewed popularity, and a few, and compare.
+
+    The many lie on disk at first; slots and --adapter-host-bytes hold only some of them. Each of --concurrency clients
+    has one request at a time; its adapter is drawn from a power law. Prints JSON: tokens/s of both, their ratio, and
+    how long requests waited for adapters on disk, in host memory and on the device.
+    """
+    config = take(EngineConfig, values)
+    folder = Path(resolve(config.model))
+
+    from benchmarks.many_adapters import Load, Measured, compare, measure
+    from benchmarks.material import Material
+    from benchmarks.report import machine
+    from benchmarks.workload import UNIFORM_RANKS
+    from server.engine.build import build_engine
+
+    adapters_dir = Material(folder, work_dir, _progress).adapters_dir(UNIFORM_RANKS, registered)
+    server_config = ServerConfig(adapters_dir=adapters_dir, adapter_host_bytes=adapter_host_bytes)
+    parts = build_engine(config)
+    runs: dict[int, list[Measured]] = {few: [], registered: []}
+    for number in range(1, rounds + 1):
+        for count, measured in runs.items():
+            load = Load(
+                num_adapters=count,
+                alpha=alpha,
+                num_requests=requests,
+                concurrency=concurrency,
+                prompt_tokens=prompt_tokens,
+                output_tokens=output_tokens,
+                seed=number,
+            )
+            measured.append(measure(config, server_config, parts, adapters_dir, load))
+            _progress(f"round {number}, {count} adapters: {measured[-1].out_tok_s:.1f} tokens/s")
+    click.echo(json.dumps({"machine": machine(), **compare(runs[few], runs[registered])}, indent=2))
 
 
 def _progress(text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from adapters.cli import train_command
-from benchmarks.cli import compare_command
+from benchmarks.cli import adapters_command, compare_command
 from loadtest.cli import loadtest_command
 from server.base_models import EMBEDDED, resolve
 from server.client_commands import adapters, generate, health
@@ -76,6 +76,7 @@ def bench() -> None:
 
 
 bench.add_command(compare_command)
+bench.add_command(adapters_command)
 
 
 @bench.command()
