@@ -6,11 +6,9 @@ A façade: generation goes through the Inference service and its checks, adapter
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 
 from server.engine.async_engine import AsyncEngine
 from server.errors import AdapterNotFound, InvalidRequest
-from server.lora.cache import AdapterStatus
 from server.pb.inference import grpc_service_pb2 as pb
 from server.pb.inference import grpc_service_pb2_grpc as pb_grpc
 from server.pb.loraplex.v1 import inference_pb2
@@ -18,33 +16,13 @@ from server.rpc.infer_stream import answer_concurrently
 from server.rpc.inference import InferenceService
 from server.rpc.interceptors import Context, public_error
 from server.rpc.model_statistics import ModelStatistics
+from server.rpc.models import Model, Models
 from server.rpc.tensors import INPUTS, OUTPUTS, TensorSpec
 from server.rpc.text_inference import TextOutputs, TextRequest, read_text_request
 
 PLATFORM = "loraplex"
 EXTENSIONS = ("model_repository", "model_configuration", "parameters", "statistics")
-BASE_VERSION = "1"
 _DATA_TYPES = {"BYTES": pb.TYPE_STRING, "BOOL": pb.TYPE_BOOL, "UINT32": pb.TYPE_UINT32, "FP32": pb.TYPE_FP32}
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """The base model or one adapter, as this protocol sees it."""
-
-    name: str
-    version: str
-    reference: str = ""  # as the Inference service takes it
-    adapter: AdapterStatus | None = None  # None: the base model
-
-    @property
-    def answers(self) -> bool:
-        return self.adapter is None or self.adapter.adapter is not None or not self.adapter.error
-
-    @property
-    def reason(self) -> str:
-        if self.adapter is None or self.adapter.adapter is not None:
-            return ""
-        return self.adapter.error or "on disk; its first request loads it"
 
 
 class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
@@ -54,6 +32,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
         self._engine = engine
         self._info = info
         self._inference = inference
+        self._models = Models(info.name, engine.adapters)
         self._statistics = ModelStatistics()
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: object) -> pb.ServerLiveResponse:
@@ -64,7 +43,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: object) -> pb.ModelReadyResponse:
         try:
-            model = self._find(request.name, request.version)
+            model = self._models.find(request.name, request.version)
         except (AdapterNotFound, InvalidRequest):
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self._engine.ready and model.answers)
@@ -74,7 +53,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: object) -> pb.ModelMetadataResponse:
         """Errors: INVALID_ARGUMENT, NOT_FOUND."""
-        model = self._find(request.name, request.version)
+        model = self._models.find(request.name, request.version)
         return pb.ModelMetadataResponse(
             name=model.name,
             versions=[model.version],
@@ -85,7 +64,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: object) -> pb.ModelConfigResponse:
         """Errors: INVALID_ARGUMENT, NOT_FOUND."""
-        model = self._find(request.name, request.version)
+        model = self._models.find(request.name, request.version)
         config = pb.ModelConfig(name=model.name, platform=PLATFORM, backend=PLATFORM)
         for spec in INPUTS.values():
             config.input.add(
@@ -130,7 +109,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: object) -> pb.ModelStatisticsResponse:
         """Errors: INVALID_ARGUMENT, NOT_FOUND."""
-        models = [self._find(request.name, request.version)] if request.name else self._models()
+        models = [self._models.find(request.name, request.version)] if request.name else self._models.all()
         return pb.ModelStatisticsResponse(
             model_stats=[self._statistics.of(model.name, model.version) for model in models]
         )
@@ -139,7 +118,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
         """Errors: INVALID_ARGUMENT."""
         _refuse_repository(request.repository_name)
         response = pb.RepositoryIndexResponse()
-        for model in self._models():
+        for model in self._models.all():
             if model.answers or not request.ready:
                 state = "READY" if model.answers else "UNAVAILABLE"
                 response.models.add(name=model.name, version=model.version, state=state, reason=model.reason)
@@ -150,7 +129,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
     ) -> pb.RepositoryModelLoadResponse:
         """Errors: those of Adapters/LoadAdapter."""
         _refuse_repository(request.repository_name)
-        self._refuse_base(request.model_name)
+        self._models.refuse_base(request.model_name)
         for name in request.parameters:
             raise InvalidRequest(
                 f"parameter {name[:80]!r} is not taken: adapters come from the adapters folder as they are",
@@ -164,7 +143,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
     ) -> pb.RepositoryModelUnloadResponse:
         """Errors: those of Adapters/UnloadAdapter."""
         _refuse_repository(request.repository_name)
-        self._refuse_base(request.model_name)
+        self._models.refuse_base(request.model_name)
         for name in request.parameters.keys() - {"unload_dependents"}:  # which adapters do not have
             raise InvalidRequest(f"parameter {name[:80]!r} is not known", field="parameters")
         await self._engine.adapters.unload(request.model_name)
@@ -179,7 +158,10 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, asked: TextRequest
     ) -> AsyncGenerator[pb.ModelInferResponse, None]:
         """One response with the whole answer, or one for each piece of it."""
-        model = self._addressed(request, asked)
+        if asked.lora_name:
+            model = self._models.find_lora(request.model_name, asked.lora_name)
+        else:
+            model = self._models.find(request.model_name, request.model_version)
         started = time.monotonic()
         try:
             async with aclosing(self._generate(request, asked, model)) as responses:
@@ -191,7 +173,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
         self._statistics.succeeded(model.name, model.version, time.monotonic() - started)
 
     async def _generate(
-        self, request: pb.ModelInferRequest, asked: TextRequest, model: _Model
+        self, request: pb.ModelInferRequest, asked: TextRequest, model: Model
     ) -> AsyncGenerator[pb.ModelInferResponse, None]:
         tokenized = await self._inference.Tokenize(inference_pb2.TokenizeRequest(prompt=asked.text), None)
         generate = inference_pb2.GenerateRequest(
@@ -211,41 +193,6 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
                 outputs.write(response)
                 response.parameters["triton_final_response"].bool_param = outputs.finished
                 yield response
-
-    def _addressed(self, request: pb.ModelInferRequest, asked: TextRequest) -> _Model:
-        if not asked.lora_name:
-            return self._find(request.model_name, request.model_version)
-        if request.model_name != self._info.name:
-            raise InvalidRequest(
-                f"lora_name is {asked.lora_name[:80]!r} beside model {request.model_name[:80]!r}; "
-                f"it goes with {self._info.name!r} only",
-                field="lora_name",
-            )
-        return self._find(asked.lora_name, "")
-
-    def _find(self, name: str, version: str) -> _Model:
-        """Raises InvalidRequest, AdapterNotFound."""
-        if not name:
-            raise InvalidRequest(f"no model name; the base model's is {self._info.name!r}", field="model_name")
-        reference = f"{name}@{version}" if version else name
-        if name == self._info.name:
-            if version not in ("", BASE_VERSION):
-                raise AdapterNotFound(reference)
-            return _Model(name, BASE_VERSION)
-        status = self._engine.adapters.status(reference)
-        return _Model(status.ref.name, status.ref.version, reference, status)
-
-    def _models(self) -> list[_Model]:
-        """The base model, and every adapter that is known."""
-        adapters = self._engine.adapters.statuses()
-        return [
-            _Model(self._info.name, BASE_VERSION),
-            *[_Model(status.ref.name, status.ref.version, status.ref.name, status) for status in adapters],
-        ]
-
-    def _refuse_base(self, name: str) -> None:
-        if name == self._info.name:
-            raise InvalidRequest(f"{name!r} is the base model: it stays as long as the server", field="model_name")
 
 
 def _refuse_repository(name: str) -> None:

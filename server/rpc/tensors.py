@@ -125,8 +125,7 @@ def _raw_element(spec: TensorSpec, tensor: pb.ModelInferRequest.InferInputTensor
         if data not in (b"\0", b"\1"):
             raise _wrong(spec.name, f"has {len(data)} raw bytes; a BOOL is one byte, 0 or 1")
         return data
-    size = struct.unpack_from("<I", data)[0] if len(data) >= 4 else -1
-    if size != len(data) - 4:
+    if len(data) < 4 or struct.unpack_from("<I", data)[0] != len(data) - 4:
         raise _wrong(spec.name, f"has {len(data)} raw bytes; they must be a uint32 size and as many bytes as it says")
     return data[4:]
 

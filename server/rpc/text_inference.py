@@ -5,6 +5,7 @@ given, 128 tokens unless max_tokens is.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -88,7 +89,7 @@ class TextOutputs:
 
     def write(self, response: pb.ModelInferResponse) -> None:
         """Puts all that is new into a response, as one element per answer."""
-        values = {
+        values: dict[str, Sequence[bytes] | Sequence[int] | Sequence[float]] = {
             "text_output": [text.encode() for text in self._texts],
             "finish_reason": self._finish_reasons,
             "cumulative_logprob": self._cumulative_logprobs,
@@ -107,15 +108,11 @@ class TextOutputs:
 
     def _logprob(self, item: inference_pb2.TokenLogprob) -> dict[int, dict[str, object]]:
         """A token and its alternatives by id, as vLLM writes them; the rank of a token beyond them is not known."""
-        ranked = [(top.token_id, top.logprob, rank) for rank, top in enumerate(item.top, 1)]
-        if item.token_id not in {token_id for token_id, _, _ in ranked}:
-            return self._described([(item.token_id, item.logprob, None), *ranked])
-        return self._described(ranked)
-
-    def _described(self, ranked: "list[tuple[int, float, int | None]]") -> dict[int, dict[str, object]]:
+        ranked: dict[int, tuple[float, int | None]] = {item.token_id: (item.logprob, None)}
+        ranked |= {top.token_id: (top.logprob, rank) for rank, top in enumerate(item.top, 1)}
         return {
             token_id: {"logprob": logprob, "rank": rank, "decoded_token": self._tokenizer.decode([token_id])}
-            for token_id, logprob, rank in ranked
+            for token_id, (logprob, rank) in ranked.items()
         }
 
 

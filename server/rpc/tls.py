@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def server_credentials(config: ServerConfig) -> grpc.ServerCredentials:
-    """Credentials from the files of --tls-cert, --tls-key and --tls-client-ca; the last makes client certificates a must.
+    """Credentials from the files of --tls-cert and --tls-key; with --tls-client-ca clients must show a certificate.
 
     Raises:
         ConfigError: a file cannot be read.
@@ -20,12 +20,14 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials:
     flags = {"--tls-cert": config.tls_cert, "--tls-key": config.tls_key, "--tls-client-ca": config.tls_client_ca}
     files = _CertificateFiles({flag: Path(path) for flag, path in flags.items() if path})
     return grpc.dynamic_ssl_server_credentials(
-        files.read(), files.changed, require_client_authentication=bool(config.tls_client_ca)
+        files.read(),
+        files.changed,  # type: ignore[arg-type]  # the stubs do not know None, which stands for "as before"
+        require_client_authentication=bool(config.tls_client_ca),
     )
 
 
 class _CertificateFiles:
-    """Owns the knowledge of which state of the files is in use. `changed` runs in a thread of gRPC, at each handshake."""
+    """Knows which state of the files is in use. `changed` runs in a thread of gRPC, at each handshake."""
 
     def __init__(self, paths: dict[str, Path]) -> None:
         self._paths = paths
