@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-PROTOS := $(wildcard protos/loraplex/v1/*.proto)
+PROTOS := $(shell find protos -name "*.proto")
 MODEL ?= smollm2-135m
 ADAPTERS_DIR ?= build/demo/adapters
 

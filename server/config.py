@@ -61,7 +61,17 @@ class ServerConfig:
     max_message_bytes: int = setting(16 << 20, "Largest gRPC message in bytes.", low=1024)
     drain_seconds: int = setting(30, "How long SIGTERM waits for running requests.", low=0)
     reflection: bool = setting(True, "Serve gRPC reflection.")
+    compression: str = setting("none", "Of answers, for clients that accept it.", choices=("none", "gzip"))
+    tls_cert: str = setting("", "PEM file of the server's certificate chain; empty: no TLS.")
+    tls_key: str = setting("", "PEM file of the certificate's private key.")
+    tls_client_ca: str = setting("", "PEM file of the authorities that sign clients' certificates; empty: none needed.")
     log_level: str = setting("info", "What is logged.", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("--tls-cert and --tls-key go together: one of them is not set")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key: without TLS nobody shows a certificate")
 
 
 def options(*classes: type) -> Callable[[Command], Command]:

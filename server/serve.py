@@ -142,7 +142,13 @@ def _show_banner(engine_config: EngineConfig, config: ServerConfig, parts: Engin
         f"adapters  {len(found)} in {config.adapters_dir}; {engine_config.adapter_slots} device slots, rank up to "
         f"{engine_config.max_lora_rank}, kernels: {parts.runner.lora.kernels_name}",
         f"listening gRPC {config.listen}, metrics {config.metrics_listen or 'off'}, reflection "
-        f"{'on' if config.reflection else 'off'}, no authentication",
+        f"{'on' if config.reflection else 'off'}, {_security(config)}",
     ]
     for line in lines:
         log.info("%s", line)
+
+
+def _security(config: ServerConfig) -> str:
+    if not config.tls_cert:
+        return "no TLS, no authentication"
+    return "TLS, clients show a certificate" if config.tls_client_ca else "TLS, no authentication"

@@ -123,6 +123,11 @@ class AsyncEngine:
         finally:
             self._leave()
 
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are taken."""
+        return not self.died.is_set() and not self._draining
+
     def is_on_device(self, adapter: Adapter) -> bool:
         return adapter in self._core.resident
 

@@ -161,12 +161,20 @@ class AdapterCache:
     def statuses(self) -> list[AdapterStatus]:
         """The newest version of every adapter, and whatever else is loaded or was refused, in name order."""
         refs = {*self.store.scan(), *self._resident, *self._sources, *self._errors}
-        result = []
-        for ref in sorted(ref for ref in refs if not self._is_unloaded(ref)):
-            resident = self._resident.get(ref)
-            adapter, num_users = (resident.adapter, resident.num_users) if resident else (None, 0)
-            result.append(AdapterStatus(ref, adapter, num_users, self._errors.get(ref, "")))
-        return result
+        return [self._status(ref) for ref in sorted(ref for ref in refs if not self._is_unloaded(ref))]
+
+    def status(self, reference: str) -> AdapterStatus:
+        """What is known of the adapter that a request for `reference` would get.
+
+        Raises:
+            InvalidRequest, AdapterNotFound.
+        """
+        return self._status(self._lookup(reference))
+
+    def _status(self, ref: AdapterRef) -> AdapterStatus:
+        resident = self._resident.get(ref)
+        adapter, num_users = (resident.adapter, resident.num_users) if resident else (None, 0)
+        return AdapterStatus(ref, adapter, num_users, self._errors.get(ref, ""))
 
     async def _get(self, reference: str) -> _Resident:
         """The resident copy, loaded now if it is only on disk."""

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 DOMAIN = "loraplex"
 MAX_MESSAGE = 1000  # characters: a status travels in headers, which have a limit
 RETRY_AFTER = 1  # seconds, told to clients that met a full queue
-_OWN_SERVICES = "/loraplex."
+_OWN_SERVICES = ("/loraplex.", "/inference.")
 
 Handler = Any  # grpc.RpcMethodHandler, whose attributes the stubs leave out
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -45,7 +45,23 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(
                 _unary(handler.unary_unary, parse), response_serializer=serialize
             )
-        return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, parse), response_serializer=serialize)
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                _stream(handler.unary_stream, lambda data: _parsed(parse, data)), response_serializer=serialize
+            )
+        return grpc.stream_stream_rpc_method_handler(
+            _stream(handler.stream_stream, lambda messages: (_parsed(parse, data) async for data in messages)),
+            response_serializer=serialize,
+        )
+
+
+def public_error(error: Exception) -> ServingError:
+    """The error that a client may see: of a bug of ours only an incident id, under which the log has the rest."""
+    if isinstance(error, ServingError):
+        return error
+    incident = uuid.uuid4().hex[:12]
+    log.error("unhandled error, incident %s", incident, exc_info=error)
+    return InternalFailure(f"internal error, incident {incident}")
 
 
 def _unary(behavior: Callable[[Any, Context], Awaitable[Any]], parse: Parse) -> Any:
@@ -58,10 +74,10 @@ def _unary(behavior: Callable[[Any, Context], Awaitable[Any]], parse: Parse) -> 
     return call
 
 
-def _stream(behavior: Callable[[Any, Context], AsyncIterator[Any]], parse: Parse) -> Any:
-    async def call(data: bytes, context: Context) -> AsyncIterator[Any]:
+def _stream(behavior: Callable[[Any, Context], AsyncIterator[Any]], read: Callable[[Any], Any]) -> Any:
+    async def call(data: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async with aclosing(behavior(_parsed(parse, data), context)) as messages:  # type: ignore[type-var]
+            async with aclosing(behavior(read(data), context)) as messages:  # type: ignore[type-var]
                 async for message in messages:
                     yield message
         except Exception as error:
@@ -77,11 +93,8 @@ def _parsed(parse: Parse, data: bytes) -> Any:
         raise InvalidRequest("the message is not a valid protobuf of the expected type") from error
 
 
-def _status(error: Exception) -> Any:
-    if not isinstance(error, ServingError):
-        incident = uuid.uuid4().hex[:12]
-        log.error("unhandled error, incident %s", incident, exc_info=error)
-        error = InternalFailure(f"internal error, incident {incident}")
+def _status(exception: Exception) -> Any:
+    error = public_error(exception)
     message = error.message if len(error.message) <= MAX_MESSAGE else error.message[:MAX_MESSAGE] + "…"
     status = status_pb2.Status(code=error.code.value[0], message=message)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))

@@ -1,7 +1,9 @@
 """Sampling parameters from the wire: every value is held against its limit before anything else happens."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from google.protobuf import json_format
 
 from server.engine.request import SamplingParams
 from server.errors import InvalidRequest
@@ -70,6 +72,34 @@ def sampling_params(
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         logit_bias=dict(message.logit_bias),
     )
+
+
+def sampling_message(values: Mapping[str, object]) -> pb.SamplingParams:
+    """A `SamplingParams` message from values by name, as they come out of JSON; they go by the names of vLLM.
+
+    Numbers may be written as strings, null is the same as left out, and a top_k of -1 is off.
+
+    Raises:
+        InvalidRequest: a name that is unknown, or a value of another type.
+    """
+    message = pb.SamplingParams()
+    for name, value in values.items():
+        if name not in pb.SamplingParams.DESCRIPTOR.fields_by_name:
+            known = ", ".join(pb.SamplingParams.DESCRIPTOR.fields_by_name)
+            raise InvalidRequest(
+                f"sampling parameter {name[:80]!r} is not known; there are {known}", field="sampling_parameters"
+            )
+        if name == "stop" and isinstance(value, str):
+            value = [value]
+        if name == "top_k" and value == -1:
+            value = 0
+        try:
+            json_format.ParseDict({name: value}, message)
+        except (json_format.ParseError, OverflowError) as error:
+            raise InvalidRequest(
+                f"sampling.{name} is {str(value)[:80]}, which is no value for it: {error}", field=f"sampling.{name}"
+            ) from error
+    return message
 
 
 def _number(message: pb.SamplingParams, field: str, default: float) -> float:

@@ -11,17 +11,23 @@ from grpc_reflection.v1alpha import reflection
 from server.config import ServerConfig
 from server.engine.async_engine import AsyncEngine
 from server.errors import ConfigError
+from server.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from server.pb.loraplex.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from server.rpc.adapters import AdaptersService
 from server.rpc.inference import InferenceService
 from server.rpc.interceptors import ErrorInterceptor
+from server.rpc.open_inference import OpenInferenceService
+from server.rpc.tls import server_credentials
 
 log = logging.getLogger(__name__)
 
 SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
     adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name,
+    grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
+MIN_PING_INTERVAL_MS = 10_000
+_COMPRESSION = {"none": grpc.Compression.NoCompression, "gzip": grpc.Compression.Gzip}
 
 
 class RpcServer:
@@ -31,28 +37,36 @@ class RpcServer:
         """Binds the address.
 
         Raises:
-            ConfigError: the address cannot be had.
+            ConfigError: the address cannot be had, or a certificate not be read.
         """
         self._engine = engine
         self._server = grpc.aio.server(
             interceptors=[ErrorInterceptor()],
+            compression=_COMPRESSION[config.compression],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.so_reuseport", 0),
                 # Clients may ping often and while idle: a long unary answer must survive their keepalive.
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
         self._health = health_aio.HealthServicer()
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(engine, info), self._server)
+        inference = InferenceService(engine, info)
+        inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
+        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+            OpenInferenceService(engine, info, inference), self._server
+        )
         adapters_pb2_grpc.add_AdaptersServicer_to_server(AdaptersService(engine), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
             names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         try:
-            self.port = self._server.add_insecure_port(config.listen)
+            if config.tls_cert:
+                self.port = self._server.add_secure_port(config.listen, server_credentials(config))
+            else:
+                self.port = self._server.add_insecure_port(config.listen)
         except RuntimeError as error:
             raise ConfigError(f"--listen {config.listen}: the address is in use or cannot be bound") from error
 

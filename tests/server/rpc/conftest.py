@@ -2,8 +2,10 @@
 
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import grpc
 import pytest
@@ -13,6 +15,7 @@ from server.config import EngineConfig, ServerConfig
 from server.engine.async_engine import AsyncEngine
 from server.engine.build import EngineParts, build_engine
 from server.metrics import Metrics
+from server.pb.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 from server.rpc.server import RpcServer
@@ -31,23 +34,41 @@ class Running:
     channel: grpc.aio.Channel
     inference: InferenceStub
     adapters: AdaptersStub
+    open_inference: GRPCInferenceServiceStub
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.server.port}"
 
 
+class Serve(Protocol):
+    def __call__(self, **settings: Any) -> AbstractAsyncContextManager[Running]: ...
+
+
 @pytest.fixture
-async def running(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> AsyncIterator[Running]:
-    store = tmp_path / "store"
-    shutil.copytree(adapters_dir, store)
-    engine_config = EngineConfig(model=str(model_dir), device="cpu", dtype="float32", max_num_seqs=16)
-    config = ServerConfig(adapters_dir=store, listen="127.0.0.1:0", max_waiting=8)
-    parts = build_engine(engine_config)
-    metrics = Metrics(CollectorRegistry())
-    async with running_engine(engine_config, config, parts, metrics) as engine:
-        server = RpcServer(config, engine, model_info(engine_config, parts))
-        await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            yield Running(parts, engine, server, metrics, store, channel, InferenceStub(channel), AdaptersStub(channel))
-        await server.drain(grace=5)
+def serve(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> Serve:
+    """Makes a server with settings of the test's own."""
+
+    @asynccontextmanager
+    async def start(**settings: Any) -> AsyncIterator[Running]:
+        store = tmp_path / "store"
+        shutil.copytree(adapters_dir, store)
+        engine_config = EngineConfig(model=str(model_dir), device="cpu", dtype="float32", max_num_seqs=16)
+        config = ServerConfig(adapters_dir=store, listen="127.0.0.1:0", max_waiting=8, **settings)
+        parts = build_engine(engine_config)
+        metrics = Metrics(CollectorRegistry())
+        async with running_engine(engine_config, config, parts, metrics) as engine:
+            server = RpcServer(config, engine, model_info(engine_config, parts))
+            await server.start()
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                stubs = InferenceStub(channel), AdaptersStub(channel), GRPCInferenceServiceStub(channel)
+                yield Running(parts, engine, server, metrics, store, channel, *stubs)
+            await server.drain(grace=5)
+
+    return start
+
+
+@pytest.fixture
+async def running(serve: Serve) -> AsyncIterator[Running]:
+    async with serve() as server:
+        yield server
