@@ -1,0 +1,115 @@
+"""NVIDIA's client of the Open Inference Protocol against a running server: `triton_client.py ADDRESS [CA.pem]`.
+
+A process of its own: the client and the server's stubs both register `inference.ModelInferRequest`.
+"""
+
+import asyncio
+import json
+import queue
+import sys
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.grpc.aio
+from tritonclient.grpc import InferInput
+from tritonclient.utils import InferenceServerException
+
+BASE, ADAPTER = "tiny", "plain"
+PROMPT = "Once upon a time"
+
+
+def inputs(prompt: str = PROMPT, *, stream: bool = False, max_tokens: int = 10) -> list[InferInput]:
+    values = {
+        "text_input": np.array([prompt.encode()], dtype=object),
+        "stream": np.array([stream]),
+        "exclude_input_in_output": np.array([True]),
+        "sampling_parameters": np.array([json.dumps({"max_tokens": max_tokens, "ignore_eos": True})], dtype=object),
+    }
+    tensors = []
+    for name, value in values.items():
+        tensors.append(InferInput(name, [1], "BOOL" if value.dtype == bool else "BYTES"))
+        tensors[-1].set_data_from_numpy(value)
+    return tensors
+
+
+def text(result: tritonclient.grpc.InferResult) -> str:
+    return b"".join(result.as_numpy("text_output")).decode()
+
+
+def check_what_it_says_of_itself(client: tritonclient.grpc.InferenceServerClient) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready(BASE)
+    assert client.is_model_ready(ADAPTER)
+    assert not client.is_model_ready("nobody")
+    assert client.get_server_metadata().name == "loraplex"
+    assert client.get_model_metadata(ADAPTER).inputs[0].name == "text_input"
+    assert client.get_model_config(ADAPTER).config.model_transaction_policy.decoupled
+    assert {model.name for model in client.get_model_repository_index().models} >= {BASE, ADAPTER}
+    client.unload_model("head")
+    assert not client.is_model_ready("head")
+    client.load_model("head")
+    assert client.is_model_ready("head")
+
+
+def check_answers(client: tritonclient.grpc.InferenceServerClient) -> str:
+    plain = text(client.infer(ADAPTER, inputs()))
+    assert plain
+    assert plain != text(client.infer(BASE, inputs()))
+    assert plain == text(client.infer(ADAPTER, inputs(), compression_algorithm="gzip"))
+    assert client.get_inference_statistics(ADAPTER).model_stats[0].inference_count == 2
+    with pytest.raises(InferenceServerException, match="NOT_FOUND"):
+        client.infer("nobody", inputs())
+    with pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):
+        client.infer(ADAPTER, inputs(max_tokens=200), client_timeout=0.01)
+    return plain
+
+
+def check_stream(client: tritonclient.grpc.InferenceServerClient, expected: str) -> None:
+    """Two streams side by side and one that fails: each piece carries its request's id."""
+    responses: queue.Queue[tuple[tritonclient.grpc.InferResult | None, Exception | None]] = queue.Queue()
+    client.start_stream(callback=lambda result, error: responses.put((result, error)))
+    for request_id in ("one", "two"):
+        client.async_stream_infer(ADAPTER, inputs(stream=True), request_id=request_id)
+    client.async_stream_infer("nobody", inputs(stream=True), request_id="three")
+    pieces: dict[str, str] = {"one": "", "two": ""}
+    errors, finished = 0, 0
+    while finished < 2 or not errors:
+        result, error = responses.get(timeout=30)
+        if error is not None:
+            errors += 1
+            continue
+        assert result is not None
+        response = result.get_response()
+        pieces[response.id] += text(result)
+        finished += response.parameters["triton_final_response"].bool_param
+    client.stop_stream()
+    assert pieces == {"one": expected, "two": expected}
+    client.start_stream(callback=lambda result, error: responses.put((result, error)))
+    client.async_stream_infer(ADAPTER, inputs(stream=True, max_tokens=200))
+    responses.get(timeout=30)
+    client.stop_stream(cancel_requests=True)
+
+
+async def check_asyncio(address: str, expected: str) -> None:
+    async with tritonclient.grpc.aio.InferenceServerClient(address) as client:  # type: ignore[attr-defined]
+        answers = await asyncio.gather(*[client.infer(ADAPTER, inputs()) for _ in range(4)])
+        assert [text(answer) for answer in answers] == [expected] * 4
+
+
+def main(address: str, ca_file: str | None = None) -> None:
+    if ca_file:
+        client = tritonclient.grpc.InferenceServerClient(address, ssl=True, root_certificates=ca_file)
+        assert client.is_server_live()
+        assert text(client.infer(ADAPTER, inputs()))
+        return
+    client = tritonclient.grpc.InferenceServerClient(address)
+    check_what_it_says_of_itself(client)
+    expected = check_answers(client)
+    check_stream(client, expected)
+    asyncio.run(check_asyncio(address, expected))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
