@@ -143,3 +143,22 @@ def unload(address: str, name: str) -> None:
     click.echo(
         f"{name}: freed {freed.freed_bytes_host:,} bytes of host and {freed.freed_bytes_device:,} of device memory"
     )
+
+
+@adapters.command()
+@address_option
+@click.argument("name")
+def merge(address: str, name: str) -> None:
+    """Add adapter NAME to the base's weights; everybody else's requests run on."""
+    with connected(address) as channel:
+        merged = AdaptersStub(channel).MergeAdapter(adapters_pb2.MergeAdapterRequest(name=name))
+    click.echo(f"{name}: merged in {1000 * merged.seconds:.0f} ms, {merged.bytes_merged:,} bytes beside the base")
+
+
+@adapters.command()
+@address_option
+def unmerge(address: str) -> None:
+    """Take the merged adapter out of the base's weights."""
+    with connected(address) as channel:
+        unmerged = AdaptersStub(channel).UnmergeAdapter(adapters_pb2.UnmergeAdapterRequest())
+    click.echo(f"unmerged in {1000 * unmerged.seconds:.1f} ms")

@@ -39,6 +39,11 @@ class EngineConfig:
     kv_cache_bytes: int = setting(0, "Memory for the KV cache in bytes; 0: chosen for the device.", low=0)
     adapter_slots: int = setting(32, "Adapters on the device at a time.", low=1)
     max_lora_rank: int = setting(64, "Largest rank of an adapter.", low=1)
+    merge_policy: str = setting(
+        "manual",
+        "Whether an adapter may be merged into the base's weights: on request, or as measured costs tell.",
+        choices=("off", "manual", "auto"),
+    )
     threads: int = setting(0, "Compute threads; 0: one per core.", low=0)
 
     def __post_init__(self) -> None:

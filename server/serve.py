@@ -56,7 +56,7 @@ async def running_engine(
         max_bytes=config.adapter_host_bytes,
         metrics=metrics,
     )
-    core = EngineCore(parts.runner, parts.scheduler, metrics)
+    core = EngineCore(parts.runner, parts.scheduler, metrics, parts.merge_policy)
     engine = AsyncEngine(
         core,
         parts.base,
@@ -65,6 +65,7 @@ async def running_engine(
         metrics,
         max_model_len=parts.max_model_len,
         max_requests=engine_config.max_num_seqs + config.max_waiting,
+        merge_policy=engine_config.merge_policy,
     )
     engine.start()
     try:

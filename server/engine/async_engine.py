@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from server.engine.core import Abort, EngineCore, Evict, Stop, Submit
+from server.engine.core import Abort, EngineCore, Evict, Merge, Stop, Submit
 from server.engine.detokenizer import TextStream
 from server.engine.model import BaseModel
 from server.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
-from server.errors import InvalidRequest, Overloaded, Unavailable
+from server.errors import InvalidRequest, MergeRefused, Overloaded, Unavailable
 from server.lora.adapter import Adapter, WeightedAdapter
 from server.lora.cache import AdapterCache
 from server.metrics import Metrics, RequestTimer
@@ -49,6 +49,7 @@ class AsyncEngine:
         *,
         max_model_len: int,
         max_requests: int,
+        merge_policy: str,
     ) -> None:
         self.base = base
         self.tokenizer = tokenizer
@@ -58,6 +59,7 @@ class AsyncEngine:
         self._core = core
         self._metrics = metrics
         self._max_requests = max_requests
+        self._merge_policy = merge_policy
         self._num_requests = 0
         self._draining = False
         self._drained = asyncio.Event()
@@ -201,6 +203,42 @@ class AsyncEngine:
         self._num_requests -= 1
         if not self._num_requests:
             self._drained.set()
+
+    async def merge(self, reference: str) -> tuple[Adapter, float]:
+        """Merges an adapter into the base's weights, in place of one that is; returns it and the seconds it took.
+
+        Raises:
+            ServingError: see `AdapterCache.acquire`; MergeRefused.
+        """
+        self._check_merge_policy()
+        async with self.adapters.acquire(reference) as adapter:
+            return adapter, await self._merge(adapter)
+
+    async def unmerge(self) -> float:
+        """Takes the merged adapter, if there is one, out of the base's weights; returns the seconds it took.
+
+        Raises:
+            MergeRefused.
+        """
+        self._check_merge_policy()
+        return await self._merge(None)
+
+    def is_merged(self, adapter: Adapter) -> bool:
+        return adapter is self._core.merged
+
+    @property
+    def merged_bytes(self) -> int:
+        """Memory of the sums of the merged adapter with the base's weights."""
+        return self._core.merged_bytes
+
+    def _check_merge_policy(self) -> None:
+        if self._merge_policy != "manual":
+            raise MergeRefused(f"--merge-policy is {self._merge_policy}: merging on request needs manual")
+
+    async def _merge(self, adapter: Adapter | None) -> float:
+        done: Future[float] = Future()
+        self._core.put(Merge(adapter, done))
+        return await asyncio.wrap_future(done)
 
     async def _evict(self, adapter: Adapter) -> int:
         freed: Future[int] = Future()

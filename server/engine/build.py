@@ -13,6 +13,8 @@ from server.engine.block_allocator import BlockAllocator
 from server.engine.decode_graphs import CudaCapture
 from server.engine.fixed_shapes import FixedShapes
 from server.engine.kv_cache import KVShape
+from server.engine.merge_costs import measure_merge_costs
+from server.engine.merge_policy import MergePolicy
 from server.engine.model import BaseModel, load_base_model
 from server.engine.model_runner import ModelRunner, blocks_to_verify
 from server.engine.scheduler import Scheduler
@@ -34,6 +36,7 @@ class EngineParts:
     kv_cache_bytes: int
     largest_difference: float  # of the self-check, in logits
     storage: str  # of the weights
+    merge_policy: MergePolicy | None  # None: nothing is merged unasked
 
 
 def build_engine(config: EngineConfig) -> EngineParts:
@@ -68,7 +71,22 @@ def build_engine(config: EngineConfig) -> EngineParts:
         kv_cache_bytes,
         runner.verify(device.storage),
         device.storage,
+        _merge_policy(config, runner),
     )
+
+
+def _merge_policy(config: EngineConfig, runner: ModelRunner) -> MergePolicy | None:
+    if config.merge_policy != "auto":
+        return None
+    if runner.lora.no_merge:
+        raise ConfigError(f"--merge-policy auto: no adapter can be merged: {runner.lora.no_merge}")
+    costs = measure_merge_costs(runner)
+    log.info(
+        "merging takes %.0f ms; a bypass of %s",
+        1000 * costs.merge_seconds,
+        ", ".join(f"{tokens} tokens {1000 * seconds:.1f} ms" for tokens, seconds in costs.bypass_seconds),
+    )
+    return MergePolicy(costs)
 
 
 def _model_runner(

@@ -7,9 +7,11 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
+from server.engine.merge_policy import MergePolicy
 from server.engine.model_runner import ModelRunner
 from server.engine.request import Request, TokenOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler
@@ -60,8 +62,12 @@ Command = Submit | Abort | Evict | Merge | Stop
 class EngineCore:
     """Owns the model runner and the scheduler. `put` may be called from any thread, all else from the engine thread."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, metrics: Metrics) -> None:
+    def __init__(
+        self, runner: ModelRunner, scheduler: Scheduler, metrics: Metrics, merge_policy: MergePolicy | None = None
+    ) -> None:
+        """`merge_policy`: merges adapters unasked; None: only `Merge` does."""
         self.runner = runner
+        self._merge_policy = merge_policy
         self.scheduler = scheduler
         self._metrics = metrics
         self._emit: Emit = _drop
@@ -70,6 +76,7 @@ class EngineCore:
         # Adapters in device slots: a snapshot for other threads to read, replaced whole and never changed.
         self.resident: frozenset[Adapter] = frozenset()
         self.merged: Adapter | None = None  # for other threads too
+        self.merged_bytes = 0  # the same
 
     def connect(self, emit: Emit) -> None:
         """Says who gets the outputs of each step; called before the first one."""
@@ -119,9 +126,12 @@ class EngineCore:
         for request_id in not_finite:
             self.scheduler.abort(request_id)
             outputs.append(self._incident(request_id, "NON_FINITE_LOGITS"))
-        self._metrics.step(batch, self.scheduler, len(sampled), time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._metrics.step(batch, self.scheduler, len(sampled), seconds)
         if outputs:
             self._emit(outputs)
+        if self._merge_policy is not None:
+            self._follow(self._merge_policy, batch, seconds)
 
     def _drain_inbox(self) -> None:
         while True:
@@ -164,9 +174,18 @@ class EngineCore:
         self._publish_resident()
         self._emit(outputs)
 
+    def _follow(self, policy: MergePolicy, batch: ScheduledBatch, seconds: float) -> None:
+        """Merges, or takes the merged adapter out, when the policy says so."""
+        policy.observe([(item.request, item.num_tokens) for item in batch.requests], seconds, self.merged)
+        wanted = policy.decide(chain(self.scheduler.running, self.scheduler.waiting), self.merged)
+        if wanted is not self.merged:
+            policy.switched(wanted, self._merge(wanted))
+
     def _merge(self, adapter: Adapter | None) -> float:
-        seconds = self.runner.merge(adapter)
-        self.merged = adapter
+        try:
+            seconds = self.runner.merge(adapter)
+        finally:
+            self.merged, self.merged_bytes = self.runner.lora.merged, self.runner.lora.merged_bytes
         log.info("%s in %.0f ms", f"adapter {adapter.name} merged" if adapter else "unmerged", 1000 * seconds)
         return seconds
 

@@ -74,12 +74,12 @@ class LoRALayers:
         self.merged: Adapter | None = None
         self.merged_bytes = 0
         self.merged_slot = num_slots  # beyond the others: holds what tokens of other adapters take away again
-        self._no_merge = kernels.no_merge
-        self._prepare = kernels.prepare_segments
+        self.no_merge = kernels.no_merge
+        self.prepare = kernels.prepare_segments
         self._fixed_segments = kernels.fixed_segments
         self._device = next(model.parameters()).device
         self._tokens, self._logits = _Rows(), _Rows()
-        self._groups: list[tuple[Sequence[str], LinearGroup]] = []
+        self.groups: list[tuple[Sequence[str], LinearGroup]] = []
         embedding = model.get_input_embeddings()
         tied = embedding.weight is model.get_submodule(head).weight
         parts = groups if kernels.groups_layers else [[name] for group in groups for name in group]
@@ -92,7 +92,7 @@ class LoRALayers:
             for index, name in enumerate(names):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, MultiLoRALinear(shared, index))
-            self._groups.append((names, kernel))
+            self.groups.append((names, kernel))
             if names == [head] and tied and kernels.tied_embedding and type(embedding) is nn.Embedding:
                 model.set_input_embeddings(kernels.tied_embedding(kernel))
 
@@ -101,7 +101,7 @@ class LoRALayers:
 
         On the CPU the slot shares the host's tensors: a resident adapter is in memory once.
         """
-        for names, kernel in self._groups:
+        for names, kernel in self.groups:
             for index, name in enumerate(names):
                 weights = adapter.weights.get(name) if adapter is not None else None
                 kernel.set_slot(index, slot, weights and self._on_device(weights))
@@ -116,23 +116,34 @@ class LoRALayers:
         Tokens of everybody else take the bypass of `merged_slot` with a factor of −1.
 
         Raises:
-            MergeRefused: the weights are of a kind that takes no sum.
+            MergeRefused: the weights are of a kind that takes no sum. After any error nothing is merged.
         """
-        if adapter is not None and self._no_merge:
-            raise MergeRefused(f"adapter {adapter.name!r} cannot be merged: {self._no_merge}; it is served as a bypass")
-        self.merged, self.merged_bytes = adapter, 0
-        for names, kernel in self._groups:
-            if adapter is None:
-                kernel.unmerge()
-            else:
+        if adapter is not None and self.no_merge:
+            raise MergeRefused(f"adapter {adapter.name!r} cannot be merged: {self.no_merge}; it is served as a bypass")
+        if adapter is None:
+            self._unmerge()
+            return
+        try:
+            self.merged_bytes = 0
+            for names, kernel in self.groups:
                 weights = [adapter.weights.get(name) for name in names]
                 self.merged_bytes += kernel.merge([layer and self._on_device(layer) for layer in weights])
-        self.write(self.merged_slot, adapter)
+            self.write(self.merged_slot, adapter)
+            self.merged = adapter
+        except BaseException:  # no memory, say: half of the layers must not stay behind
+            self._unmerge()
+            raise
+
+    def _unmerge(self) -> None:
+        for _, kernel in self.groups:
+            kernel.unmerge()
+        self.merged, self.merged_bytes = None, 0
+        self.write(self.merged_slot, None)
 
     def activate(self, passes: Sequence[Pass], logits_passes: Sequence[Pass]) -> AbstractContextManager[None]:
         """Within, every forward is a step whose tokens take the bypasses of `passes`, its logits `logits_passes`."""
         return self._active(
-            [self._prepare(segments) for segments in passes], [self._prepare(segments) for segments in logits_passes]
+            [self.prepare(segments) for segments in passes], [self.prepare(segments) for segments in logits_passes]
         )
 
     def fixed_segments(self, num_rows: int) -> FixedSegments:

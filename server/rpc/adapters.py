@@ -26,6 +26,17 @@ class AdaptersService(pb_grpc.AdaptersServicer):
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: object) -> pb.ListAdaptersResponse:
         return pb.ListAdaptersResponse(adapters=[self._describe(status) for status in self._adapters.statuses()])
 
+    async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: object) -> pb.MergeAdapterResponse:
+        """Errors: those of LoadAdapter, and FAILED_PRECONDITION where nothing is merged on request."""
+        adapter, seconds = await self._engine.merge(request.name)
+        return pb.MergeAdapterResponse(
+            seconds=seconds, adapter=self._message(adapter), bytes_merged=self._engine.merged_bytes
+        )
+
+    async def UnmergeAdapter(self, request: pb.UnmergeAdapterRequest, context: object) -> pb.UnmergeAdapterResponse:
+        """Errors: FAILED_PRECONDITION where nothing is merged on request."""
+        return pb.UnmergeAdapterResponse(seconds=await self._engine.unmerge())
+
     def _describe(self, status: AdapterStatus) -> pb.Adapter:
         if status.adapter is not None:
             message = self._message(status.adapter)
@@ -53,4 +64,5 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             bytes_host=adapter.num_bytes,
             bytes_device=bytes_on_device(adapter, self._engine.base.device) if on_device else 0,
             tier=pb.DEVICE if on_device else pb.HOST,
+            merged=self._engine.is_merged(adapter),
         )

@@ -78,7 +78,7 @@ class InferenceService(pb_grpc.InferenceServicer):
             ]
         async with aclosing(_merge(streams)) as outputs:
             async for index, output in outputs:
-                yield _response(index, output, len(prompt))
+                yield _response(engine, index, output, len(prompt))
 
     def _adapters(self, request: pb.GenerateRequest) -> dict[str, float]:
         """Which adapters the request runs on, each with its weight.
@@ -206,14 +206,14 @@ async def _merge(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _response(index: int, output: GenerationOutput, num_prompt_tokens: int) -> pb.GenerateResponse:
+def _response(engine: AsyncEngine, index: int, output: GenerationOutput, num_prompt_tokens: int) -> pb.GenerateResponse:
     response = pb.GenerateResponse(
         text=output.text,
         token_ids=output.token_ids,
         finish_reason=_FINISH_REASONS[output.finish_reason],
         index=index,
     )
-    identities = [_identity(part) for part in output.adapters]
+    identities = [_identity(part, merged=engine.is_merged(part.adapter)) for part in output.adapters]
     if len(identities) == 1:
         response.adapter.CopyFrom(identities[0])
     else:
@@ -228,12 +228,13 @@ def _response(index: int, output: GenerationOutput, num_prompt_tokens: int) -> p
     return response
 
 
-def _identity(part: WeightedAdapter) -> pb.AdapterIdentity:
+def _identity(part: WeightedAdapter, *, merged: bool) -> pb.AdapterIdentity:
     adapter = part.adapter
     return pb.AdapterIdentity(
         name=adapter.name,
         version=adapter.version,
         generation=adapter.generation,
         digest=adapter.digest,
+        merged=merged,
         weight=part.weight,
     )

@@ -41,7 +41,7 @@ class Engine:
         """Goes on with another scheduler and no requests; slots and KV cache still hold what they were left with."""
         self.parts = replace(self.parts, scheduler=scheduler)
         self.metrics = Metrics(CollectorRegistry())
-        self.core = EngineCore(self.parts.runner, scheduler, self.metrics)
+        self.core = EngineCore(self.parts.runner, scheduler, self.metrics, self.parts.merge_policy)
         self.core.connect(self._collect)
         self.outputs: dict[int, list[TokenOutput]] = {}
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from server.engine.core import Evict
-from server.errors import MergeRefused
+from server.engine.merge_policy import MergeCosts, MergePolicy
+from server.errors import ConfigError, MergeRefused
 from server.kernels import native
 from server.lora.adapter import Adapter, WeightedAdapter
 from tests.conftest import ADAPTERS
@@ -84,7 +85,7 @@ def base_digest(engine: Engine) -> str:
     digest = hashlib.sha256()
     layers = engine.parts.base.linear_layers
     with torch.inference_mode():
-        for names, group in engine.parts.runner.lora._groups:
+        for names, group in engine.parts.runner.lora.groups:
             for y in group(torch.eye(layers[names[0]].in_features)[None], ()):
                 digest.update(y.contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -130,3 +131,31 @@ def test_a_quantized_base_says_no(model_dir: Path, adapters_dir: Path, prompts: 
         engine.merge(adapter)
     assert engine.core.merged is None
     assert engine.generate([(prompts[0], adapter)]) == bypass
+
+
+def test_auto_merges_what_runs_alone(
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """Whatever was measured, told to the policy as costs that make a merge worth its while, and one not."""
+    engine = Engine(model_dir, merge_policy="auto")
+    plain = engine.load(adapters_dir / "plain")
+    measured = engine.parts.merge_policy
+    assert measured is not None
+    assert measured._costs.merge_seconds > 0
+    policy = MergePolicy(MergeCosts([(1, 1.0), (64, 2.0)], merge_seconds=1e-9, adapter_bytes=plain.num_bytes))
+    policy._worked = 1.0
+    engine.core._merge_policy = policy
+    alone = engine.generate([(prompts[1], plain)] * 3)
+    assert engine.core.merged is plain
+    assert alone == [expected[1]] * 3
+    work = [(prompt, plain if name == "plain" else None) for prompt, name in zip(prompts, cycle(NAMES), strict=False)]
+    mixed = engine.generate(work)
+    assert engine.core.merged is None
+    assert [mixed[0], mixed[1]] == [expected[0], expected[1]]
+
+
+def test_auto_needs_weights_that_take_a_sum(model_dir: Path) -> None:
+    if not native.available():
+        pytest.skip("the native kernels are not built")
+    with pytest.raises(ConfigError, match=r"--merge-policy auto.*quantized"):
+        Engine(model_dir, merge_policy="auto", quantization="int8")

@@ -25,7 +25,7 @@ def load(parts: EngineParts, folder: Path) -> Adapter:
 
 def layer(parts: EngineParts, name: str) -> tuple[LinearGroup, int]:
     """A layer's group and its place in it."""
-    return next((group, names.index(name)) for names, group in parts.runner.lora._groups if name in names)
+    return next((group, names.index(name)) for names, group in parts.runner.lora.groups if name in names)
 
 
 def test_an_adapter_is_one_block_of_memory(parts: EngineParts, adapters_dir: Path) -> None:
@@ -39,7 +39,7 @@ def test_a_slot_is_reset_before_it_is_written(parts: EngineParts, adapters_dir: 
     """What the old adapter had and the new one has not must be gone."""
     group, index = layer(parts, "model.layers.0.mlp.up_proj")
     x = torch.randn(1, 3, 64)
-    passes = [parts.runner.lora._prepare([Segment(0, 0, 3)])]
+    passes = [parts.runner.lora.prepare([Segment(0, 0, 3)])]
     with torch.inference_mode():
         plain = group(x, passes)[index]
         parts.runner.lora.write(0, load(parts, adapters_dir / "plain"))
@@ -57,7 +57,7 @@ def test_a_sick_slot_touches_no_other_token(parts: EngineParts, adapters_dir: Pa
     good, bad = load(parts, adapters_dir / "plain").weights[name], load(parts, adapters_dir / "plain").weights[name]
     bad.lora_a.fill_(float("nan"))
     x = torch.randn(1, 4, 64)
-    prepare = parts.runner.lora._prepare
+    prepare = parts.runner.lora.prepare
     with torch.inference_mode():
         group.set_slot(index, 0, good)
         group.set_slot(index, 1, LayerWeights(bad.lora_a, bad.lora_b, 1.0))

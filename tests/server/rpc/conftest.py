@@ -1,10 +1,11 @@
 """A server on a free port with the tiny model, and clients over a real socket."""
 
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import grpc
@@ -42,7 +43,9 @@ class Running:
 
 
 class Serve(Protocol):
-    def __call__(self, **settings: Any) -> AbstractAsyncContextManager[Running]: ...
+    def __call__(
+        self, engine_settings: Mapping[str, Any] = ..., **settings: Any
+    ) -> AbstractAsyncContextManager[Running]: ...
 
 
 @pytest.fixture
@@ -50,10 +53,13 @@ def serve(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> Serve:
     """Makes a server with settings of the test's own."""
 
     @asynccontextmanager
-    async def start(**settings: Any) -> AsyncIterator[Running]:
+    async def start(
+        engine_settings: Mapping[str, Any] = MappingProxyType({}), **settings: Any
+    ) -> AsyncIterator[Running]:
         store = tmp_path / "store"
         shutil.copytree(adapters_dir, store)
-        engine_config = EngineConfig(model=str(model_dir), device="cpu", dtype="float32", max_num_seqs=16)
+        fixed = {"model": str(model_dir), "device": "cpu", "dtype": "float32", "max_num_seqs": 16}
+        engine_config = EngineConfig(**{**fixed, **engine_settings})
         config = ServerConfig(adapters_dir=store, listen="127.0.0.1:0", max_waiting=8, **settings)
         parts = build_engine(engine_config)
         metrics = Metrics(CollectorRegistry())

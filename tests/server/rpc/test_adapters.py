@@ -10,7 +10,7 @@ import grpc
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1.inference_pb2 import GenerateResponse
 from tests.conftest import ADAPTERS
-from tests.server.rpc.conftest import Running
+from tests.server.rpc.conftest import Running, Serve
 from tests.server.rpc.test_inference import ask, failure
 
 
@@ -120,3 +120,39 @@ def _set(folder: Path, old: str, new: str) -> None:
 async def test_a_long_reason_still_arrives(running: Running) -> None:
     error = await failure(running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="x", source="../" * 4000)))
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_merge_and_unmerge(running: Running) -> None:
+    plain = await running.inference.Generate(ask(adapter="plain"))
+    other = await running.inference.Generate(ask(adapter="attention"))
+    merged = await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
+    assert merged.seconds > 0
+    assert merged.bytes_merged > 0
+    assert merged.adapter.merged
+    assert [name for name, adapter in (await listed(running)).items() if adapter.merged] == ["plain"]
+    again = await running.inference.Generate(ask(adapter="plain"))
+    assert (again.token_ids, again.adapter.merged) == (plain.token_ids, True)
+    beside = await running.inference.Generate(ask(adapter="attention"))
+    assert (beside.token_ids, beside.adapter.merged) == (other.token_ids, False)
+    await running.adapters.UnmergeAdapter(pb.UnmergeAdapterRequest())
+    assert not any(adapter.merged for adapter in (await listed(running)).values())
+    error = await failure(running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="nobody")))
+    assert error.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_merged_adapter_is_replaced_and_unloaded(running: Running) -> None:
+    expected = await running.inference.Generate(ask(adapter="plain"))
+    await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
+    await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain", replace=True))
+    assert (await running.inference.Generate(ask(adapter="plain"))).token_ids == expected.token_ids
+    await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
+    await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
+    assert running.engine.merged_bytes == 0
+    assert (await running.inference.Generate(ask())).token_ids != expected.token_ids
+
+
+async def test_merging_on_request_needs_its_policy(serve: Serve) -> None:
+    async with serve({"merge_policy": "off"}) as server:
+        error = await failure(server.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain")))
+        assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert "--merge-policy is off" in str(error.details())

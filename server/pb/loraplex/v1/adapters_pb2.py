@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$server/pb/loraplex/v1/adapters.proto\x12\x0bloraplex.v1\"C\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"M\n\x15UnloadAdapterResponse\x12\x1a\n\x12\x66reed_bytes_device\x18\x01 \x01(\x04\x12\x18\n\x10\x66reed_bytes_host\x18\x02 \x01(\x04\"\x15\n\x13ListAdaptersRequest\">\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\"\xab\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.AdapterState\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12\x12\n\nbytes_disk\x18\x08 \x01(\x04\x12\x12\n\nbytes_host\x18\t \x01(\x04\x12\x14\n\x0c\x62ytes_device\x18\n \x01(\x04\x12&\n\x04tier\x18\x0b \x01(\x0e\x32\x18.loraplex.v1.AdapterTier\x12\x18\n\x10requests_running\x18\x0c \x01(\r\x12\r\n\x05\x65rror\x18\r \x01(\t*S\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\r\n\tAVAILABLE\x10\x01\x12\t\n\x05READY\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03*K\n\x0b\x41\x64\x61pterTier\x12\x1c\n\x18\x41\x44\x41PTER_TIER_UNSPECIFIED\x10\x00\x12\x08\n\x04\x44ISK\x10\x01\x12\x08\n\x04HOST\x10\x02\x12\n\n\x06\x44\x45VICE\x10\x03\x32\xfd\x01\n\x08\x41\x64\x61pters\x12\x44\n\x0bLoadAdapter\x12\x1f.loraplex.v1.LoadAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12V\n\rUnloadAdapter\x12!.loraplex.v1.UnloadAdapterRequest\x1a\".loraplex.v1.UnloadAdapterResponse\x12S\n\x0cListAdapters\x12 .loraplex.v1.ListAdaptersRequest\x1a!.loraplex.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$server/pb/loraplex/v1/adapters.proto\x12\x0bloraplex.v1\"C\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"M\n\x15UnloadAdapterResponse\x12\x1a\n\x12\x66reed_bytes_device\x18\x01 \x01(\x04\x12\x18\n\x10\x66reed_bytes_host\x18\x02 \x01(\x04\"\x15\n\x13ListAdaptersRequest\">\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\"#\n\x13MergeAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"d\n\x14MergeAdapterResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12%\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x14.loraplex.v1.Adapter\x12\x14\n\x0c\x62ytes_merged\x18\x03 \x01(\x04\"\x17\n\x15UnmergeAdapterRequest\")\n\x16UnmergeAdapterResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"\xbb\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.AdapterState\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12\x12\n\nbytes_disk\x18\x08 \x01(\x04\x12\x12\n\nbytes_host\x18\t \x01(\x04\x12\x14\n\x0c\x62ytes_device\x18\n \x01(\x04\x12&\n\x04tier\x18\x0b \x01(\x0e\x32\x18.loraplex.v1.AdapterTier\x12\x18\n\x10requests_running\x18\x0c \x01(\r\x12\r\n\x05\x65rror\x18\r \x01(\t\x12\x0e\n\x06merged\x18\x0e \x01(\x08*S\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\r\n\tAVAILABLE\x10\x01\x12\t\n\x05READY\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03*K\n\x0b\x41\x64\x61pterTier\x12\x1c\n\x18\x41\x44\x41PTER_TIER_UNSPECIFIED\x10\x00\x12\x08\n\x04\x44ISK\x10\x01\x12\x08\n\x04HOST\x10\x02\x12\n\n\x06\x44\x45VICE\x10\x03\x32\xad\x03\n\x08\x41\x64\x61pters\x12\x44\n\x0bLoadAdapter\x12\x1f.loraplex.v1.LoadAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12V\n\rUnloadAdapter\x12!.loraplex.v1.UnloadAdapterRequest\x1a\".loraplex.v1.UnloadAdapterResponse\x12S\n\x0cListAdapters\x12 .loraplex.v1.ListAdaptersRequest\x1a!.loraplex.v1.ListAdaptersResponse\x12S\n\x0cMergeAdapter\x12 .loraplex.v1.MergeAdapterRequest\x1a!.loraplex.v1.MergeAdapterResponse\x12Y\n\x0eUnmergeAdapter\x12\".loraplex.v1.UnmergeAdapterRequest\x1a#.loraplex.v1.UnmergeAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'server.pb.loraplex.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=628
-  _globals['_ADAPTERSTATE']._serialized_end=711
-  _globals['_ADAPTERTIER']._serialized_start=713
-  _globals['_ADAPTERTIER']._serialized_end=788
+  _globals['_ADAPTERSTATE']._serialized_start=851
+  _globals['_ADAPTERSTATE']._serialized_end=934
+  _globals['_ADAPTERTIER']._serialized_start=936
+  _globals['_ADAPTERTIER']._serialized_end=1011
   _globals['_LOADADAPTERREQUEST']._serialized_start=53
   _globals['_LOADADAPTERREQUEST']._serialized_end=120
   _globals['_UNLOADADAPTERREQUEST']._serialized_start=122
@@ -45,8 +45,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTADAPTERSREQUEST']._serialized_end=260
   _globals['_LISTADAPTERSRESPONSE']._serialized_start=262
   _globals['_LISTADAPTERSRESPONSE']._serialized_end=324
-  _globals['_ADAPTER']._serialized_start=327
-  _globals['_ADAPTER']._serialized_end=626
-  _globals['_ADAPTERS']._serialized_start=791
-  _globals['_ADAPTERS']._serialized_end=1044
+  _globals['_MERGEADAPTERREQUEST']._serialized_start=326
+  _globals['_MERGEADAPTERREQUEST']._serialized_end=361
+  _globals['_MERGEADAPTERRESPONSE']._serialized_start=363
+  _globals['_MERGEADAPTERRESPONSE']._serialized_end=463
+  _globals['_UNMERGEADAPTERREQUEST']._serialized_start=465
+  _globals['_UNMERGEADAPTERREQUEST']._serialized_end=488
+  _globals['_UNMERGEADAPTERRESPONSE']._serialized_start=490
+  _globals['_UNMERGEADAPTERRESPONSE']._serialized_end=531
+  _globals['_ADAPTER']._serialized_start=534
+  _globals['_ADAPTER']._serialized_end=849
+  _globals['_ADAPTERS']._serialized_start=1014
+  _globals['_ADAPTERS']._serialized_end=1443
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,16 @@ class AdaptersStub:
                 request_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.MergeAdapter = channel.unary_unary(
+                '/loraplex.v1.Adapters/MergeAdapter',
+                request_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.MergeAdapterRequest.SerializeToString,
+                response_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.MergeAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnmergeAdapter = channel.unary_unary(
+                '/loraplex.v1.Adapters/UnmergeAdapter',
+                request_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnmergeAdapterRequest.SerializeToString,
+                response_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnmergeAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AdaptersServicer:
@@ -79,6 +89,23 @@ class AdaptersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MergeAdapter(self, request, context):
+        """Adds an adapter to the base's weights, in place of one that is merged. Its requests then cost what the base's cost;
+        all others run on beside them, in the same batch, and take its effect away again.
+
+        Errors: NOT_FOUND and those of LoadAdapter; FAILED_PRECONDITION for a quantized base or another --merge-policy.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnmergeAdapter(self, request, context):
+        """Takes the merged adapter, if there is one, out again: the base's weights are bit for bit what they were.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdaptersServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +123,16 @@ def add_AdaptersServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.ListAdaptersRequest.FromString,
                     response_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'MergeAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeAdapter,
+                    request_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.MergeAdapterRequest.FromString,
+                    response_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.MergeAdapterResponse.SerializeToString,
+            ),
+            'UnmergeAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnmergeAdapter,
+                    request_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnmergeAdapterRequest.FromString,
+                    response_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnmergeAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +217,60 @@ class Adapters:
             '/loraplex.v1.Adapters/ListAdapters',
             server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
             server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.Adapters/MergeAdapter',
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.MergeAdapterRequest.SerializeToString,
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.MergeAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnmergeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.Adapters/UnmergeAdapter',
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnmergeAdapterRequest.SerializeToString,
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnmergeAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,
