@@ -186,14 +186,14 @@ def run_process(command: Sequence[str], settings: Settings) -> dict[str, Any]:
         )
     except OSError as error:
         raise RunFailed(f"{command[0]} cannot be run: {error.strerror}") from error
-    try:
-        output, errors = process.communicate(timeout=settings.timeout)
-    except subprocess.TimeoutExpired as error:
-        raise RunFailed(f"took longer than --timeout {settings.timeout} seconds") from error
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with process:
+        try:
+            output, errors = process.communicate(timeout=settings.timeout)
+        except subprocess.TimeoutExpired as error:
+            raise RunFailed(f"took longer than --timeout {settings.timeout} seconds") from error
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode != 0:
         raise RunFailed(last_error(errors) or f"ended with exit code {process.returncode}")
     try:

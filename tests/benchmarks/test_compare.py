@@ -1,0 +1,120 @@
+"""The comparison: who runs when, what is kept when somebody fails, and one real run against PEFT."""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from benchmarks.compare import Comparison, Results, Run, RunFailed, Settings, last_error, run_process, schedule
+from benchmarks.contenders import CONTENDERS, select
+from benchmarks.material import Material
+from benchmarks.report import Report
+from benchmarks.workload import Workload, parse_workload
+from server.cli import main
+from server.errors import ConfigError
+
+SETTINGS = Settings(prompt_tokens=5, output_tokens=4, threads=1, timeout=60)
+OWN = select(["loraplex-float32"], [])
+
+
+def test_rounds_alternate() -> None:
+    pair = select(["loraplex-float32", "peft-mixed"], ["peft"])
+    order = [(number, str(workload), contender.name) for number, workload, contender in schedule(WORK, pair, 2)]
+    one = [("4x2", "loraplex-float32"), ("4x2", "peft-mixed"), ("4x2:unused", "loraplex-float32")]
+    assert order == [(number, *who) for number in (1, 2) for who in one]
+
+
+WORK = [parse_workload("4x2"), parse_workload("4x2:unused")]
+
+
+def test_who_takes_part() -> None:
+    assert {contender.program for contender in select([], ["peft"])} == {"loraplex", "peft"}
+    assert [contender.name for contender in select(["peft-mixed"], ["peft", "vllm"])] == ["peft-mixed"]
+    with pytest.raises(ConfigError, match=r"nobody.*loraplex-float32"):
+        select(["nobody"], [])
+    with pytest.raises(ConfigError, match="--llama-cpp"):
+        select(["llama.cpp-f32"], [])
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise ValueError('too\\nlong')", "ValueError: too"),
+        ("import sys; sys.exit(3)", "exit code 3"),
+        ("print('hello')", "gave no result, but: 'hello'"),
+    ],
+)
+def test_a_process_that_fails_says_why_in_one_line(code: str, message: str) -> None:
+    with pytest.raises(RunFailed, match=message):
+        run_process([sys.executable, "-c", code], SETTINGS)
+
+
+def test_a_process_that_takes_too_long_is_ended() -> None:
+    settings = Settings(prompt_tokens=1, output_tokens=1, threads=1, timeout=1)
+    with pytest.raises(RunFailed, match="--timeout 1"):
+        run_process([sys.executable, "-c", "import time; time.sleep(60)"], settings)
+    with pytest.raises(RunFailed, match="cannot be run"):
+        run_process(["/nowhere/python"], settings)
+
+
+def test_the_last_exception_is_the_error() -> None:
+    assert last_error("Traceback\n  File\nRuntimeError: no memory\nwarning: something\n") == "RuntimeError: no memory"
+    assert last_error("just\nlines\n") == "lines"
+    assert last_error("") == ""
+
+
+def test_a_report_with_a_peer_that_failed_and_one_that_is_missing() -> None:
+    workloads = [Workload(4, 0), Workload(4, 2)]
+    pair = select(["loraplex-float32", "peft-mixed"], ["peft"])
+    results = Results(
+        runs=[Run("loraplex-float32", "4x0", number, rate, 1.0) for number, rate in enumerate((90.0, 100.0, 300.0))]
+        + [Run("loraplex-float32", "4x2", 1, 80.0, 1.0), Run("peft-mixed", "4x0", 1, 40.0, 1.0)],
+        failures={("peft-mixed", "4x2"): "OSError: no [such] file"},
+        outputs={("loraplex-float32", "4x0"): [[1, 2]], ("peft-mixed", "4x0"): [[1, 3]]},
+        versions={"peft-mixed": "peft 1"},
+    )
+    report = Report(results, workloads, pair)
+    console = Console(record=True, width=160, file=io.StringIO())
+    report.print(console)
+    text = console.export_text()
+    assert re.search(r"loraplex-float32 +\| +100\.0 +\| +80\.0", text)
+    assert "40.0 (2.50×)" in text
+    assert "failed: OSError: no [such] file" in text
+    assert "vllm: not given" in text
+    assert "--vllm PYTHON" in text
+    summary = report.as_dict()
+    assert summary["medians"] == {"loraplex-float32": {"4x0": 100.0, "4x2": 80.0}, "peft-mixed": {"4x0": 40.0}}
+    assert summary["own_ratios"] == {"4x2 over 4x0, loraplex-float32": 0.8}
+    assert summary["agreements"][0]["share_of_tokens"] == 0.5
+
+
+def test_loraplex_and_peft_on_the_tiny_model(model_dir: Path, tmp_path: Path) -> None:
+    """The real thing: two processes a workload, tokens equal."""
+    results = tmp_path / "results.json"
+    arguments = ["bench", "compare", "--model", str(model_dir), "--work-dir", str(tmp_path), "--peft", sys.executable]
+    arguments += ["--contenders", "loraplex-float32,peft-mixed", "--workloads", "4x2", "--rounds", "1"]
+    arguments += ["--prompt-tokens", "5", "--output-tokens", "4", "--threads", "1", "--json", str(results)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    found = json.loads(results.read_text())
+    assert not found["failures"]
+    assert set(found["medians"]) == {"loraplex-float32", "peft-mixed"}
+    assert [item["equal_requests"] for item in found["agreements"]] == [4]
+
+
+def test_one_that_fails_is_not_asked_again(model_dir: Path, tmp_path: Path) -> None:
+    peer = tmp_path / "python"
+    peer.write_text("#!/bin/sh\necho 'ImportError: no peer' >&2\nexit 1\n")
+    peer.chmod(0o755)
+    material = Material(model_dir, tmp_path / "work", lambda text: None)
+    comparison = Comparison(material, {"peft": peer}, SETTINGS)
+    lines: list[str] = []
+    contenders = [contender for contender in CONTENDERS if contender.name == "peft-mixed"]
+    for results in comparison.run([Workload(2, 1)], contenders, 3, lines.append):
+        assert results.failures == {("peft-mixed", "2x1"): "ImportError: no peer"}
+    assert len(lines) == 1
