@@ -55,12 +55,15 @@ class ServerConfig:
     adapters_dir: Path = setting(Path("adapters-store"), "Folder of adapters: NAME/ or NAME/VERSION/ in PEFT's format.")
     listen: str = setting("127.0.0.1:50051", "Address of the gRPC server.")
     metrics_listen: str = setting("127.0.0.1:9090", "Address of the Prometheus endpoint; empty: none.")
+    metrics_adapters: int = setting(20, "Adapters with metrics of their own; the others share 'other'.", low=0)
+    otlp_endpoint: str = setting("", "Where OpenTelemetry traces go, as http://HOST:4317; empty: see OTEL_ variables.")
     adapter_host_bytes: int = setting(4 << 30, "Most host memory for adapters in bytes.", low=1)
     max_waiting: int = setting(1024, "Most requests in the queue; more are answered RESOURCE_EXHAUSTED.", low=0)
     max_message_bytes: int = setting(16 << 20, "Largest gRPC message in bytes.", low=1024)
     drain_seconds: int = setting(30, "How long SIGTERM waits for running requests.", low=0)
     reflection: bool = setting(True, "Serve gRPC reflection.")
     log_level: str = setting("info", "What is logged.", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting("text", "Log lines for people, or JSON objects.", choices=("text", "json"))
 
 
 def options(*classes: type) -> Callable[[Command], Command]:
@@ -105,7 +108,7 @@ def _option(item: "Field[Any]", hint: Any) -> Callable[[Command], Command]:
         type=kind,
         default=item.default,
         envvar=f"LORAPLEX_{item.name.upper()}",
-        help=metadata["help"],
+        help=f"{metadata['help']} YAML key: {item.name.replace('_', '-')}.",
         show_default=True,
         show_envvar=True,
     )

@@ -1,6 +1,7 @@
 """Puts an engine together from its settings."""
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,12 @@ def build_engine(config: EngineConfig) -> EngineParts:
         torch.set_num_threads(config.threads)
     device = pick_device(config)
     path = resolve(config.model)
+    log.info("loading %s on %s", path, device.torch_device)
+    started = time.monotonic()
     base = load_base_model(path, Path(path).name, device.torch_device, device.dtype)
+    log.info(
+        "loaded in %.1f s; packing the weights for %d adapter slots", time.monotonic() - started, config.adapter_slots
+    )
     max_model_len = _max_model_len(config, base)
     num_blocks = _num_blocks(config, base.kv_shape, device, max_model_len)
     cache = device.paged_cache(base.kv_shape, num_blocks, config.block_size)
@@ -52,6 +58,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
     if device.native:
         fused = runner.fuse()
         log.info("fused: %s", ", ".join(f"{count} × {kind}" for kind, count in fused.items()) or "nothing")
+    log.info("checking steps against the model's own answers")
+    largest_difference = runner.verify(device.storage)
     scheduler = Scheduler(
         BlockAllocator(num_blocks, config.block_size, prefix_cache=config.prefix_cache),
         AdapterSlots(config.adapter_slots),
@@ -67,7 +75,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         max_model_len,
         num_blocks,
         kv_cache_bytes,
-        runner.verify(device.storage),
+        largest_difference,
         device.storage,
     )
 

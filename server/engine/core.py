@@ -56,6 +56,8 @@ class EngineCore:
         self.runner = runner
         self.scheduler = scheduler
         self._metrics = metrics
+        metrics.watch(scheduler)
+        metrics.adapters.watch("device", lambda: self.resident)
         self._emit: Emit = _drop
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
@@ -76,7 +78,6 @@ class EngineCore:
             if self.scheduler.has_work:
                 self.step()
             else:
-                self._metrics.idle()
                 self._obey(self._inbox.get())
 
     def step(self) -> None:
@@ -90,7 +91,7 @@ class EngineCore:
             self._fail(batch)
             return
         if batch.slot_writes:
-            self._publish_resident()
+            self._book_slot_writes(batch)
         not_finite = []
         sampled = {}
         produced = {}
@@ -101,16 +102,23 @@ class EngineCore:
                 sampled[request.request_id] = result.token_id
                 produced[request.request_id] = (request, result)
         finished = self.scheduler.update(batch, sampled)
+        now = time.monotonic()
         outputs = [
             TokenOutput(
-                request_id, result.token_id, finished.get(request_id), result.logprob, request.num_cached_tokens
+                request_id,
+                result.token_id,
+                finished.get(request_id),
+                result.logprob,
+                request.num_cached_tokens,
+                time=now,
+                first_step=request.first_step,
             )
             for request_id, (request, result) in produced.items()
         ]
         for request_id in not_finite:
             self.scheduler.abort(request_id)
             outputs.append(self._incident(request_id, "NON_FINITE_LOGITS"))
-        self._metrics.step(batch, self.scheduler, len(sampled), time.monotonic() - started)
+        self._metrics.step(batch, self.scheduler, now - started)
         if outputs:
             self._emit(outputs)
 
@@ -147,6 +155,14 @@ class EngineCore:
             self.scheduler.slots.remove(adapter)
         self._publish_resident()
         self._emit(outputs)
+
+    def _book_slot_writes(self, batch: ScheduledBatch) -> None:
+        before = self.resident
+        self._publish_resident()
+        for _, adapter in batch.slot_writes:
+            self._metrics.adapters.loaded(adapter.name, "device")
+        for adapter in before - self.resident:
+            self._metrics.adapters.evicted(adapter.name, "device")
 
     def _publish_resident(self) -> None:
         self.resident = frozenset(self.scheduler.slots.adapters())

@@ -13,6 +13,7 @@ from server.engine.async_engine import AsyncEngine
 from server.errors import ConfigError
 from server.pb.loraplex.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from server.rpc.adapters import AdaptersService
+from server.rpc.call_metrics import CallMetricsInterceptor
 from server.rpc.inference import InferenceService
 from server.rpc.interceptors import ErrorInterceptor
 
@@ -34,8 +35,9 @@ class RpcServer:
             ConfigError: the address cannot be had.
         """
         self._engine = engine
+        tracing = [engine.tracer.interceptor()] if engine.tracer else []
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[CallMetricsInterceptor(engine.metrics.registry), *tracing, ErrorInterceptor()],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.so_reuseport", 0),
