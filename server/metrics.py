@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from server.engine.scheduler import ScheduledBatch, Scheduler
 
 LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)  # seconds
+FINISH_REASONS = ("stop", "length", "abort", "error")  # of `FinishReason`; the client went away; our failure
+FAILURES = ("STEP_FAILED", "NON_FINITE_LOGITS")
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -60,6 +62,11 @@ class Metrics:
         self.adapters = AdapterMetrics(max_adapters)
         registry.register(self.adapters)
         self._seen_preemptions = 0
+        # From the start, at zero: a series that begins at one shows no increase.
+        for reason in FINISH_REASONS:
+            self.requests.labels(finish_reason=reason)
+        for reason in FAILURES:
+            self.failed_requests.labels(reason=reason)
 
     def watch(self, scheduler: Scheduler) -> None:
         """Gauges read the scheduler at a scrape, so that a step does not have to set them."""
@@ -79,7 +86,7 @@ class Metrics:
 
     def adapter_loaded(self, name: str, seconds: float) -> None:
         """An adapter came from disk to host memory."""
-        self.adapters.loaded(name, "host", seconds)
+        self.adapters.loaded_to_host(name, seconds)
         self.adapter_load_seconds.observe(seconds)
 
 

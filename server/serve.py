@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics, start_http_server
 
 from server.banner import banner
 from server.base_models import resolve
@@ -48,7 +48,9 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     with _metrics_endpoint(config.metrics_listen, metrics):
         parts = await asyncio.to_thread(build_engine, engine_config)
         async with running_engine(engine_config, config, parts, metrics, tracer) as engine:
-            server = RpcServer(config, engine, model_info(engine_config, parts))
+            info = model_info(engine_config, parts)
+            _publish_build(metrics, info)
+            server = RpcServer(config, engine, info)
             await server.start()
             for line in await asyncio.to_thread(banner, engine_config, config, parts, engine.adapters.store):
                 log.info("%s", line)
@@ -125,6 +127,11 @@ def model_info(config: EngineConfig, parts: EngineParts) -> ModelInfo:
         num_adapter_slots=config.adapter_slots,
         version=version("loraplex"),
     )
+
+
+def _publish_build(metrics: Metrics, info: ModelInfo) -> None:
+    build = Info("loraplex_build", "What is served, and by which version", registry=metrics.registry)
+    build.info({"version": info.version, "model": info.name, "device": info.device, "dtype": info.dtype})
 
 
 @contextlib.contextmanager

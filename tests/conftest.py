@@ -1,5 +1,7 @@
 """A tiny random Llama with a byte-level tokenizer, and tiny adapters made by PEFT: all built on the spot."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,20 @@ def save_adapter(model: torch.nn.Module, folder: Path, seed: int, std: float = 0
             torch.nn.init.normal_(parameter, std=std)
     wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     wrapped.unload()
+
+
+@pytest.fixture(scope="session")
+def require_tool() -> Callable[[str], str]:
+    """The path of a program; a test that lacks it is skipped, and fails in CI."""
+
+    def find(name: str) -> str:
+        if path := shutil.which(name):
+            return path
+        if os.environ.get("CI"):
+            pytest.fail(f"{name} is not installed, and in CI no test may skip")
+        pytest.skip(f"{name} is not installed")
+
+    return find
 
 
 @pytest.fixture(scope="session")

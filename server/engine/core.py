@@ -160,7 +160,7 @@ class EngineCore:
         before = self.resident
         self._publish_resident()
         for _, adapter in batch.slot_writes:
-            self._metrics.adapters.loaded(adapter.name, "device")
+            self._metrics.adapters.loaded_to_device(adapter.name)
         for adapter in before - self.resident:
             self._metrics.adapters.evicted(adapter.name, "device")
 
