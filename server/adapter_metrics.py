@@ -36,7 +36,7 @@ class AdapterMetrics(Collector):
     and never moves to another: every series only grows, and rates summed over the labels are exact. Every
     `rerank_seconds` an adapter of `other` with more than twice the requests of a named one takes that one's place. The
     series of the loser ends; if it is named again it starts from zero, which `rate()` takes for a restart. So a scrape
-    holds at most `max_names` + 2 labels, and a time series database gets few new ones even from a flat distribution.
+    holds at most `max_names` + 2 labels, and a ranking adds at most `max_names` to what a database has to keep.
     """
 
     def __init__(self, max_names: int, rerank_seconds: float = RERANK_SECONDS) -> None:
@@ -62,6 +62,7 @@ class AdapterMetrics(Collector):
         with self._lock:
             if time.monotonic() >= self._next_rerank:
                 self._rerank()
+                self._next_rerank = time.monotonic() + self._rerank_seconds
             self._add("adapter_requests", name)
             self._add("prompt_tokens", name, num_prompt_tokens)
             if name:
@@ -138,7 +139,6 @@ class AdapterMetrics(Collector):
                 del self._counts[quiet]
                 self._counts[busy] = _Row(float)
         self._traffic.clear()
-        self._next_rerank = time.monotonic() + self._rerank_seconds
 
 
 def _residency(residents: dict[str, list[Adapter]], named: list[str]) -> Iterable[Metric]:

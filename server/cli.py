@@ -55,8 +55,10 @@ def env() -> None:
     """Print what a bug report needs: versions, processor, devices, kernels, settings from the environment."""
     from server.environment import environment
 
-    for name, value in environment():
-        click.echo(f"{name + ':':<20}{value}")
+    values = list(environment())
+    width = max(len(name) for name, _ in values)
+    for name, value in values:
+        click.echo(f"{name:<{width}}  {value}")
 
 
 @main.group()

@@ -54,7 +54,6 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             await server.start()
             for line in await asyncio.to_thread(banner, engine_config, config, parts, engine.adapters.store):
                 log.info("%s", line)
-            log.info("ready: listening on port %d", server.port)
             throughput = asyncio.create_task(ThroughputLog(metrics, parts.scheduler).run())
             try:
                 return await _until_stopped(server, engine, config)
@@ -157,6 +156,7 @@ async def _until_stopped(server: RpcServer, engine: AsyncEngine, config: ServerC
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
+    log.info("ready: listening on port %d", server.port)  # and ready to be stopped
     stopped = asyncio.create_task(stop.wait())
     died = asyncio.create_task(engine.died.wait())
     await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)

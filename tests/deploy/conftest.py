@@ -1,9 +1,12 @@
 """A served model that a real Prometheus scrapes, with the configuration and the rules of deploy/."""
 
+import contextlib
 import json
+import re
 import shutil
 import subprocess
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -67,16 +70,14 @@ def monitored(
     program = require_tool("prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
     targets = f"127.0.0.1:{free_port()}"
-    server = Server(model_dir, adapters_dir, "--metrics-listen", targets, "--metrics-adapters", "2")
     config = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
-    for old, new in (("server:9090", targets), ("5s", "500ms"), ("15s", "500ms")):
-        assert old in config
-        config = config.replace(old, new)
+    config = re.sub(r"interval: \d+s", "interval: 500ms", config.replace("server:9090", targets))
     (folder / "prometheus.yml").write_text(config)
     shutil.copy(DEPLOY / "prometheus" / "alerts.yml", folder)
     address = f"127.0.0.1:{free_port()}"
     command = [program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     command += [f"--web.listen-address={address}", "--log.level=warn"]
+    server = Server(model_dir, adapters_dir, "--metrics-listen", targets, "--metrics-adapters", "2")
     with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as prometheus:
         try:
             watched = Monitored(f"http://{targets}/metrics", f"http://{address}")
@@ -93,11 +94,10 @@ def _wait_until_up(monitored: Monitored) -> None:
     """Until Prometheus answers and has scraped once, so that what happens next counts as an increase."""
     deadline = time.monotonic() + 30
     while True:
-        try:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{monitored.prometheus_url}/-/ready").close()
             if monitored.query("up == 1"):
                 return
-        except OSError:
-            pass
         assert time.monotonic() < deadline, "Prometheus does not come up"
         time.sleep(0.2)
 

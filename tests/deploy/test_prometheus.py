@@ -79,7 +79,7 @@ def test_every_alert_has_a_test() -> None:
         # Two whole blocks of 16, for all but the first request of each identity.
         ("loraplex_prefix_cache_hit_tokens_total", {(): (NUM_REQUESTS - len(REQUESTS)) * 32}),
         ("loraplex_adapters_resident", {("device",): 4, ("host",): 4}),
-        ("loraplex_adapter_resident", {(name, tier): 1 for name in ("plain", "attention") for tier in ("device", "host")}),
+        ("sum by (adapter) (loraplex_adapter_resident)", {("plain",): 2, ("attention",): 2}),
         ("loraplex_adapter_host_bytes > 0 and loraplex_adapter_host_bytes < 1e6", 1),
         ("sum by (tier) (loraplex_adapter_loads_total)", {("device",): 4, ("host",): 4}),
         ("sum by (tier) (loraplex_adapter_hits_total)", {("device",): 4, ("host",): 4}),

@@ -27,7 +27,8 @@ class Engine:
 
     def __init__(self, model: Path, **settings: Any) -> None:
         self.parts = build_engine(EngineConfig(model=str(model), device="cpu", **{"dtype": "float32", **settings}))
-        self.core = EngineCore(self.parts.runner, self.parts.scheduler, Metrics(CollectorRegistry()))
+        self.metrics = Metrics(CollectorRegistry())
+        self.core = EngineCore(self.parts.runner, self.parts.scheduler, self.metrics)
         self.core.connect(self._collect)
         self._generation = 0
         self.outputs: dict[int, list[TokenOutput]] = {}
