@@ -100,6 +100,15 @@ def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
     return AdapterFiles(config, weights, digest.hexdigest(), len(config_bytes) + len(weights_bytes))
 
 
+def check_config(folder: Path, layers: Mapping[str, LinearShape], max_rank: int) -> None:
+    """Checks the configuration alone: a cheap first look at many adapters.
+
+    Raises:
+        AdapterFormatError, AdapterIncompatibleError: those of `read_adapter` that need no weights.
+    """
+    _expected_tensors(parse_config(_read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES)), layers, max_rank)
+
+
 def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, LoRAWeights]) -> None:
     """Writes an adapter as PEFT would, whole or not at all: temporary folder, fsync, rename.
 

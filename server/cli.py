@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,12 +47,22 @@ main.add_command(loadtest_command)
 def serve(**values: Any) -> None:
     """Start the gRPC server."""
     engine_config, config = take(EngineConfig, values), take(ServerConfig, values)
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
-    )
+    from server.logs import set_up_logging
     from server.serve import serve as run
 
+    set_up_logging(config.log_level, config.log_format)
     sys.exit(asyncio.run(run(engine_config, config)))
+
+
+@main.command()
+def env() -> None:
+    """Print what a bug report needs: versions, processor, devices, kernels, settings from the environment."""
+    from server.environment import environment
+
+    values = list(environment())
+    width = max(len(name) for name, _ in values)
+    for name, value in values:
+        click.echo(f"{name:<{width}}  {value}")
 
 
 @main.group()

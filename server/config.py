@@ -61,6 +61,8 @@ class ServerConfig:
     adapters_dir: Path = setting(Path("adapters-store"), "Folder of adapters: NAME/ or NAME/VERSION/ in PEFT's format.")
     listen: str = setting("127.0.0.1:50051", "Address of the gRPC server.")
     metrics_listen: str = setting("127.0.0.1:9090", "Address of the Prometheus endpoint; empty: none.")
+    metrics_adapters: int = setting(20, "Adapters with metrics of their own; the others share 'other'.", low=0)
+    otlp_endpoint: str = setting("", "Where OpenTelemetry traces go, as http://HOST:4317; empty: see OTEL_ variables.")
     adapter_host_bytes: int = setting(4 << 30, "Most host memory for adapters in bytes.", low=1)
     max_waiting: int = setting(1024, "Most requests in the queue; more are answered RESOURCE_EXHAUSTED.", low=0)
     max_message_bytes: int = setting(16 << 20, "Largest gRPC message in bytes.", low=1024)
@@ -71,6 +73,7 @@ class ServerConfig:
     tls_key: str = setting("", "PEM file of the certificate's private key.")
     tls_client_ca: str = setting("", "PEM file of the authorities that sign clients' certificates; empty: none needed.")
     log_level: str = setting("info", "What is logged.", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting("text", "Log lines for people, or JSON objects.", choices=("text", "json"))
 
     def __post_init__(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -121,7 +124,7 @@ def _option(item: "Field[Any]", hint: Any) -> Callable[[Command], Command]:
         type=kind,
         default=item.default,
         envvar=f"LORAPLEX_{item.name.upper()}",
-        help=metadata["help"],
+        help=f"{metadata['help']} YAML key: {item.name.replace('_', '-')}.",
         show_default=True,
         show_envvar=True,
     )

@@ -1,113 +1,127 @@
-"""Every metric of the server, in one list. prometheus-client is thread-safe, so both threads write here."""
+"""Every metric of the engine, in one list. Both threads write here: prometheus-client locks.
+
+What is counted per adapter is in `server.adapter_metrics`, what is counted per gRPC call in `server.rpc.call_metrics`.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from server.adapter_metrics import AdapterMetrics
+from server.gateway_metrics import GatewayMetrics
+
 if TYPE_CHECKING:
-    from server.engine.request import FinishReason
+    from server.engine.request import TokenOutput
     from server.engine.scheduler import ScheduledBatch, Scheduler
 
-MAX_ADAPTER_LABELS = 100  # adapters beyond these share the label "other": a name must not cost memory for ever
-_LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
+LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)  # seconds
+FINISH_REASONS = ("stop", "length", "abort", "error")  # of `FinishReason`; the client went away; our failure
+FAILURES = ("STEP_FAILED", "NON_FINITE_LOGITS")
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Metrics:
     """Owns the collectors. vLLM's words, Prometheus' units; times in seconds."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, max_adapters: int = 20) -> None:
         self.registry = registry
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"loraplex_{name}", text, labels, registry=registry)
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"loraplex_{name}", text, labels, registry=registry)
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"loraplex_{name}", text, registry=registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        def histogram(name: str, text: str, buckets: tuple[float, ...] = LATENCY, *labels: str) -> Histogram:
             return Histogram(f"loraplex_{name}", text, labels, registry=registry, buckets=buckets)
 
-        self.running = gauge("num_requests_running", "Requests in the batch")
-        self.waiting = gauge("num_requests_waiting", "Requests in the queue")
-        self.kv_usage = gauge("kv_cache_usage_ratio", "Share of KV blocks in use")
-        self.adapters_resident = gauge("adapters_resident", "Adapters in memory", "tier")
-        self.preemptions = counter("num_preemptions", "Requests that gave their KV blocks back")
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts", "adapter")
-        self.generation_tokens = counter("generation_tokens", "Tokens generated", "adapter")
-        self.cached_tokens = counter("prefix_cache_hit_tokens", "Tokens of prompts taken from the prefix cache")
-        self.requests = counter("requests", "Finished requests", "finish_reason")
+        self._running = gauge("num_requests_running", "Requests in the batch")
+        self._waiting = gauge("num_requests_waiting", "Requests in the queue")
+        self._kv_usage = gauge("kv_cache_usage_ratio", "Share of KV blocks in use")
+        self._preemptions = counter("num_preemptions", "Requests that gave their KV blocks back")
+        self.query_tokens = counter("prefix_cache_query_tokens", "Tokens of prompts looked up in the prefix cache")
+        self.hit_tokens = counter("prefix_cache_hit_tokens", "Tokens of prompts taken from the prefix cache")
+        self.requests = counter("requests", "Requests that ended, and how", "finish_reason")
         self.failed_requests = counter("failed_requests", "Requests ended by an internal error", "reason")
-        self.adapter_loads = counter("adapter_loads", "Adapters brought to a tier", "tier")
-        self.adapter_evictions = counter("adapter_evictions", "Adapters dropped from a tier", "tier")
         self.adapter_load_failures = counter("adapter_load_failures", "Adapters refused at load")
-        self.adapter_steps = counter("adapter_steps", "Steps in which an adapter had tokens", "adapter")
-        self.adapter_shared_steps = counter(
-            "adapter_shared_steps", "Steps in which an adapter's tokens ran with those of others", "adapter"
+        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token")
+        self.inter_token = histogram("inter_token_latency_seconds", "Between a request's tokens")
+        self.end_to_end = histogram("e2e_request_latency_seconds", "From arrival to the last token")
+        self.queue_time = histogram(
+            "request_queue_time_seconds", "From arrival to the first step, loading the adapter included"
         )
-        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token", _LATENCY)
-        self.inter_token = histogram("inter_token_latency_seconds", "Between a request's tokens", _LATENCY)
-        self.end_to_end = histogram("e2e_request_latency_seconds", "From arrival to the last token", _LATENCY)
-        self.adapter_load_seconds = histogram("adapter_load_seconds", "Disk to host memory", _LATENCY)
-        self.step_seconds = histogram("step_seconds", "One forward with sampling", _LATENCY)
+        self.prefill_time = histogram("request_prefill_time_seconds", "From the first step to the first token")
+        self.decode_time = histogram("request_decode_time_seconds", "From the first token to the last")
+        self.adapter_load_seconds = histogram("adapter_load_seconds", "Disk to host memory")
+        self.step_seconds = histogram("step_seconds", "One forward with sampling")
         self.step_tokens = histogram("iteration_tokens", "Tokens computed in a step", _TOKENS)
-        self._adapter_labels: set[str] = set()
+        self.merge_switches = counter("adapter_merge_switches", "Changes of what is merged into the base", "to")
+        self.merged_bytes = gauge("adapter_merged_bytes", "Memory of the merged adapter's sums with the base's weights")
+        self.adapters = AdapterMetrics(max_adapters)
+        registry.register(self.adapters)
         self._seen_preemptions = 0
+        # From the start, at zero: a series that begins at one shows no increase.
+        for reason in FINISH_REASONS:
+            self.requests.labels(finish_reason=reason)
+        for reason in FAILURES:
+            self.failed_requests.labels(reason=reason)
 
-    def adapter_label(self, name: str) -> str:
-        """The label value for an adapter: its name, `base`, or `other` beyond the first hundred."""
-        if not name:
-            return "base"
-        if name not in self._adapter_labels:
-            if len(self._adapter_labels) >= MAX_ADAPTER_LABELS:
-                return "other"
-            self._adapter_labels.add(name)
-        return name
+    def watch(self, scheduler: Scheduler) -> None:
+        """Gauges read the scheduler at a scrape, so that a step does not have to set them."""
+        self._running.set_function(lambda: len(scheduler.running))
+        self._waiting.set_function(lambda: len(scheduler.waiting))
+        self._kv_usage.set_function(lambda: scheduler.allocator.usage)
+        self.registry.register(GatewayMetrics(scheduler, self.adapters))
 
-    def step(self, batch: ScheduledBatch, scheduler: Scheduler, num_sampled: int, seconds: float) -> None:
+    def step(self, batch: ScheduledBatch, scheduler: Scheduler, seconds: float) -> None:
         """Books one step. Engine thread."""
         self.step_seconds.observe(seconds)
         self.step_tokens.observe(batch.num_tokens)
-        self.running.set(len(scheduler.running))
-        self.waiting.set(len(scheduler.waiting))
-        self.kv_usage.set(scheduler.allocator.usage)
-        self.preemptions.inc(scheduler.num_preemptions - self._seen_preemptions)
-        self._seen_preemptions = scheduler.num_preemptions
-        self.adapter_loads.labels(tier="device").inc(len(batch.slot_writes))
-        self.adapters_resident.labels(tier="device").set(len(scheduler.slots.adapters()))
-        labels = {self.adapter_label(item.request.adapter_name) for item in batch.requests}
-        for label in labels:
-            self.adapter_steps.labels(adapter=label).inc()
-            if len(labels) > 1:
-                self.adapter_shared_steps.labels(adapter=label).inc()
+        if scheduler.num_preemptions > self._seen_preemptions:
+            self._preemptions.inc(scheduler.num_preemptions - self._seen_preemptions)
+            self._seen_preemptions = scheduler.num_preemptions
+        self.adapters.step({item.request.adapter_name for item in batch.requests})
 
-    def idle(self) -> None:
-        """Nothing runs. Engine thread."""
-        self.running.set(0)
-        self.waiting.set(0)
+    def adapter_loaded(self, name: str, seconds: float) -> None:
+        """An adapter came from disk to host memory."""
+        self.adapters.loaded_to_host(name, seconds)
+        self.adapter_load_seconds.observe(seconds)
 
 
 class RequestTimer:
-    """Times of one request, from its arrival. Event loop."""
+    """When things happened to one request, from its arrival. Event loop; times are of `time.monotonic`."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, num_prompt_tokens: int) -> None:
         self._metrics = metrics
-        self._arrival = self._last = time.monotonic()
-        self._has_first = False
+        self._num_prompt_tokens = num_prompt_tokens
+        self.arrival = time.monotonic()
+        self.first_step = self.first_token = self.last_token = 0.0  # 0: not yet
+        self.num_tokens = 0  # generated
+        self.num_cached_tokens = 0  # of the prompt
 
-    def tokens(self) -> None:
-        """New tokens came."""
-        now = time.monotonic()
-        if self._has_first:
-            self._metrics.inter_token.observe(now - self._last)
-        else:
-            self._metrics.first_token.observe(now - self._arrival)
-            self._has_first = True
-        self._last = now
+    def tokens(self, outputs: Sequence[TokenOutput]) -> None:
+        """New tokens came; their times are the engine's, so a slow reader does not change them."""
+        for output in outputs:
+            if not self.first_token:
+                self.first_step, self.first_token = output.first_step, output.time
+                self._metrics.queue_time.observe(self.first_step - self.arrival)
+                self._metrics.prefill_time.observe(self.first_token - self.first_step)
+                self._metrics.first_token.observe(self.first_token - self.arrival)
+                self._metrics.query_tokens.inc(self._num_prompt_tokens)
+                self.num_cached_tokens = output.num_cached_tokens
+                self._metrics.hit_tokens.inc(output.num_cached_tokens)
+            else:
+                self._metrics.inter_token.observe(output.time - self.last_token)
+            self.last_token = output.time
+        self.num_tokens += len(outputs)
 
-    def finished(self, reason: FinishReason) -> None:
-        self._metrics.end_to_end.observe(time.monotonic() - self._arrival)
-        self._metrics.requests.labels(finish_reason=reason.value).inc()
+    def ended(self, reason: str) -> None:
+        """A finish reason, or `abort` when the client went away, or `error`."""
+        self._metrics.requests.labels(finish_reason=reason).inc()
+        if self.last_token:
+            self._metrics.decode_time.observe(self.last_token - self.first_token)
+            self._metrics.end_to_end.observe(self.last_token - self.arrival)

@@ -3,14 +3,16 @@
 import asyncio
 import contextlib
 import logging
-import platform
+import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics, start_http_server
 
+from server.banner import banner
 from server.base_models import resolve
 from server.config import EngineConfig, ServerConfig
 from server.engine.async_engine import AsyncEngine
@@ -23,8 +25,14 @@ from server.lora.store import AdapterStore
 from server.metrics import Metrics
 from server.pb.loraplex.v1.inference_pb2 import ModelInfo
 from server.rpc.server import RpcServer
+from server.throughput_log import ThroughputLog
+
+if TYPE_CHECKING:
+    from server.tracing import RequestTracer
 
 log = logging.getLogger("loraplex")
+
+_OTLP_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
 async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
@@ -33,20 +41,33 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     Raises:
         ConfigError: it cannot start as asked.
     """
-    metrics = Metrics(CollectorRegistry())
+    disable_created_metrics()
+    metrics = Metrics(CollectorRegistry(), config.metrics_adapters)
+    ProcessCollector(registry=metrics.registry)
+    tracer = request_tracer(config.otlp_endpoint, Path(engine_config.model).name)
     with _metrics_endpoint(config.metrics_listen, metrics):
         parts = await asyncio.to_thread(build_engine, engine_config)
-        async with running_engine(engine_config, config, parts, metrics) as engine:
-            server = RpcServer(config, engine, model_info(engine_config, parts))
+        async with running_engine(engine_config, config, parts, metrics, tracer) as engine:
+            info = model_info(engine_config, parts)
+            _publish_build(metrics, info)
+            server = RpcServer(config, engine, info)
             await server.start()
-            _show_banner(engine_config, config, parts, engine)
-            log.info("ready: listening on port %d", server.port)
-            return await _until_stopped(server, engine, config)
+            for line in await asyncio.to_thread(banner, engine_config, config, parts, engine.adapters.store):
+                log.info("%s", line)
+            throughput = asyncio.create_task(ThroughputLog(metrics, parts.scheduler).run())
+            try:
+                return await _until_stopped(server, engine, config)
+            finally:
+                throughput.cancel()
 
 
 @contextlib.asynccontextmanager
 async def running_engine(
-    engine_config: EngineConfig, config: ServerConfig, parts: EngineParts, metrics: Metrics
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    parts: EngineParts,
+    metrics: Metrics,
+    tracer: "RequestTracer | None" = None,
 ) -> AsyncIterator[AsyncEngine]:
     """An engine thread with its adapters, stopped at the end."""
     adapters = AdapterCache(
@@ -66,12 +87,30 @@ async def running_engine(
         max_model_len=parts.max_model_len,
         max_requests=engine_config.max_num_seqs + config.max_waiting,
         merge_policy=engine_config.merge_policy,
+        tracer=tracer,
     )
     engine.start()
     try:
         yield engine
     finally:
         await engine.stop()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.shutdown)
+
+
+def request_tracer(endpoint: str, base_model: str) -> "RequestTracer | None":
+    """Traces go to `endpoint`, or where OpenTelemetry's own variables say; None if neither is set.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed.
+    """
+    if not endpoint and not any(os.environ.get(name) for name in _OTLP_VARIABLES):
+        return None
+    try:
+        from server.tracing import RequestTracer, exporting_provider
+    except ImportError as error:
+        raise ConfigError("--otlp-endpoint needs OpenTelemetry: pip install 'loraplex[otel]'") from error
+    return RequestTracer(exporting_provider(endpoint), base_model)
 
 
 def model_info(config: EngineConfig, parts: EngineParts) -> ModelInfo:
@@ -88,6 +127,11 @@ def model_info(config: EngineConfig, parts: EngineParts) -> ModelInfo:
         num_adapter_slots=config.adapter_slots,
         version=version("loraplex"),
     )
+
+
+def _publish_build(metrics: Metrics, info: ModelInfo) -> None:
+    build = Info("loraplex_build", "What is served, and by which version", registry=metrics.registry)
+    build.info({"version": info.version, "model": info.name, "device": info.device, "dtype": info.dtype})
 
 
 @contextlib.contextmanager
@@ -113,6 +157,7 @@ async def _until_stopped(server: RpcServer, engine: AsyncEngine, config: ServerC
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
+    log.info("ready: listening on port %d", server.port)  # and ready to be stopped
     stopped = asyncio.create_task(stop.wait())
     died = asyncio.create_task(engine.died.wait())
     await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)
@@ -129,27 +174,3 @@ async def _until_stopped(server: RpcServer, engine: AsyncEngine, config: ServerC
         await drain
     log.info("stopped")
     return 0
-
-
-def _show_banner(engine_config: EngineConfig, config: ServerConfig, parts: EngineParts, engine: AsyncEngine) -> None:
-    base = parts.base
-    found = engine.adapters.statuses()
-    lines = [
-        f"Loraplex {version('loraplex')}, torch {torch.__version__}, Python {platform.python_version()}",
-        f"model     {base.name}: {base.architecture}, {parts.storage} on {base.device}, digest {base.digest[:12]}",
-        f"check     packed and chunked steps answer as the model itself, logits within {parts.largest_difference:.1e}",
-        f"KV cache  {parts.num_blocks:,} blocks of {parts.runner.cache.block_size} tokens, "
-        f"{parts.kv_cache_bytes / 2**20:,.0f} MiB; requests up to {parts.max_model_len:,} tokens",
-        f"adapters  {len(found)} in {config.adapters_dir}; {engine_config.adapter_slots} device slots, rank up to "
-        f"{engine_config.max_lora_rank}, kernels: {parts.runner.lora.kernels_name}",
-        f"listening gRPC {config.listen}, metrics {config.metrics_listen or 'off'}, reflection "
-        f"{'on' if config.reflection else 'off'}, {_security(config)}",
-    ]
-    for line in lines:
-        log.info("%s", line)
-
-
-def _security(config: ServerConfig) -> str:
-    if not config.tls_cert:
-        return "no TLS, no authentication"
-    return "TLS, clients show a certificate" if config.tls_client_ca else "TLS, no authentication"

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +20,9 @@ from server.errors import InvalidRequest, MergeRefused, Overloaded, Unavailable
 from server.lora.adapter import Adapter, WeightedAdapter
 from server.lora.cache import AdapterCache
 from server.metrics import Metrics, RequestTimer
+
+if TYPE_CHECKING:
+    from server.tracing import RequestTracer
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +54,16 @@ class AsyncEngine:
         max_model_len: int,
         max_requests: int,
         merge_policy: str,
+        tracer: "RequestTracer | None" = None,
     ) -> None:
         self.base = base
         self.tokenizer = tokenizer
         self.adapters = adapters
         self.max_model_len = max_model_len
+        self.metrics = metrics
+        self.tracer = tracer
         self.died = asyncio.Event()
         self._core = core
-        self._metrics = metrics
         self._max_requests = max_requests
         self._merge_policy = merge_policy
         self._num_requests = 0
@@ -104,23 +110,17 @@ class AsyncEngine:
         """
         self._enter()
         try:
-            timer = RequestTimer(self._metrics)
+            timer = RequestTimer(self.metrics, len(prompt_token_ids))
             async with AsyncExitStack() as stack:
                 acquired = [
                     WeightedAdapter(await stack.enter_async_context(self.adapters.acquire(reference)), weight)
                     for reference, weight in adapters.items()
                 ]
                 request = self._new_request(prompt_token_ids, params, acquired, cache_salt)
-                label = self._metrics.adapter_label(request.adapter_name)
-                self._metrics.prompt_tokens.labels(adapter=label).inc(len(prompt_token_ids))
-                generated = self._metrics.generation_tokens.labels(adapter=label)
-                async with aclosing(self._run(request)) as outputs:
+                on_device = bool(acquired) and all(self.is_on_device(part.adapter) for part in acquired)
+                self.metrics.adapters.request(request.adapter_name, len(prompt_token_ids), on_device=on_device)
+                async with aclosing(self._run(request, timer)) as outputs:
                     async for output in outputs:
-                        generated.inc(len(output.token_ids))
-                        timer.tokens()
-                        if output.finish_reason is not None:
-                            timer.finished(output.finish_reason)
-                            self._metrics.cached_tokens.inc(output.num_cached_tokens)
                         yield output
         finally:
             self._leave()
@@ -145,12 +145,13 @@ class AsyncEngine:
         stop = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self.base.eos_token_ids
         return Request(next(self._request_ids), prompt_token_ids, params, adapters, stop, cache_salt)
 
-    async def _run(self, request: Request) -> AsyncGenerator[GenerationOutput, None]:
+    async def _run(self, request: Request, timer: RequestTimer) -> AsyncGenerator[GenerationOutput, None]:
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
         self._streams[request.request_id] = queue
         text = TextStream(self.tokenizer, request.token_ids, request.params.stop)
         num_output_tokens = 0
         finish_reason = None
+        outcome = "abort"
         try:
             if self.died.is_set():  # while the adapter was loading
                 raise Unavailable("the engine is down", reason="ENGINE_DOWN")
@@ -160,6 +161,7 @@ class AsyncEngine:
                 while not queue.empty():
                     outputs.append(queue.get_nowait())
                 if outputs[-1].error is not None:
+                    outcome = "error"
                     raise outputs[-1].error
                 token_ids, logprobs, piece = [], [], ""
                 for output in outputs:
@@ -173,6 +175,10 @@ class AsyncEngine:
                     if text.stopped:
                         finish_reason = FinishReason.STOP
                         break
+                timer.tokens(outputs[: len(token_ids)])
+                self.metrics.adapters.tokens(request.adapter_name, len(token_ids))
+                if finish_reason is not None:
+                    outcome = finish_reason.value
                 yield GenerationOutput(
                     piece,
                     token_ids,
@@ -185,6 +191,9 @@ class AsyncEngine:
         finally:
             del self._streams[request.request_id]
             self._core.put(Abort(request.request_id))
+            timer.ended(outcome)
+            if self.tracer is not None:
+                self.tracer.record(request, timer, outcome)
 
     def _enter(self) -> None:
         if self.died.is_set():

@@ -1,6 +1,7 @@
 """Puts an engine together from its settings."""
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +50,18 @@ def build_engine(config: EngineConfig) -> EngineParts:
         torch.set_num_threads(config.threads)
     device = pick_device(config)
     path = resolve(config.model)
+    log.info("loading %s on %s", path, device.torch_device)
+    started = time.monotonic()
     base = load_base_model(path, Path(path).name, device.torch_device, device.dtype)
+    log.info(
+        "loaded in %.1f s; packing the weights for %d adapter slots", time.monotonic() - started, config.adapter_slots
+    )
     max_model_len = _max_model_len(config, base)
     block_size = config.block_size or device.block_size(base.kv_shape)
     num_blocks = _num_blocks(config, base.kv_shape, device, max_model_len, block_size)
     runner = _model_runner(config, base, device, num_blocks, block_size, max_model_len)
+    log.info("checking steps against the model's own answers")
+    largest_difference = runner.verify(device.storage)
     scheduler = Scheduler(
         BlockAllocator(num_blocks, block_size, prefix_cache=config.prefix_cache),
         AdapterSlots(config.adapter_slots),
@@ -69,7 +77,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         max_model_len,
         num_blocks,
         kv_cache_bytes,
-        runner.verify(device.storage),
+        largest_difference,
         device.storage,
         _merge_policy(config, runner),
     )

@@ -70,6 +70,8 @@ class EngineCore:
         self._merge_policy = merge_policy
         self.scheduler = scheduler
         self._metrics = metrics
+        metrics.watch(scheduler)
+        metrics.adapters.watch("device", lambda: self.resident)
         self._emit: Emit = _drop
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
@@ -92,7 +94,6 @@ class EngineCore:
             if self.scheduler.has_work:
                 self.step()
             else:
-                self._metrics.idle()
                 self._obey(self._inbox.get())
 
     def step(self) -> None:
@@ -106,7 +107,7 @@ class EngineCore:
             self._fail(batch)
             return
         if batch.slot_writes:
-            self._publish_resident()
+            self._book_slot_writes(batch)
         not_finite = []
         sampled = {}
         produced = {}
@@ -117,21 +118,27 @@ class EngineCore:
                 sampled[request.request_id] = result.token_id
                 produced[request.request_id] = (request, result)
         finished = self.scheduler.update(batch, sampled)
+        now = time.monotonic()
         outputs = [
             TokenOutput(
-                request_id, result.token_id, finished.get(request_id), result.logprob, request.num_cached_tokens
+                request_id,
+                result.token_id,
+                finished.get(request_id),
+                result.logprob,
+                request.num_cached_tokens,
+                time=now,
+                first_step=request.first_step,
             )
             for request_id, (request, result) in produced.items()
         ]
         for request_id in not_finite:
             self.scheduler.abort(request_id)
             outputs.append(self._incident(request_id, "NON_FINITE_LOGITS"))
-        seconds = time.monotonic() - started
-        self._metrics.step(batch, self.scheduler, len(sampled), seconds)
+        self._metrics.step(batch, self.scheduler, now - started)
         if outputs:
             self._emit(outputs)
         if self._merge_policy is not None:
-            self._follow(self._merge_policy, batch, seconds)
+            self._follow(self._merge_policy, batch, now - started)
 
     def _drain_inbox(self) -> None:
         while True:
@@ -186,8 +193,18 @@ class EngineCore:
             seconds = self.runner.merge(adapter)
         finally:
             self.merged, self.merged_bytes = self.runner.lora.merged, self.runner.lora.merged_bytes
+        self._metrics.merge_switches.labels(to="adapter" if adapter else "base").inc()
+        self._metrics.merged_bytes.set(self.merged_bytes)
         log.info("%s in %.0f ms", f"adapter {adapter.name} merged" if adapter else "unmerged", 1000 * seconds)
         return seconds
+
+    def _book_slot_writes(self, batch: ScheduledBatch) -> None:
+        before = self.resident
+        self._publish_resident()
+        for _, adapter in batch.slot_writes:
+            self._metrics.adapters.loaded_to_device(adapter.name)
+        for adapter in before - self.resident:
+            self._metrics.adapters.evicted(adapter.name, "device")
 
     def _publish_resident(self) -> None:
         self.resident = frozenset(self.scheduler.slots.adapters())

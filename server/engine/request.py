@@ -74,6 +74,8 @@ class TokenOutput:
     logprob: TokenLogprob | None = None
     num_cached_tokens: int = 0
     error: Exception | None = None
+    time: float = 0.0  # when the step ended, of `time.monotonic`
+    first_step: float = 0.0  # when the request's first step was scheduled
 
 
 class Request:
@@ -101,6 +103,7 @@ class Request:
         self.status = RequestStatus.WAITING
 
         # Set by the scheduler.
+        self.first_step = 0.0  # when it was first admitted, of `time.monotonic`
         self.num_computed_tokens = 0  # tokens whose K and V are in the cache
         self.block_table: list[int] = []
         self.adapter_slots: tuple[int, ...] = ()  # one per adapter while it runs

@@ -6,6 +6,7 @@ computed in chunks; a decoding request lacks exactly one token. When KV blocks r
 preempted: it gives its blocks back and waits, at the head of the queue, to be computed again.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -143,6 +144,7 @@ class Scheduler:
                 self.waiting.appendleft(request)
                 break
             request.status = RequestStatus.RUNNING
+            request.first_step = request.first_step or time.monotonic()
             self.running.append(request)
             batch.requests.append(ScheduledRequest(request, num_tokens))
             budget -= num_tokens

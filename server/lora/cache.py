@@ -89,7 +89,7 @@ class AdapterCache:
         self._reserved = 0  # bytes of adapters that are being read
         self._generation = 0
         self._evict_from_device: EvictFromDevice | None = None
-        metrics.adapters_resident.labels(tier="host").set_function(lambda: len(self._resident))
+        metrics.adapters.watch("host", lambda: [resident.adapter for resident in tuple(self._resident.values())])
 
     def connect(self, evict_from_device: EvictFromDevice) -> None:
         """Tells the cache how to take an adapter off the device; until then there is none."""
@@ -178,16 +178,20 @@ class AdapterCache:
 
     async def _get(self, reference: str) -> _Resident:
         """The resident copy, loaded now if it is only on disk."""
+        waited = False
         while True:
             ref = self._lookup(reference)
             resident = self._resident.get(ref)
             if resident is not None:
                 self._resident.move_to_end(ref)
+                if not waited:
+                    self._metrics.adapters.found(ref.name, "host")
                 return resident
             if ref not in self._loading:
                 self._loading[ref] = asyncio.create_task(self._load_missing(ref))
             # Shielded: a request that stops waiting does not stop the load that others wait for too.
             await asyncio.shield(self._loading[ref])
+            waited = True
 
     def _lookup(self, reference: str) -> AdapterRef:
         name, version = parse_reference(reference)
@@ -231,8 +235,7 @@ class AdapterCache:
         finally:
             self._reserved -= files.num_bytes
         self._errors.pop(ref, None)
-        self._metrics.adapter_load_seconds.observe(time.monotonic() - started)
-        self._metrics.adapter_loads.labels(tier="host").inc()
+        self._metrics.adapter_loaded(ref.name, time.monotonic() - started)
         log.info("adapter %s@%s loaded: rank %d, %d bytes", ref.name, ref.version, adapter.rank, adapter.num_bytes)
         return adapter
 
@@ -247,7 +250,7 @@ class AdapterCache:
                     f"the limit is {self._max_bytes:,} (--adapter-host-bytes)",
                     reason="ADAPTER_MEMORY",
                 )
-            self._metrics.adapter_evictions.labels(tier="host").inc()
+            self._metrics.adapters.evicted(idle.name, "host")
             await self._retire(idle)
 
     def _retire(self, ref: AdapterRef) -> "asyncio.Task[FreedBytes]":

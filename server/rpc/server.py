@@ -14,6 +14,7 @@ from server.errors import ConfigError
 from server.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from server.pb.loraplex.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from server.rpc.adapters import AdaptersService
+from server.rpc.call_metrics import CallMetricsInterceptor
 from server.rpc.inference import InferenceService
 from server.rpc.interceptors import ErrorInterceptor
 from server.rpc.open_inference import OpenInferenceService
@@ -40,8 +41,9 @@ class RpcServer:
             ConfigError: the address cannot be had, or a certificate not be read.
         """
         self._engine = engine
+        tracing = [engine.tracer.interceptor()] if engine.tracer else []
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[CallMetricsInterceptor(engine.metrics.registry), *tracing, ErrorInterceptor()],
             compression=_COMPRESSION[config.compression],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),

@@ -35,6 +35,7 @@ def test_a_run(model_dir: Path, tmp_path: Path) -> None:
     many = report["many"]
     assert report["ratio"] == report["many_tok_s"] / report["few_tok_s"]
     assert sum(tier["count"] for tier in many["first_token"].values()) == 20
-    assert many["host_loads"] >= many["adapter_wait"]["disk"]["count"] > 0
+    assert many["host_loads"] > 0
+    assert many["adapter_wait"]["disk"]["count"] > 0  # two requests may wait for one load
     assert many["host_evictions"] > 0
     assert many["device_loads"] > 3

@@ -1,5 +1,6 @@
 """Settings: one definition each, four places to set it, one order of precedence."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,13 @@ def test_flag_over_environment_over_file_over_default(tmp_path: Path) -> None:
         assert taken["server"].reflection is False
 
 
-def test_help_names_the_environment_twin_of_every_flag() -> None:
-    text = " ".join(run("--help").split())
-    for flag in ("MAX_NUM_SEQS", "ADAPTERS_DIR", "LISTEN", "DTYPE", "REFLECTION"):
-        assert f"LORAPLEX_{flag}" in text
-        assert f"--{flag.lower().replace('_', '-')}" in text
+def test_help_names_the_environment_twin_and_the_yaml_key_of_every_flag() -> None:
+    text = CliRunner().invoke(command, ["--help"], max_content_width=1000, terminal_width=1000).output
+    for item in (*fields(EngineConfig), *fields(ServerConfig)):
+        key = item.name.replace("_", "-")
+        assert f"--{key}" in text
+        assert f"YAML key: {key}." in text
+        assert f"LORAPLEX_{item.name.upper()}" in text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def test_a_reflection_client_that_is_not_ours(server: Server) -> None:
 
 
 def test_sigterm_drains(model_dir: Path, adapters_dir: Path) -> None:
-    server = Server(model_dir, adapters_dir)
+    server = Server(model_dir, adapters_dir, "--log-format", "json")
     with grpc.insecure_channel(server.address) as channel:
         stub = InferenceStub(channel)
         sampling = pb.SamplingParams(max_tokens=200, ignore_eos=True)
@@ -144,7 +144,21 @@ def test_sigterm_drains(model_dir: Path, adapters_dir: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         assert sum(len(message.token_ids) for message in call) == 199
     assert server.wait() == 0
-    assert "draining" in server.banner
+    messages = [json.loads(line)["message"] for line in server.banner.splitlines()]
+    assert any(message.startswith("draining") for message in messages)
+
+
+def test_the_banner_names_adapters_that_cannot_be_served(model_dir: Path, make_adapter: Callable[..., Path]) -> None:
+    good = make_adapter("good")
+    make_adapter("wide", r=16)
+    (make_adapter("broken") / "adapter_config.json").write_text("{")
+    server = Server(model_dir, good.parent, "--max-lora-rank", "8")
+    assert server.stop() == 0
+    assert f"adapters  3 in {good.parent}" in server.banner
+    refused = dict(re.findall(r"refused   (\S+): (.*)", server.banner))
+    assert refused.keys() == {"broken@1", "wide@1"}
+    assert "not valid JSON" in refused["broken@1"]
+    assert "--max-lora-rank" in refused["wide@1"]
 
 
 def test_a_second_signal_stops_at_once(model_dir: Path, adapters_dir: Path) -> None:

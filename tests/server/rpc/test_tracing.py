@@ -1,0 +1,187 @@
+"""Traces of real requests, in memory and over the wire; and none, at no cost, when nobody asks for them."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import CollectorRegistry
+
+from server.config import EngineConfig, ServerConfig
+from server.engine.build import build_engine
+from server.errors import ConfigError
+from server.metrics import Metrics
+from server.pb.loraplex.v1 import inference_pb2 as pb
+from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
+from server.rpc.server import RpcServer
+from server.serve import model_info, request_tracer, running_engine
+from server.tracing import RequestTracer
+
+TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACEPARENT = (("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-01"),)
+
+
+@asynccontextmanager
+async def traced(model_dir: Path, adapters_dir: Path, tracer: RequestTracer | None) -> AsyncIterator[InferenceStub]:
+    engine_config = EngineConfig(model=str(model_dir), device="cpu", dtype="float32")
+    config = ServerConfig(adapters_dir=adapters_dir, listen="127.0.0.1:0")
+    parts = build_engine(engine_config)
+    async with running_engine(engine_config, config, parts, Metrics(CollectorRegistry()), tracer) as engine:
+        server = RpcServer(config, engine, model_info(engine_config, parts))
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            yield InferenceStub(channel)
+        await server.drain(grace=5)
+
+
+@pytest.fixture
+def exporter() -> InMemorySpanExporter:
+    return InMemorySpanExporter()
+
+
+@pytest.fixture
+async def inference(
+    model_dir: Path, adapters_dir: Path, exporter: InMemorySpanExporter
+) -> AsyncIterator[InferenceStub]:
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    async with traced(model_dir, adapters_dir, RequestTracer(provider, "tiny")) as stub:
+        yield stub
+
+
+def request(adapter: str = "", max_tokens: int = 4) -> pb.GenerateRequest:
+    sampling = pb.SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return pb.GenerateRequest(prompt="hello", adapter=adapter, sampling=sampling)
+
+
+async def spans(exporter: InMemorySpanExporter, count: int) -> tuple[ReadableSpan, ...]:
+    async with asyncio.timeout(10):
+        while len(exporter.get_finished_spans()) < count:
+            await asyncio.sleep(0.01)
+    return exporter.get_finished_spans()
+
+
+async def test_a_request_is_a_span_of_its_callers_trace(
+    inference: InferenceStub, exporter: InMemorySpanExporter
+) -> None:
+    answer = await inference.Generate(request("plain"), metadata=TRACEPARENT)
+    (span,) = await spans(exporter, 1)
+    assert span.name == "text_completion tiny"
+    assert f"{span.context.trace_id:032x}" == TRACE_ID
+    assert span.parent is not None
+    assert f"{span.parent.span_id:016x}" == PARENT_ID
+    assert span.attributes is not None
+    expected = {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.request.model": "tiny",
+        "gen_ai.request.max_tokens": 4,
+        "gen_ai.usage.input_tokens": 5,
+        "gen_ai.usage.output_tokens": 4,
+        "gen_ai.usage.cache_read.input_tokens": 0,
+        "gen_ai.response.finish_reasons": ("length",),
+        "loraplex.adapter.name": "plain",
+        "loraplex.adapter.version": "1",
+        "loraplex.adapter.generation": answer.adapter.generation,
+    }
+    assert {key: span.attributes[key] for key in expected} == expected
+
+
+async def test_the_times_of_a_span_are_in_order_and_add_up(
+    inference: InferenceStub, exporter: InMemorySpanExporter
+) -> None:
+    await inference.Generate(request())
+    (span,) = await spans(exporter, 1)
+    assert span.start_time is not None
+    assert span.end_time is not None
+    assert [event.name for event in span.events] == ["first step", "first token"]
+    times = [span.start_time, *(event.timestamp for event in span.events), span.end_time]
+    assert times == sorted(times)
+    assert span.attributes is not None
+    latency = {
+        key.removeprefix("gen_ai.latency."): value
+        for key, value in span.attributes.items()
+        if isinstance(value, float) and key.startswith("gen_ai.latency.")
+    }
+    assert latency["time_in_queue"] + latency["time_in_model_prefill"] == pytest.approx(latency["time_to_first_token"])
+    assert latency["time_to_first_token"] + latency["time_in_model_decode"] == pytest.approx(latency["e2e"])
+
+
+async def test_calls_beside_each_other_keep_their_own_trace(
+    inference: InferenceStub, exporter: InMemorySpanExporter
+) -> None:
+    trace_ids = [f"{index + 1:032x}" for index in range(8)]
+    calls = [
+        inference.Generate(request(), metadata=(("traceparent", f"00-{trace_id}-{PARENT_ID}-01"),))
+        for trace_id in trace_ids
+    ]
+    await asyncio.gather(*calls)
+    found = await spans(exporter, 8)
+    assert sorted(f"{span.context.trace_id:032x}" for span in found) == trace_ids
+    await inference.Generate(request())  # after the others on the same connection, without a parent
+    assert (await spans(exporter, 9))[-1].parent is None
+
+
+async def test_a_client_that_goes_away_leaves_a_span(inference: InferenceStub, exporter: InMemorySpanExporter) -> None:
+    call = inference.GenerateStream(request(max_tokens=200), metadata=TRACEPARENT)
+    await call.read()
+    call.cancel()
+    (span,) = await spans(exporter, 1)
+    assert span.attributes is not None
+    assert span.attributes["gen_ai.response.finish_reasons"] == ("abort",)
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """What an OpenTelemetry collector does first: take spans."""
+
+    def __init__(self) -> None:
+        self.requests: list[trace_service_pb2.ExportTraceServiceRequest] = []
+
+    def Export(
+        self, request: trace_service_pb2.ExportTraceServiceRequest, context: object
+    ) -> trace_service_pb2.ExportTraceServiceResponse:
+        self.requests.append(request)
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+async def test_spans_reach_a_collector(
+    model_dir: Path, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch, by_variable: bool
+) -> None:
+    collector = Collector()
+    server = grpc.server(ThreadPoolExecutor(1))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
+    endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    if by_variable:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        monkeypatch.setenv("OTEL_SERVICE_NAME", "renamed")
+    tracer = request_tracer("" if by_variable else endpoint, "tiny")
+    async with traced(model_dir, adapters_dir, tracer) as inference:
+        await inference.Generate(request("head"), metadata=TRACEPARENT)
+    server.stop(0).wait()
+    (resource_spans,) = [spans for message in collector.requests for spans in message.resource_spans]
+    names = {item.key: item.value.string_value for item in resource_spans.resource.attributes}
+    assert names["service.name"] == ("renamed" if by_variable else "loraplex")
+    (span,) = resource_spans.scope_spans[0].spans
+    assert span.trace_id.hex() == TRACE_ID
+
+
+def test_without_an_endpoint_opentelemetry_is_not_even_imported() -> None:
+    assert request_tracer("", "tiny") is None
+    check = "import sys, server.serve; assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "server.tracing", None)
+    with pytest.raises(ConfigError, match=r"--otlp-endpoint.*pip install 'loraplex\[otel\]'"):
+        request_tracer("http://127.0.0.1:4317", "tiny")
