@@ -96,9 +96,6 @@ async def _measure(
     for answer in answers:
         by_tier[answer.tier].append(answer)
 
-    def count(name: str, tier: str) -> int:
-        return int(metrics.registry.get_sample_value(f"loraplex_{name}_total", {"tier": tier}) or 0)
-
     return Measured(
         out_tok_s=load.num_requests * load.output_tokens / wall,
         adapter_wait={
@@ -106,9 +103,9 @@ async def _measure(
         },
         first_token={tier: spread([answer.first_token for answer in by_tier[tier]]) for tier in TIERS if by_tier[tier]},
         longest_gap=spread([answer.longest_gap for answer in answers]),
-        device_loads=count("adapter_loads", "device"),
-        host_loads=count("adapter_loads", "host"),
-        host_evictions=count("adapter_evictions", "host"),
+        device_loads=metrics.adapters.total("adapter_loads", "device"),
+        host_loads=metrics.adapters.total("adapter_loads", "host"),
+        host_evictions=metrics.adapters.total("adapter_evictions", "host"),
     )
 
 

@@ -45,7 +45,7 @@ class AdapterMetrics(Collector):
         self._next_rerank = time.monotonic() + rerank_seconds
         self._lock = threading.Lock()
         self._counts = {BASE: _Row(float), OTHER: _Row(float)}  # by label
-        self._totals: defaultdict[str, float] = defaultdict(float)
+        self._totals = _Row(float)
         self._traffic: Counter[str] = Counter()  # requests of every adapter since the last ranking
         self._residents: dict[str, Callable[[], Iterable[Adapter]]] = {}  # by tier
 
@@ -101,9 +101,9 @@ class AdapterMetrics(Collector):
         with self._lock:
             self._add("adapter_evictions", name, tier=tier)
 
-    def total(self, counter: str) -> float:
+    def total(self, counter: str, tier: str = "") -> int:
         """A counter over all adapters, also those that lost their label."""
-        return self._totals[counter]
+        return int(self._totals[counter, tier])
 
     def collect(self) -> Iterable[Metric]:
         residents = {tier: self.residents(tier) for tier in self._residents}
@@ -127,7 +127,7 @@ class AdapterMetrics(Collector):
             else:
                 label = OTHER
         self._counts[label][counter, tier] += amount
-        self._totals[counter] += amount
+        self._totals[counter, tier] += amount
 
     def _rerank(self) -> None:
         named = sorted(self._counts.keys() - {BASE, OTHER}, key=self._traffic.__getitem__)

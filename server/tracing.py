@@ -87,10 +87,10 @@ class RequestTracer:
             "gen_ai.response.finish_reasons": [outcome],
         }
         if request.adapters:
-            adapters = [part.adapter for part in request.adapters]
             attributes["loraplex.adapter.name"] = request.adapter_name
-            attributes["loraplex.adapter.version"] = "+".join(adapter.version for adapter in adapters)
-            attributes["loraplex.adapter.generation"] = "+".join(str(adapter.generation) for adapter in adapters)
+        if len(request.adapters) == 1:
+            attributes["loraplex.adapter.version"] = request.adapters[0].adapter.version
+            attributes["loraplex.adapter.generation"] = request.adapters[0].adapter.generation
         if timer.first_token:
             attributes["gen_ai.latency.time_in_queue"] = timer.first_step - timer.arrival
             attributes["gen_ai.latency.time_in_model_prefill"] = timer.first_token - timer.first_step

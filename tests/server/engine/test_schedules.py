@@ -151,13 +151,13 @@ class Player:
 
     def _count(self, submitted: Mapping[int, Expected], cancelled: set[int]) -> None:
         outputs = [output for output in self.engine.outputs.values() if output]
-        writes = self.engine.metrics.registry.get_sample_value("loraplex_adapter_loads_total", {"tier": "device"}) or 0
+        writes = self.engine.metrics.adapters.total("adapter_loads", "device")
         self.totals.update(
             requests=len(submitted),
             cancellations=len(cancelled & {first.request_id for first, *_ in outputs}),  # of those in mid-answer
             preemptions=self.engine.parts.scheduler.num_preemptions,
             prefix_hits=sum(first.num_cached_tokens > 0 for first, *_ in outputs),
-            slot_rewrites=max(0, int(writes) - len({expected.work.adapter for expected in submitted.values()})),
+            slot_rewrites=max(0, writes - len({expected.work.adapter for expected in submitted.values()})),
         )
 
 
