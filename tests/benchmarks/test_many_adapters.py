@@ -27,7 +27,20 @@ def test_spread() -> None:
 
 def test_a_run(model_dir: Path, tmp_path: Path) -> None:
     arguments = ["bench", "adapters", "--model", str(model_dir), "--work-dir", str(tmp_path), "--device", "cpu"]
-    arguments += ["--registered", "12", "--few", "2", "--requests", "20", "--concurrency", "4", "--rounds", "1"]
+    arguments += [
+        "--registered",
+        "12",
+        "--alpha",
+        "1",
+        "--few",
+        "2",
+        "--requests",
+        "20",
+        "--concurrency",
+        "4",
+        "--rounds",
+        "1",
+    ]
     arguments += ["--prompt-tokens", "5", "--output-tokens", "4", "--adapter-slots", "3", "--max-num-seqs", "4"]
     done = CliRunner().invoke(main, [*arguments, "--adapter-host-bytes", "400000"])
     assert done.exit_code == 0, done.output
