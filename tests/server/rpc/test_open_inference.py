@@ -105,7 +105,7 @@ async def test_outputs_that_are_named_are_those_that_come(running: Running) -> N
 
 
 async def test_several_answers_and_their_logprobs(running: Running) -> None:
-    sampling = {"n": 3, "temperature": 1.5, "seed": 5, "logprobs": 2}
+    sampling: dict[str, Any] = {"n": 3, "temperature": 1.5, "seed": 5, "logprobs": 2}
     flags = [flag("return_logprobs"), flag("return_cumulative_logprob")]
     whole = [message async for message in running.inference.GenerateStream(ask(**sampling))]
     [response] = await stream(running, infer(*flags, flag("exclude_input_in_output"), sampling=sampling))

@@ -22,7 +22,7 @@ from tests.server.rpc.conftest import Running, Serve
 from tests.server.rpc.test_inference import ask, failure, idle
 from tests.server.rpc.test_open_inference import flag, infer
 
-LONG = {"max_tokens": 240}
+LONG: dict[str, Any] = {"max_tokens": 240}
 
 
 async def drained(stream: Any) -> None:
