@@ -28,7 +28,8 @@ SERVICES = (
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
 MIN_PING_INTERVAL_MS = 10_000
-_COMPRESSION = {"none": grpc.Compression.NoCompression, "gzip": grpc.Compression.Gzip}
+# Levels, not algorithms: an algorithm would be sent to clients that do not accept it. The lowest level is gzip.
+_COMPRESSION_LEVELS = {"none": 0, "gzip": 1}
 
 
 class RpcServer:
@@ -44,12 +45,12 @@ class RpcServer:
         tracing = [engine.tracer.interceptor()] if engine.tracer else []
         self._server = grpc.aio.server(
             interceptors=[CallMetricsInterceptor(engine.metrics.registry), *tracing, ErrorInterceptor()],
-            compression=_COMPRESSION[config.compression],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.default_compression_level", _COMPRESSION_LEVELS[config.compression]),
                 ("grpc.so_reuseport", 0),
                 # Clients may ping often and while idle: a long unary answer must survive their keepalive.
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+                ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )

@@ -1,6 +1,7 @@
 """TLS for the listener. Certificates are read again when their files change: a renewal needs no restart."""
 
 import logging
+import ssl
 from pathlib import Path
 
 import grpc
@@ -15,7 +16,7 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials:
     """Credentials from the files of --tls-cert and --tls-key; with --tls-client-ca clients must show a certificate.
 
     Raises:
-        ConfigError: a file cannot be read.
+        ConfigError: a file cannot be read or used.
     """
     flags = {"--tls-cert": config.tls_cert, "--tls-key": config.tls_key, "--tls-client-ca": config.tls_client_ca}
     files = _CertificateFiles({flag: Path(path) for flag, path in flags.items() if path})
@@ -34,7 +35,7 @@ class _CertificateFiles:
         self._times: list[int] = []
 
     def read(self) -> grpc.ServerCertificateConfiguration:
-        """Raises ConfigError if a file cannot be read."""
+        """Raises ConfigError if a file cannot be read or used."""
         contents = {}
         times = []
         for flag, path in self._paths.items():
@@ -43,6 +44,7 @@ class _CertificateFiles:
                 contents[flag] = path.read_bytes()
             except OSError as error:
                 raise ConfigError(f"{flag} {path}: {error.strerror}") from error
+        self._try()
         self._times = times
         return grpc.ssl_server_certificate_configuration(
             [(contents["--tls-key"], contents["--tls-cert"])], contents.get("--tls-client-ca")
@@ -59,3 +61,14 @@ class _CertificateFiles:
             return None
         log.info("certificates read again")
         return configuration
+
+    def _try(self) -> None:
+        """gRPC would not say what is wrong with the files; the standard library does."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self._paths["--tls-cert"], self._paths["--tls-key"], password="")
+            if "--tls-client-ca" in self._paths:
+                context.load_verify_locations(self._paths["--tls-client-ca"])
+        except OSError as error:  # ssl.SSLError is one
+            named = ", ".join(f"{flag} {path}" for flag, path in self._paths.items())
+            raise ConfigError(f"{named}: not PEM, or not of one pair ({error})") from error

@@ -44,7 +44,7 @@ class Running:
 
 class Serve(Protocol):
     def __call__(
-        self, engine_settings: Mapping[str, Any] = ..., **settings: Any
+        self, engine_settings: Mapping[str, Any] = ..., /, **settings: Any
     ) -> AbstractAsyncContextManager[Running]: ...
 
 
@@ -54,7 +54,7 @@ def serve(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> Serve:
 
     @asynccontextmanager
     async def start(
-        engine_settings: Mapping[str, Any] = MappingProxyType({}), **settings: Any
+        engine_settings: Mapping[str, Any] = MappingProxyType({}), /, **settings: Any
     ) -> AsyncIterator[Running]:
         store = tmp_path / "store"
         shutil.copytree(adapters_dir, store)

@@ -1,0 +1,176 @@
+"""What gRPC itself promises, on our port: deadlines, pings, compression, message sizes, certificates."""
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from click.testing import CliRunner
+
+from server.cli import main
+from server.pb.inference import grpc_service_pb2 as open_pb
+from server.pb.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from server.pb.loraplex.v1 import inference_pb2 as pb
+from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
+from server.rpc import server as rpc_server
+from tests.server.rpc.conftest import Running, Serve
+from tests.server.rpc.test_inference import ask, failure, idle
+from tests.server.rpc.test_open_inference import flag, infer
+
+LONG: dict[str, Any] = {"max_tokens": 240}
+
+
+async def drained(stream: Any) -> None:
+    async for _ in stream:
+        pass
+
+
+async def test_a_deadline_ends_requests_in_the_engine(running: Running) -> None:
+    pieces = infer(flag("stream"), sampling=LONG)
+    for call in (
+        lambda: drained(running.inference.GenerateStream(ask(**LONG), timeout=0.05)),
+        lambda: running.open_inference.ModelInfer(infer(sampling=LONG), timeout=0.05),
+        lambda: drained(running.open_inference.ModelStreamInfer(iter([pieces] * 4), timeout=0.05)),
+    ):
+        assert (await failure(call())).code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await idle(running)
+
+
+@pytest.mark.parametrize(("interval", "welcome"), [(0.3, True), (0.02, False)])
+async def test_pings_of_idle_clients(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, interval: float, welcome: bool
+) -> None:
+    """A client without a call may ping, if not too often. Plain HTTP/2, since gRPC's own clients hold pings back."""
+    monkeypatch.setattr(rpc_server, "MIN_PING_INTERVAL_MS", 200)
+    settings, ping = frame(4), frame(6, b"12345678")
+    async with serve() as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.server.port)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+        for _ in range(5):
+            writer.write(ping)
+            await asyncio.sleep(interval)
+        answer = await reader.read(65_536)
+        assert (b"too_many_pings" in answer) is not welcome
+        writer.close()
+
+
+def frame(kind: int, payload: bytes = b"") -> bytes:
+    """An HTTP/2 frame of the connection: size, type, flags, stream 0."""
+    return struct.pack(">IBI", len(payload) << 8 | kind, 0, 0) + payload
+
+
+async def test_messages_over_the_limit(serve: Serve) -> None:
+    async with serve(max_message_bytes=10_000) as server:
+        for call in (
+            server.inference.Generate(ask("x" * 10_000)),
+            server.open_inference.ModelInfer(infer(prompt="x" * 10_000)),
+            drained(server.open_inference.ModelStreamInfer(iter([infer(prompt="x" * 10_000)]))),
+            server.inference.Generate(ask("x" * 10_000_000), compression=grpc.Compression.Gzip),  # small on the wire
+        ):
+            assert (await failure(call)).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await server.inference.Generate(ask())).token_ids
+
+
+@asynccontextmanager
+async def counting_proxy(address: str) -> AsyncIterator[tuple[str, list[int]]]:
+    """A way to the server that notes the sizes of what comes back."""
+    sizes: list[int] = []
+
+    async def forward(source: asyncio.StreamReader, target: asyncio.StreamWriter, seen: list[int]) -> None:
+        try:
+            while data := await source.read(65_536):
+                seen.append(len(data))
+                target.write(data)
+        finally:
+            target.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, port = address.split(":")
+        back_reader, back_writer = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(forward(reader, back_writer, []), forward(back_reader, writer, sizes))
+
+    proxy = await asyncio.start_server(connect, "127.0.0.1")
+    async with proxy:
+        host, port = proxy.sockets[0].getsockname()
+        yield f"{host}:{port}", sizes
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip"])
+async def test_answers_are_compressed_where_server_and_client_want_it(serve: Serve, compression: str) -> None:
+    async with serve(compression=compression) as server:
+        for number in range(300):
+            folder = server.adapters_dir / f"adapter-{number}"
+            folder.mkdir()
+            (folder / "adapter_config.json").touch()
+        plain_client = await size_of_index(server, {"grpc.compression_enabled_algorithms_bitset": 1})
+        client = await size_of_index(server, {})
+    assert plain_client > 15_000
+    assert (client < 5_000) is (compression == "gzip")
+
+
+async def size_of_index(server: Running, options: dict[str, int]) -> int:
+    """Bytes that come back for the answer to RepositoryIndex, headers and all."""
+    async with (
+        counting_proxy(server.address) as (address, sizes),
+        grpc.aio.insecure_channel(address, options=list(options.items())) as channel,
+    ):
+        stub = GRPCInferenceServiceStub(channel)
+        await stub.ServerLive(open_pb.ServerLiveRequest())
+        before = sum(sizes)
+        index = await stub.RepositoryIndex(open_pb.RepositoryIndexRequest())
+        assert len(index.models) > 300
+        return sum(sizes) - before
+
+
+def write_certificate(authority: trustme.CA, folder: Path) -> dict[str, str]:
+    """The settings of a server whose new certificate lies in the folder."""
+    issued = authority.issue_cert("localhost")
+    files = {"tls_cert": folder / "cert.pem", "tls_key": folder / "key.pem"}
+    files["tls_cert"].write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    files["tls_key"].write_bytes(issued.private_key_pem.bytes())
+    return {name: str(path) for name, path in files.items()}
+
+
+async def connects(server: Running, authority: trustme.CA) -> bool:
+    credentials = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
+    # A pool of its own: an old connection would outlive the certificate that it was made with.
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.secure_channel(f"localhost:{server.server.port}", credentials, options=options) as channel:
+        try:
+            await InferenceStub(channel).GetModelInfo(pb.GetModelInfoRequest())
+        except grpc.aio.AioRpcError as error:
+            return error.code() != grpc.StatusCode.UNAVAILABLE
+        return True
+
+
+async def test_a_renewed_certificate_needs_no_restart(serve: Serve, tmp_path: Path) -> None:
+    old, new = trustme.CA(), trustme.CA()
+    settings = write_certificate(old, tmp_path)
+    async with serve(**settings) as server:
+        assert await connects(server, old)
+        Path(settings["tls_key"]).write_bytes(new.issue_cert("localhost").private_key_pem.bytes())  # half a renewal
+        assert await connects(server, old)
+        write_certificate(new, tmp_path)
+        assert await connects(server, new)
+        assert not await connects(server, old)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--tls-cert", "x"], "--tls-cert and --tls-key go together"),
+        (["--tls-client-ca", "x"], "--tls-client-ca needs --tls-cert and --tls-key"),
+        (["--tls-cert", "/nowhere", "--tls-key", "/nowhere"], "--tls-cert /nowhere: No such file"),
+        (["--tls-cert", __file__, "--tls-key", __file__], "not PEM, or not of one pair"),
+    ],
+)
+def test_certificates_that_cannot_be_used(model_dir: Path, arguments: list[str], reason: str) -> None:
+    defaults = ["--model", str(model_dir), "--listen", "127.0.0.1:0", "--metrics-listen", "", "--device", "cpu"]
+    done = CliRunner().invoke(main, ["serve", *defaults, *arguments])
+    assert done.exit_code == 2, done.output
+    assert reason in done.output.splitlines()[-1]
