@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from loadtest.environment import client_environment
@@ -95,19 +96,25 @@ def table(summary: dict[str, Any]) -> Table:
     made = Table(
         title=f"{summary['label']}: {summary['requests']} requests in {summary['wall_s']:.1f} s"
         + (f", offered {offered:.2f}/s" if offered else "")
-        + f", completed {summary['requests_s']:.2f}/s, {summary['output_tokens_s']:.1f} tokens/s"
+        + f", completed {summary['requests_s']:.2f}/s, {summary['output_tokens_s']:.1f} tokens/s",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
     )
-    made.add_column("milliseconds")
+    made.add_column("milliseconds", no_wrap=True)
     for title in ("mean", *(f"p{percent}" for percent in PERCENTILES), "max", "within limit"):
-        made.add_column(title, justify="right")
+        made.add_column(title, justify="right", no_wrap=True)
     for name in METRICS:
         spread, kept = summary["seconds"][name], summary["attainment"][name]
         cells = [spread[key] for key in ("mean", *(f"p{percent}" for percent in PERCENTILES), "max")]
         made.add_row(
             name.replace("_", " "),
-            *["–" if value is None else f"{value * 1000:,.1f}" for value in cells],
+            *["–" if value is None else _milliseconds(value) for value in cells],
             "–" if kept is None else f"{kept:.1%} < {summary['slo'][name]:g} s",
         )
     codes = ", ".join(f"{code} {count}" for code, count in summary["codes"].items())
     made.caption = f"status codes: {codes or 'none'}"
     return made
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:,.0f}" if seconds >= 0.1 else f"{seconds * 1000:.1f}"

@@ -69,7 +69,9 @@ def _check(item: Field[Any], value: Any) -> None:
     wanted = get_type_hints(Workload)[name]
     if wanted == Range:
         if not isinstance(value, tuple) or len(value) != 2 or not all(type(part) is int for part in value):
-            raise WorkloadError(f"{name} is {value!r}: it takes two whole numbers, LOW and HIGH")
+            raise WorkloadError(
+                f"{name} is {value!r}: it takes two whole numbers, [LOW, HIGH] in a file and LOW:HIGH as a flag"
+            )
         if not 1 <= value[0] < value[1]:
             raise WorkloadError(f"{name} is {value[0]}:{value[1]}: LOW must be at least 1 and less than HIGH")
         return
