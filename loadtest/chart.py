@@ -36,11 +36,11 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Sequenc
     across = _Scale(x, [point[0] for one in drawn for point in one.points], _LEFT, WIDTH - _RIGHT)
     up = _Scale(y, [point[1] for one in drawn for point in one.points], HEIGHT - _BOTTOM, _TOP)
     parts = [_grid(across, up)]
+    for index, one in enumerate(drawn):
+        parts.append(_plot(one, across, up, _color(index, len(drawn))))
     for value, text in marks:
         if across.low <= value <= across.high:
             parts.append(_mark(across.place(value), text))
-    for index, one in enumerate(drawn):
-        parts.append(_plot(one, across, up, _color(index, len(drawn))))
     legend = "".join(
         f'<li><i style="background:{_color(index, len(drawn))}"></i>{escape(one.name)}</li>'
         for index, one in enumerate(drawn)
@@ -62,17 +62,18 @@ def format_seconds(value: float) -> str:
 
 
 def ticks(low: float, high: float, *, log: bool, about: int = 5) -> list[float]:
-    """Round values within [low, high]: 1, 2, 5 times a power of ten."""
+    """Round values within [low, high]: 1, 2, 5 times a power of ten, or their multiples where a logarithm has few."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         factors = (1, 2, 5) if math.log10(high / low) < 2.2 else (1,)
         values = [factor * 10.0**decade for decade in decades for factor in factors]
-    else:
-        rough = (high - low) / about
-        base = 10.0 ** math.floor(math.log10(rough))
-        step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough * 0.999)
-        values = [step * count for count in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-    return [value for value in values if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+        within = [value for value in values if low <= value * (1 + 1e-9) and value <= high * (1 + 1e-9)]
+        if len(within) >= 3:
+            return within
+    rough = (high - low) / about
+    base = 10.0 ** math.floor(math.log10(rough))
+    step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough * 0.999)
+    return [step * count for count in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 class _Scale:
