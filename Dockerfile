@@ -6,6 +6,7 @@ RUN apt-get update \
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md ./
 COPY adapters adapters
+COPY benchmarks benchmarks
 COPY loadtest loadtest
 COPY server server
 RUN python -m venv /venv \

@@ -14,44 +14,76 @@ from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """What came back and when; times in seconds from the moment the call was due."""
+    """What came back and when. Durations are seconds from the moment the call was due."""
 
     adapter: str
-    text: str
-    num_tokens: int
+    request_id: str
+    due: float  # time.monotonic()
+    lateness: float  # until it was sent: the client's own fault
     first_token: float | None
     token_gaps: tuple[float, ...]  # between messages
     total: float
+    text: str
+    token_ids: tuple[int, ...]
     code: str  # gRPC status; "OK"
     details: str
+    generation: int = 0  # of the adapter that answered; 0: none, or the base model
+    digest: str = ""
+    same_weights: bool = True  # every message named the same generation
 
     @property
     def ok(self) -> bool:
         return self.code == "OK"
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
-async def call(stub: InferenceStub, request: GenerateRequest, due: float) -> CallResult:
-    """Sends one streaming request; never raises for what the server answers."""
+    @property
+    def ended(self) -> float:
+        """When it was over, by time.monotonic()."""
+        return self.due + self.total
+
+
+async def call(stub: InferenceStub, request: GenerateRequest, due: float, timeout: float | None = None) -> CallResult:
+    """Sends one streaming request; never raises for what the server answers.
+
+    Args:
+        due: when the request should have been sent, by time.monotonic().
+        timeout: the call's deadline in seconds.
+    """
     pieces: list[str] = []
     times: list[float] = []
-    num_tokens = 0
+    token_ids: list[int] = []
+    generations: list[int] = []
+    digest = ""
     code, details = "OK", ""
+    sent = time.monotonic()
     try:
-        async for message in stub.GenerateStream(request):
+        async for message in stub.GenerateStream(request, timeout=timeout):
             times.append(time.monotonic() - due)
             pieces.append(message.text)
-            num_tokens += len(message.token_ids)
+            token_ids.extend(message.token_ids)
+            generations.append(message.adapter.generation)
+            digest = message.adapter.digest
     except grpc.aio.AioRpcError as error:
         code, details = error.code().name, error.details() or ""
+    total = time.monotonic() - due
     return CallResult(
         adapter=request.adapter,
-        text="".join(pieces),
-        num_tokens=num_tokens,
+        request_id=request.request_id,
+        due=due,
+        lateness=sent - due,
         first_token=times[0] if times else None,
         token_gaps=tuple(after - before for before, after in pairwise(times)),
-        total=time.monotonic() - due,
+        total=total,
+        text="".join(pieces),
+        token_ids=tuple(token_ids),
         code=code,
         details=details,
+        generation=generations[0] if generations else 0,
+        digest=digest,
+        same_weights=len(set(generations)) <= 1,
     )
 
 

@@ -1,52 +1,219 @@
-"""What a load test says: one table for people, one dictionary for machines."""
+"""From what was measured to the numbers of a report: one dictionary, which the table, the JSON and the page show."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from rich.table import Table
+from hdrh.histogram import HdrHistogram
 
+from loadtest.churn import ChurnReview
 from loadtest.client import CallResult
+from loadtest.generator import Outcome
+from loadtest.histogram import cumulative, hdr_histogram, percentile, spread
+from loadtest.workload import Workload
 
-PERCENTILES = (50, 90, 99)
-
-
-def percentile(values: Iterable[float], percent: float) -> float:
-    """Nearest-rank percentile; NaN of nothing."""
-    ordered = sorted(values)
-    if not ordered:
-        return float("nan")
-    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+LATE = 0.010  # seconds: beyond this at the 99th percentile the client, not the server, makes the latencies
+BUSY = 0.9  # of one core
+METRICS = ("first_token", "inter_token", "end_to_end")
+_LEAD_IN = 0.25  # of the arrivals, not counted when completions are held against arrivals
 
 
-def summarize(results: Sequence[CallResult], wall: float) -> dict[str, Any]:
-    """Counts, tokens per second and latency percentiles in seconds."""
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Limits in seconds that one request must keep to be good."""
+
+    first_token: float = 6.0  # S-LoRA's
+    inter_token: float = 1.0  # the request's mean gap between messages
+    end_to_end: float = 60.0
+
+    def kept(self, result: CallResult) -> dict[str, bool]:
+        """Which limits a request kept; one that failed kept none."""
+        gaps = result.token_gaps
+        return {
+            "first_token": result.ok and result.first_token is not None and result.first_token < self.first_token,
+            "inter_token": result.ok and (not gaps or math.fsum(gaps) / len(gaps) < self.inter_token),
+            "end_to_end": result.ok and result.total < self.end_to_end,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One finished, interrupted or broken-off run, as it was measured."""
+
+    label: str
+    workload: Workload
+    slo: Slo
+    outcomes: Sequence[Outcome]
+    results: Sequence[CallResult]  # of all processes, in the order they were due
+    start: float  # time.monotonic() of second 0
+    wall: float  # seconds from there to the end
+    dropped: int = 0  # items of a trace too long for the server
+    server: dict[str, str] = field(default_factory=dict)  # what it says of itself
+    tiers: dict[str, str] = field(default_factory=dict)  # of the adapters before the run
+    memory: Sequence[tuple[float, float]] = ()  # time.monotonic(), bytes
+    mean_queue_seconds: float | None = None
+    churn: ChurnReview | None = None
+    interrupted: bool = False
+
+
+def summarize(run: Measurement) -> dict[str, Any]:
+    """All numbers of a run, durations in seconds; everything in it goes into JSON."""
+    results = run.results
+    excused = run.churn.refused if run.churn else frozenset()
+    counted = [result for index, result in enumerate(results) if index not in excused]
+    good = [result for result in counted if result.ok]
+    values = latencies(good)
+    kept = [run.slo.kept(result) for result in counted]
+    all_kept = sum(all(limits.values()) for limits in kept)
+    return {
+        "label": run.label,
+        "offered_requests_s": None if run.workload.concurrency else _offered(results, run.start),
+        "requests": len(counted),
+        "completed": len(good),
+        "failed": len(counted) - len(good),
+        "unsent": sum(outcome.unsent for outcome in run.outcomes),
+        "cut": sum(outcome.cut for outcome in run.outcomes),
+        "dropped": run.dropped,
+        "interrupted": run.interrupted,
+        "server_lost": next((outcome.server_lost for outcome in run.outcomes if outcome.server_lost), ""),
+        "codes": dict(Counter(result.code for result in counted)),
+        "first_error": next((f"{result.code}: {result.details}" for result in counted if not result.ok), ""),
+        "wall_s": run.wall,
+        "requests_s": len(good) / run.wall,
+        "output_tokens_s": sum(result.num_tokens for result in good) / run.wall,
+        "kept_up": None if run.workload.concurrency else kept_up(results, run.start),
+        "seconds": {name: spread(values[name]) for name in METRICS},
+        "seconds_per_output_token": spread(result.total / result.num_tokens for result in good if result.num_tokens),
+        "mean_queue_s": run.mean_queue_seconds,
+        "cumulative": {name: cumulative(values[name]) for name in METRICS},
+        "slo": {name: getattr(run.slo, name) for name in METRICS},
+        "attainment": {
+            **{name: _share(sum(limits[name] for limits in kept), len(kept)) for name in METRICS},
+            "all": _share(all_kept, len(kept)),
+        },
+        "satisfaction": satisfaction(counted, run.slo.first_token),
+        "goodput_requests_s": all_kept / run.wall,
+        "adapters": _per_adapter(counted),
+        "fairness": _fairness(good),
+        "tiers": _by_tier(counted, run.tiers),
+        "memory": [(at - run.start, size) for at, size in run.memory],
+        "churn": run.churn.summary() if run.churn else None,
+        "client": _client(results, run.outcomes),
+    }
+
+
+def latencies(results: Iterable[CallResult]) -> dict[str, list[float]]:
+    """Seconds of each kind, of requests that ended well."""
     good = [result for result in results if result.ok]
-    times = {
-        "time_to_first_token": [result.first_token for result in good if result.first_token is not None],
-        "inter_token_latency": [gap for result in good for gap in result.token_gaps],
+    return {
+        "first_token": [result.first_token for result in good if result.first_token is not None],
+        "inter_token": [gap for result in good for gap in result.token_gaps],
         "end_to_end": [result.total for result in good],
     }
+
+
+def histograms(results: Iterable[CallResult]) -> dict[str, HdrHistogram]:
+    return {name: hdr_histogram(seconds) for name, seconds in latencies(results).items()}
+
+
+def jain(values: Sequence[float]) -> float | None:
+    """Jain's index (Σx)² / (n Σx²): 1 when all are equal, 1/n when one has everything; None of nothing."""
+    squares = math.fsum(value * value for value in values)
+    return math.fsum(values) ** 2 / (len(values) * squares) if squares else None
+
+
+def satisfaction(results: Sequence[CallResult], limit: float) -> float | None:
+    """S-LoRA's: the mean of 1 − (t / limit)² over first-token times, 0 beyond the limit and for failed requests."""
+    scores = [
+        max(0.0, 1 - (result.first_token / limit) ** 2) if result.ok and result.first_token is not None else 0.0
+        for result in results
+    ]
+    return math.fsum(scores) / len(scores) if scores else None
+
+
+def kept_up(results: Sequence[CallResult], start: float) -> float | None:
+    """Completions over arrivals, between a lead-in and the last arrival: about 1 while the server keeps up."""
+    if not results:
+        return None
+    until = max(result.due for result in results)
+    since = start + _LEAD_IN * (until - start)
+    arrived = sum(since < result.due <= until for result in results)
+    return _share(sum(since < result.ended <= until for result in results if result.ok), arrived)
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _offered(results: Sequence[CallResult], start: float) -> float | None:
+    span = max((result.due - start for result in results), default=0.0)
+    return _share(len(results), span)
+
+
+def _per_adapter(results: Sequence[CallResult]) -> list[dict[str, Any]]:
+    """The most requested first."""
+    grouped: dict[str, list[CallResult]] = defaultdict(list)
+    for result in results:
+        grouped[result.adapter].append(result)
+    rows = []
+    for name, of_adapter in sorted(grouped.items(), key=lambda item: (-len(item[1]), item[0])):
+        first_tokens = latencies(of_adapter)["first_token"]
+        rows.append(
+            {
+                "name": name or "(base)",
+                "requests": len(of_adapter),
+                "failed": sum(not result.ok for result in of_adapter),
+                "tokens": sum(result.num_tokens for result in of_adapter),
+                "first_token": {key: spread(first_tokens)[key] for key in ("mean", "p50", "p99")},
+            }
+        )
+    return rows
+
+
+def _fairness(good: Sequence[CallResult]) -> dict[str, float | None]:
+    """Jain's index over adapters: of their mean first-token time, and of their mean time per output token."""
+    first: dict[str, list[float]] = defaultdict(list)
+    per_token: dict[str, list[float]] = defaultdict(list)
+    for result in good:
+        if result.first_token is not None:
+            first[result.adapter].append(result.first_token)
+            per_token[result.adapter].append(result.total / max(1, result.num_tokens))
     return {
-        "requests": len(results),
-        "codes": dict(Counter(result.code for result in results)),
-        "wall_s": round(wall, 3),
-        "out_tok_s": round(sum(result.num_tokens for result in good) / wall, 2),
-        "seconds": {
-            name: {f"p{percent}": round(percentile(values, percent), 4) for percent in PERCENTILES}
-            for name, values in times.items()
-        },
+        "first_token": jain([math.fsum(values) / len(values) for values in first.values()]),
+        "per_output_token": jain([math.fsum(values) / len(values) for values in per_token.values()]),
     }
 
 
-def table(summary: dict[str, Any]) -> Table:
-    """The summary for a terminal."""
-    made = Table(title=f"{summary['requests']} requests in {summary['wall_s']} s, {summary['out_tok_s']} tokens/s")
-    made.add_column("seconds")
-    for percent in PERCENTILES:
-        made.add_column(f"p{percent}", justify="right")
-    for name, values in summary["seconds"].items():
-        made.add_row(name.replace("_", " "), *[f"{value:.3f}" for value in values.values()])
-    made.add_row("status codes", ", ".join(f"{code} {count}" for code, count in summary["codes"].items()))
-    return made
+def _by_tier(results: Sequence[CallResult], tiers: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """First-token times of the first request of every adapter, by where its weights were before, and of all later."""
+    grouped: dict[str, list[float]] = {"disk": [], "host": [], "device": [], "later": []}
+    seen = set()
+    for result in results:
+        tier = "later" if result.adapter in seen else tiers.get(result.adapter, "")
+        seen.add(result.adapter)
+        if result.ok and result.first_token is not None and tier in grouped:
+            grouped[tier].append(result.first_token)
+    return {tier: spread(seconds) for tier, seconds in grouped.items() if seconds}
+
+
+def _client(results: Sequence[CallResult], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    lateness = [result.lateness for result in results]
+    lags = [lag for outcome in outcomes for lag in outcome.lags]
+    late, lag = percentile(lateness, 99), percentile(lags, 99)
+    cpu = max((outcome.cpu_share for outcome in outcomes), default=0.0)
+    reasons = []
+    if late > LATE:
+        reasons.append(f"1 % of requests were sent more than {late * 1000:.0f} ms late")
+    if lag > LATE:
+        reasons.append(f"1 % of the time its event loop woke up more than {lag * 1000:.0f} ms late")
+    if cpu > BUSY:
+        reasons.append(f"it used {cpu:.0%} of a core")
+    return {
+        "processes": len(outcomes),
+        "lateness_s": spread(lateness),
+        "event_loop_lag_s": spread(lags),
+        "cpu_share": cpu,
+        "bottleneck": "the load test itself is a bottleneck: " + ", ".join(reasons) if reasons else "",
+    }

@@ -185,8 +185,13 @@ class EngineCore:
         """Merges, or takes the merged adapter out, when the policy says so."""
         policy.observe([(item.request, item.num_tokens) for item in batch.requests], seconds, self.merged)
         wanted = policy.decide(chain(self.scheduler.running, self.scheduler.waiting), self.merged)
-        if wanted is not self.merged:
+        if wanted is self.merged:
+            return
+        try:
             policy.switched(wanted, self._merge(wanted))
+        except Exception:  # no memory for the sums, say: nothing is merged, and requests run on
+            log.exception("merging failed; from here on nothing is merged unasked")
+            self._merge_policy = None
 
     def _merge(self, adapter: Adapter | None) -> float:
         try:

@@ -1,35 +1,109 @@
 """Numbers of a load test."""
 
-import math
+import json
 from dataclasses import replace
+from io import StringIO
+from typing import Any
 
+import pytest
 from rich.console import Console
 
+from loadtest.churn import ChurnReview
 from loadtest.client import CallResult
-from loadtest.report import percentile, summarize, table
-
-GOOD = CallResult("a", "text", 10, first_token=0.1, token_gaps=(0.01, 0.03), total=0.5, code="OK", details="")
-BAD = replace(GOOD, num_tokens=0, first_token=None, token_gaps=(), total=9.0, code="NOT_FOUND", details="gone")
-
-
-def test_percentiles_are_values_that_occurred() -> None:
-    values = [float(value) for value in range(1, 101)]
-    assert [percentile(values, percent) for percent in (50, 90, 99, 100)] == [50, 90, 99, 100]
-    assert percentile([3.0], 50) == 3.0
-    assert math.isnan(percentile([], 50))
+from loadtest.output import table
+from loadtest.report import Slo, jain, kept_up, satisfaction, summarize
+from loadtest.workload import Workload
+from tests.loadtest.conftest import BAD, GOOD, make_measurement
 
 
 def test_failures_count_but_do_not_flatter_the_latencies() -> None:
-    summary = summarize([GOOD, GOOD, BAD], wall=2.0)
+    summary = summarize(make_measurement([GOOD, GOOD, BAD]))
     assert summary["codes"] == {"OK": 2, "NOT_FOUND": 1}
-    assert summary["out_tok_s"] == 10.0
-    assert summary["seconds"]["end_to_end"]["p99"] == 0.5
-    assert summary["seconds"]["inter_token_latency"]["p90"] == 0.03
+    assert (summary["requests"], summary["completed"], summary["failed"]) == (3, 2, 1)
+    assert summary["first_error"] == "NOT_FOUND: gone"
+    assert summary["output_tokens_s"] == 3.0
+    assert summary["seconds"]["end_to_end"]["count"] == 2
+    assert summary["seconds"]["inter_token"]["p90"] == 0.03
+    assert summary["attainment"]["all"] == pytest.approx(2 / 3)
+    json.dumps(summary, allow_nan=False)
+
+
+def test_goodput_counts_requests_that_kept_every_limit() -> None:
+    slo = Slo(first_token=0.2, inter_token=0.05, end_to_end=1.0)
+    slow_start, stutter, long = replace(GOOD, first_token=0.3), replace(GOOD, token_gaps=(0.1,)), replace(GOOD, total=2)
+    summary = summarize(make_measurement([GOOD, slow_start, stutter, long], slo=slo))
+    assert summary["attainment"] == {"first_token": 0.75, "inter_token": 0.75, "end_to_end": 0.75, "all": 0.25}
+    assert summary["goodput_requests_s"] == 0.5
+    assert not any(slo.kept(BAD).values())
+
+
+def test_satisfaction_falls_with_the_square_of_the_first_token() -> None:
+    half, beyond = replace(GOOD, first_token=3.0), replace(GOOD, first_token=7.0)
+    assert satisfaction([half], 6.0) == 0.75
+    assert satisfaction([half, beyond, BAD], 6.0) == 0.25
+    assert satisfaction([], 6.0) is None
+
+
+def test_a_server_that_keeps_up_completes_what_arrives() -> None:
+    arrivals = [replace(GOOD, due=100.0 + index, total=0.5) for index in range(101)]
+    assert kept_up(arrivals, 100.0) == pytest.approx(1.0, abs=0.02)
+    behind = [replace(result, total=result.due - 100.0) for result in arrivals]  # served at half the rate
+    assert kept_up(behind, 100.0) == pytest.approx(0.5, abs=0.02)
+    assert kept_up([], 100.0) is None
+
+
+def test_jains_index() -> None:
+    assert jain([3.0, 3.0, 3.0]) == pytest.approx(1.0)
+    assert jain([1.0, 0.0, 0.0, 0.0]) == pytest.approx(1 / 4)
+    assert jain([1.0, 2.0]) == pytest.approx(0.9)
+    assert jain([]) is None
+
+
+def test_fairness_is_over_adapters_and_not_over_requests() -> None:
+    favoured = [replace(GOOD, first_token=0.1) for _ in range(9)]
+    summary = summarize(make_measurement([*favoured, replace(GOOD, adapter="b", first_token=0.2)]))
+    assert summary["fairness"]["first_token"] == pytest.approx(jain([0.1, 0.2]))
+    assert [(row["name"], row["requests"]) for row in summary["adapters"]] == [("a", 9), ("b", 1)]
+
+
+def test_first_tokens_by_tier_are_those_of_first_requests() -> None:
+    cold, warm = replace(GOOD, adapter="cold", first_token=0.9), replace(GOOD, adapter="warm", first_token=0.4)
+    later = replace(cold, first_token=0.1)
+    tiers = summarize(make_measurement([cold, warm, later], tiers={"cold": "disk", "warm": "host"}))["tiers"]
+    assert {tier: spread["max"] for tier, spread in tiers.items()} == {"disk": 0.9, "host": 0.4, "later": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("result", "values", "reason"),
+    [
+        (replace(GOOD, lateness=0.05), {}, "sent more than 50 ms late"),
+        (GOOD, {"lag": 0.03}, "woke up more than 30 ms late"),
+        (GOOD, {"cpu_share": 0.97}, "used 97% of a core"),
+    ],
+)
+def test_a_client_that_is_the_bottleneck_is_named(result: CallResult, values: dict[str, Any], reason: str) -> None:
+    assert reason in summarize(make_measurement([result], **values))["client"]["bottleneck"]
+
+
+def test_a_punctual_client_is_no_bottleneck() -> None:
+    assert summarize(make_measurement([GOOD], lag=0.001, cpu_share=0.5))["client"]["bottleneck"] == ""
+
+
+def test_refusals_while_an_adapter_was_away_are_no_failures() -> None:
+    review = ChurnReview(checked=2, refused=frozenset({1}), faults=(), operations=())
+    summary = summarize(make_measurement([GOOD, BAD], churn=review))
+    assert (summary["requests"], summary["failed"]) == (1, 0)
+    assert summary["churn"]["refused_while_unloaded"] == 1
+
+
+def test_a_closed_loop_offers_no_rate() -> None:
+    summary = summarize(make_measurement([GOOD], workload=Workload(concurrency=4)))
+    assert summary["offered_requests_s"] is None
+    assert summary["kept_up"] is None
 
 
 def test_the_table_shows_them() -> None:
-    console = Console(width=100, record=True)
-    console.print(table(summarize([GOOD, BAD], wall=1.0)))
-    text = console.export_text()
-    assert "NOT_FOUND 1" in text
-    assert "time to first token" in text
+    printed = StringIO()
+    Console(width=120, file=printed).print(table(summarize(make_measurement([GOOD, BAD]))))
+    for shown in ("NOT_FOUND 1", "first token", "50.0% < 6 s", "tokens/s"):
+        assert shown in printed.getvalue()

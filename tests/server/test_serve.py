@@ -94,14 +94,12 @@ def test_client_commands(server: Server) -> None:
 
 
 def test_load_test(server: Server, tmp_path: Path) -> None:
-    arguments = ["--num-requests", "12", "--concurrency", "4", "--prompt-tokens", "8", "--output-tokens", "6"]
-    summary = tmp_path / "summary.json"
-    adapters = ["--adapters", "plain,attention", "--json", str(summary)]
-    done = loraplex("loadtest", "--address", server.address, *arguments, *adapters)
+    arguments = ["--num-requests", "12", "--concurrency", "4", "--prompt-tokens", "8:16", "--output", str(tmp_path)]
+    done = loraplex("loadtest", "run", "--address", server.address, *arguments, "--adapters", "plain,attention")
     assert done.returncode == 0, done.stderr
     assert "12 requests" in done.stdout
-    assert json.loads(summary.read_text())["codes"] == {"OK": 12}
-    failed = loraplex("loadtest", "--address", server.address, *arguments, "--adapters", "nobody")
+    assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["codes"] == {"OK": 12}
+    failed = loraplex("loadtest", "run", "--address", server.address, *arguments, "--adapters", "nobody")
     assert failed.returncode == 1
     assert "12 requests failed, the first with NOT_FOUND" in failed.stderr
 

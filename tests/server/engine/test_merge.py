@@ -159,3 +159,21 @@ def test_auto_needs_weights_that_take_a_sum(model_dir: Path) -> None:
         pytest.skip("the native kernels are not built")
     with pytest.raises(ConfigError, match=r"--merge-policy auto.*quantized"):
         Engine(model_dir, merge_policy="auto", quantization="int8")
+
+
+def test_a_merge_that_fails_leaves_the_engine_as_it_was(
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], expected: list[list[int]], engine: Engine
+) -> None:
+    plain = engine.load(adapters_dir / "plain")
+    _, last = engine.parts.runner.lora.groups[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(last, "merge", lambda weights: (_ for _ in ()).throw(MemoryError("no room")))
+        with pytest.raises(MemoryError):
+            engine.merge(plain)
+        policy = MergePolicy(MergeCosts([(1, 1.0), (64, 2.0)], merge_seconds=1e-9, adapter_bytes=plain.num_bytes))
+        policy._worked = 1.0
+        engine.core._merge_policy = policy
+        assert engine.generate([(prompts[1], plain)]) == [expected[1]]
+    assert engine.core._merge_policy is None
+    assert engine.core.merged is engine.parts.runner.lora.merged is None
+    assert engine.generate([(prompts[0], None)]) == [expected[0]]

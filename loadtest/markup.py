@@ -1,0 +1,42 @@
+"""Tables and numbers as HTML text."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from loadtest.chart import format_seconds
+
+
+def section(title: str, content: str) -> str:
+    return f"<h2>{escape(title)}</h2>{content}" if content else ""
+
+
+def facts(title: str, values: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(key.replace('_', ' '))}</td><td>{escape(_plain(value))}</td></tr>"
+        for key, value in values.items()
+        if value not in ("", None, (), [])
+    )
+    return f'<div><p><b>{escape(title)}</b></p><table class="facts"><tbody>{rows}</tbody></table></div>'
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(str(part) for part in value) if isinstance(value, (tuple, list)) else str(value)
+
+
+def seconds(value: float | None) -> str:
+    return "–" if value is None else format_seconds(value)
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def index(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

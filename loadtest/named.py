@@ -1,0 +1,104 @@
+"""The named workloads of the literature, and workloads from YAML files, flags over both."""
+
+from collections.abc import Mapping
+from dataclasses import Field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from loadtest.workload import Range, Workload, WorkloadError
+
+_SHORT: dict[str, Any] = {"prompt_tokens": (8, 64), "output_tokens": (8, 64)}
+_PUNICA: dict[str, Any] = {"num_requests": 1024, "concurrency": 32, "lengths": "punica", "seed": 0xABCDABCD987}
+
+WORKLOADS: dict[str, tuple[str, Workload]] = {
+    "slora": ("S-LoRA synthetic: power law, Gamma gaps, lengths 8 to 511", Workload()),
+    "slora-short": ("S-LoRA synthetic with lengths 8 to 63, for a CPU", Workload(**_SHORT)),
+    "punica-distinct": (
+        "Punica, closed loop: every request another adapter",
+        Workload(popularity="distinct", **_PUNICA),
+    ),
+    "punica-identical": ("Punica, closed loop: one adapter", Workload(popularity="identical", **_PUNICA)),
+    "punica-uniform": ("Punica, closed loop: √n adapters, equal shares", Workload(popularity="uniform", **_PUNICA)),
+    "punica-skewed": ("Punica, closed loop: shares grow by 1.5", Workload(popularity="skewed", **_PUNICA)),
+    "drift": (
+        "8 adapters whose popularity moves on every 30 s",
+        Workload(num_adapters=8, alpha=0.3, drift_seconds=30, **_SHORT),
+    ),
+    "burst": ("S-LoRA synthetic with cv 4", Workload(cv=4, **_SHORT)),
+    "churn": (
+        "adapters are loaded, replaced and unloaded under load, every token checked",
+        Workload(num_adapters=8, alpha=0.3, duration=60, churn_seconds=0.5, **_SHORT),
+    ),
+    "replay": ("arrivals and lengths of a CSV trace (--trace)", Workload(rate=0, trace="trace.csv")),
+}
+
+
+def load_workload(name_or_file: str, overrides: Mapping[str, Any]) -> tuple[str, Workload]:
+    """The name and the parameters of a named workload or of a YAML file, flags over them.
+
+    A file may say `like: NAME` to start from a named one; otherwise it starts from `slora`.
+
+    Raises:
+        WorkloadError: unknown name, unreadable file, unknown key or wrong value.
+    """
+    path = Path(name_or_file)
+    if name_or_file in WORKLOADS:
+        name, (_, base), values = name_or_file, WORKLOADS[name_or_file], {}
+    elif path.suffix in (".yaml", ".yml"):
+        name, values = path.stem, _read(path)
+        like = values.pop("like", "slora")
+        if not isinstance(like, str) or like not in WORKLOADS:
+            raise WorkloadError(f"{path}: like is {like!r}; named workloads: {', '.join(WORKLOADS)}")
+        base = WORKLOADS[like][1]
+    else:
+        raise WorkloadError(f"no workload {name_or_file!r}: give a .yaml file or one of {', '.join(WORKLOADS)}")
+    known = {item.name: item for item in fields(Workload)}
+    for key in values:
+        if key not in known:
+            raise WorkloadError(f"{path}: unknown key {key!r}; keys: like, {', '.join(known)}")
+    try:
+        typed = {key: _typed(known[key], value) for key, value in {**values, **overrides}.items()}
+        return name, replace(base, **typed)
+    except WorkloadError as error:
+        raise WorkloadError(f"{path}: {error}" if values else str(error)) from error
+
+
+def parse_range(text: str) -> Range:
+    """LOW:HIGH.
+
+    Raises:
+        ValueError: anything else.
+    """
+    low, colon, high = text.partition(":")
+    if not colon:
+        raise ValueError(f"{text!r} is not LOW:HIGH")
+    return int(low), int(high)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise WorkloadError(f"cannot read workload {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise WorkloadError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise WorkloadError(f"{path}: a workload is a mapping of keys to values")
+    return values
+
+
+def _typed(item: Field[Any], value: Any) -> Any:
+    """A value from YAML as its field's type; what cannot be is left for `_check` to refuse."""
+    wanted = get_type_hints(Workload)[item.name]
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if wanted == Range and isinstance(value, list):
+        return tuple(value)
+    if wanted == Range and isinstance(value, str):
+        try:
+            return parse_range(value)
+        except ValueError as error:
+            raise WorkloadError(f"{item.name}: {error}") from error
+    return value

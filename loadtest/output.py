@@ -1,0 +1,120 @@
+"""What a load test leaves: a table on the console; JSON, a page and HDR histograms in a folder."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from loadtest.environment import client_environment
+from loadtest.histogram import PERCENTILES, percentile_distribution
+from loadtest.page import render
+from loadtest.report import METRICS, Measurement, histograms, summarize
+from loadtest.run import Target
+from loadtest.sweep import verdict
+from loadtest.workload import Workload
+
+
+class Report:
+    """Owns the folder of a report. Written anew after every run, so that an early end keeps what there is."""
+
+    def __init__(self, folder: Path, name: str, workload: Workload, target: Target, attainment: float | None) -> None:
+        """Makes the folder.
+
+        Args:
+            attainment: of a sweep, the share of requests that must keep every limit.
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self.page = folder / "report.html"
+        self.attainment = attainment
+        self._rates: list[float] = []
+        self._document: dict[str, Any] = {
+            "name": name,
+            "workload": asdict(workload),
+            "target": asdict(target),
+            "client": client_environment(),
+            "server": {},
+            "runs": [],
+            "sweep": None,
+        }
+
+    @property
+    def interrupted(self) -> bool:
+        return any(run["interrupted"] for run in self._document["runs"])
+
+    @property
+    def fault(self) -> str:
+        """What was wrong, in one line; empty: nothing."""
+        for run in self._document["runs"]:
+            if run["server_lost"]:
+                return str(run["server_lost"])
+            if run["churn"] and run["churn"]["faults"]:
+                faults = run["churn"]["faults"]
+                return f"{len(faults)} faults under churn, the first: {faults[0]}"
+            if run["failed"] and self.attainment is None:  # a sweep goes to where requests fail
+                return f"{run['failed']} requests failed, the first with {run['first_error']}"
+        return ""
+
+    def add(self, run: Measurement) -> dict[str, Any]:
+        """Books a run and writes the report; gives the run's numbers."""
+        summary = summarize(run)
+        kept = histograms(run.results)
+        summary["hdr"] = {name: histogram.encode().decode() for name, histogram in kept.items()}
+        self._document["server"] = run.server
+        self._document["runs"].append(summary)
+        if self.attainment is not None:
+            self._rates.append(run.workload.rate)
+            self._document["sweep"] = verdict(
+                list(zip(self._rates, self._document["runs"], strict=True)), self.attainment
+            )
+            self._document["sweep"]["rates"] = self._rates
+        for name, histogram in kept.items():
+            (self._folder / f"{run.label}-{name}.hgrm").write_bytes(percentile_distribution(histogram))
+        (self._folder / "report.json").write_text(json.dumps(self._document, indent=1) + "\n", encoding="utf-8")
+        self.page.write_text(render(self._document), encoding="utf-8")
+        return summary
+
+    def verdict_line(self) -> str:
+        """What a sweep has found; empty for a single run."""
+        found = self._document["sweep"]
+        if not found:
+            return ""
+        knee = "below the lowest rate" if found["knee"] is None else f"{found['knee']:g} requests/s"
+        goodput = "below the lowest rate" if found["goodput"] is None else f"{found['goodput']:g} requests/s"
+        return f"keeps up until {knee}; {found['attainment']:.0%} of requests keep every limit until {goodput}"
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """One run for a terminal."""
+    offered = summary["offered_requests_s"]
+    made = Table(
+        title=f"{summary['label']}: {summary['requests']} requests in {summary['wall_s']:.1f} s"
+        + (f", offered {offered:.2f}/s" if offered else "")
+        + f", completed {summary['requests_s']:.2f}/s, {summary['output_tokens_s']:.1f} tokens/s",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    made.add_column("milliseconds", no_wrap=True)
+    for title in ("mean", *(f"p{percent}" for percent in PERCENTILES), "max", "within limit"):
+        made.add_column(title, justify="right", no_wrap=True)
+    for name in METRICS:
+        spread, kept = summary["seconds"][name], summary["attainment"][name]
+        cells = [spread[key] for key in ("mean", *(f"p{percent}" for percent in PERCENTILES), "max")]
+        made.add_row(
+            name.replace("_", " "),
+            *["–" if value is None else _milliseconds(value) for value in cells],
+            "–" if kept is None else f"{kept:.1%} < {summary['slo'][name]:g} s",
+        )
+    codes = ", ".join(f"{code} {count}" for code, count in summary["codes"].items())
+    made.caption = f"status codes: {codes or 'none'}"
+    return made
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:,.0f}" if seconds >= 0.1 else f"{seconds * 1000:.1f}"

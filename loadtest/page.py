@@ -1,0 +1,305 @@
+"""The report as one self-contained HTML page: it opens from a disk, without a network, in light and dark."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from loadtest.chart import Axis, Series, chart, format_seconds
+from loadtest.histogram import PERCENTILES
+from loadtest.markup import facts, index, percent, seconds, section, table
+from loadtest.report import METRICS
+
+_TITLES = {"first_token": "Time to first token", "inter_token": "Inter-token latency", "end_to_end": "End to end"}
+_TIERS = {
+    "disk": "first request, adapter on disk (cold)",
+    "host": "first request, adapter in host memory",
+    "device": "first request, adapter on the device (hot)",
+    "later": "every later request",
+}
+_MOST_LINES = 6  # distributions in one chart
+_MOST_ROWS = 20  # adapters in the table
+
+_STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+
+
+def render(document: dict[str, Any]) -> str:
+    """The page of a report's document; every number on it is in the document."""
+    runs, sweep = document["runs"], document["sweep"]
+    shown = _run_to_show(document)
+    title = f"Load test: {document['name']}"
+    sections = [
+        _notes(runs),
+        _tiles(shown, sweep),
+        _sweep_charts(runs, sweep) if sweep else "",
+        section("Distributions", f'<div class="charts three">{_distributions(runs)}</div>'),
+        section("Percentiles", _percentiles(shown)),
+        section("Runs", _runs_table(runs)) if len(runs) > 1 else "",
+        section("Status codes", _codes(runs)),
+        _adapters(shown),
+        _tiers(shown),
+        _memory(runs),
+        _churn(shown),
+        section("The load test's own punctuality", _client(runs)),
+        section("Settings", _settings(document)),
+    ]
+    server = document["server"]
+    subtitle = f"{server.get('model', '')} on {server.get('device', '')} · {document['client']['date']}"
+    if len(runs) > 1:
+        subtitle += f" · details below are of the run at {_rate(shown)}"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
+        f'<h1>{escape(title)}</h1><p class="soft">{escape(subtitle)}</p>{"".join(sections)}</body></html>\n'
+    )
+
+
+def _run_to_show(document: dict[str, Any]) -> dict[str, Any]:
+    """The run whose details are shown: the only one, or that of the goodput, or the last."""
+    runs, sweep = document["runs"], document["sweep"]
+    if sweep and sweep["goodput"] is not None:
+        chosen: dict[str, Any] = runs[sweep["rates"].index(sweep["goodput"])]
+        return chosen
+    last: dict[str, Any] = runs[-1]
+    return last
+
+
+def _notes(runs: Sequence[dict[str, Any]]) -> str:
+    notes = []
+    for run in runs:
+        where = f"{run['label']}: " if len(runs) > 1 else ""
+        if run["server_lost"]:
+            notes.append(("bad", f"{where}{run['server_lost']}. Measured until then: {run['requests']} requests."))
+        if run["interrupted"]:
+            notes.append(
+                ("", f"{where}interrupted; {run['unsent']} requests were not sent, {run['cut']} were cut off.")
+            )
+        if run["failed"] and not run["server_lost"]:
+            notes.append(("bad", f"{where}{run['failed']} requests failed, the first with {run['first_error']}"))
+        if run["dropped"]:
+            notes.append(
+                ("", f"{where}{run['dropped']} items of the trace are too long for the server and were left out.")
+            )
+        if run["client"]["bottleneck"]:
+            notes.append(("", f"{where}{run['client']['bottleneck']}. The latencies below include it."))
+    return "".join(f'<p class="note {kind}">{escape(text)}</p>' for kind, text in notes)
+
+
+def _tiles(run: dict[str, Any], sweep: dict[str, Any] | None) -> str:
+    spreads = run["seconds"]
+    tiles = [
+        (_rate(run), "offered" if run["offered_requests_s"] else "closed loop"),
+        (f"{run['requests_s']:.3g} /s", "requests completed"),
+        (f"{run['output_tokens_s']:,.4g} /s", "output tokens"),
+        (_both(spreads["first_token"]), "first token, p50 / p99"),
+        (_both(spreads["inter_token"]), "inter-token, p50 / p99"),
+        (_both(spreads["end_to_end"]), "end to end, p50 / p99"),
+        (percent(run["attainment"]["all"]), "kept every limit"),
+        (percent(run["satisfaction"]), "satisfaction (S-LoRA)"),
+    ]
+    if sweep:
+        found = [("knee", "keeps up until"), ("goodput", f"{sweep['attainment']:.0%} within limits until")]
+        tiles = [(f"{sweep[key]:g} /s" if sweep[key] else "none", text) for key, text in found] + tiles
+    cells = "".join(
+        f'<div><b>{escape(value)}</b><span class="soft">{escape(text)}</span></div>' for value, text in tiles
+    )
+    return f'<div class="tiles">{cells}</div>'
+
+
+def _sweep_charts(runs: Sequence[dict[str, Any]], sweep: dict[str, Any]) -> str:
+    ordered = sorted(zip(sweep["rates"], runs, strict=True), key=lambda pair: pair[0])
+    x = Axis("offered requests per second", "{:g}".format, log=True)
+    marks = [(sweep["goodput"], "goodput")] if sweep["goodput"] else []
+    charts = [
+        chart(
+            f"{_TITLES[name]} against offered rate",
+            x,
+            Axis("", format_seconds, log=True),
+            [
+                Series(f"p{percent}", [(rate, run["seconds"][name][f"p{percent}"] or 0.0) for rate, run in ordered])
+                for percent in PERCENTILES
+            ],
+            marks,
+        )
+        for name in METRICS
+    ]
+    rates = Axis("per second", "{:g}".format, from_zero=True)
+    series = [
+        Series("completed", [(rate, run["requests_s"]) for rate, run in ordered]),
+        Series("within every limit", [(rate, run["goodput_requests_s"]) for rate, run in ordered]),
+    ]
+    charts.append(chart("Requests completed, and within limits", x, rates, series, marks))
+    return section("Against offered rate", f'<div class="charts">{"".join(charts)}</div>')
+
+
+def _distributions(runs: Sequence[dict[str, Any]]) -> str:
+    step = max(1, -(-len(runs) // _MOST_LINES))
+    picked = sorted(runs, key=lambda run: run["offered_requests_s"] or 0.0)[::step]
+    share = Axis("share of all", "{:.0%}".format, from_zero=True)
+    return "".join(
+        chart(
+            _TITLES[name],
+            Axis("seconds, logarithmic", format_seconds, log=True),
+            share,
+            [Series(_rate(run), run["cumulative"][name]) for run in picked],
+            [(runs[0]["slo"][name], f"limit {format_seconds(runs[0]['slo'][name])}")],
+        )
+        for name in METRICS
+    )
+
+
+def _percentiles(run: dict[str, Any]) -> str:
+    keys = ["mean", *(f"p{percent}" for percent in PERCENTILES), "max"]
+    rows = [
+        [_TITLES[name], *[seconds(run["seconds"][name][key]) for key in keys], percent(run["attainment"][name])]
+        for name in METRICS
+    ]
+    per_token = run["seconds_per_output_token"]
+    rows.append(["End to end per output token", *[seconds(per_token[key]) for key in keys], ""])
+    if run["mean_queue_s"] is not None:
+        rows.append(["In the server's queue", seconds(run["mean_queue_s"]), *[""] * len(keys)])
+    return table(["", *keys, "within limit"], rows)
+
+
+def _runs_table(runs: Sequence[dict[str, Any]]) -> str:
+    titles = ["run", "offered /s", "requests", "failed", "completed /s", "tokens /s", "goodput /s",
+              "first token p50", "p99", "inter-token p50", "p99", "kept all limits", "kept up"]  # fmt: skip
+    rows = [
+        [
+            run["label"],
+            f"{run['offered_requests_s'] or 0:.3g}",
+            str(run["requests"]),
+            str(run["failed"]),
+            f"{run['requests_s']:.3g}",
+            f"{run['output_tokens_s']:.4g}",
+            f"{run['goodput_requests_s']:.3g}",
+            *[seconds(run["seconds"][name][key]) for name in METRICS[:2] for key in ("p50", "p99")],
+            percent(run["attainment"]["all"]),
+            percent(run["kept_up"]),
+        ]
+        for run in runs
+    ]
+    return table(titles, rows)
+
+
+def _codes(runs: Sequence[dict[str, Any]]) -> str:
+    codes = sorted({code for run in runs for code in run["codes"]}, key=lambda code: (code != "OK", code))
+    return table(["run", *codes], [[run["label"], *[str(run["codes"].get(code, 0)) for code in codes]] for run in runs])
+
+
+def _adapters(run: dict[str, Any]) -> str:
+    rows = run["adapters"]
+    if len(rows) < 2:
+        return ""
+    fairness = run["fairness"]
+    known = [row for row in rows if row["first_token"]["p50"] is not None]
+    dots = Series(
+        "adapter",
+        [(row["requests"], row["first_token"]["p50"]) for row in known],
+        dots=True,
+        tips=[f"{row['name']}: {row['requests']} requests, p50 {seconds(row['first_token']['p50'])}" for row in known],
+    )
+    figure = chart(
+        "Median first token of every adapter, by its requests",
+        Axis("requests of the adapter", "{:g}".format),
+        Axis("", format_seconds, from_zero=True),
+        [dots],
+    )
+    listed = table(
+        ["adapter", "requests", "failed", "tokens", "first token p50", "p99"],
+        [
+            [
+                row["name"],
+                str(row["requests"]),
+                str(row["failed"]),
+                f"{row['tokens']:,}",
+                seconds(row["first_token"]["p50"]),
+                seconds(row["first_token"]["p99"]),
+            ]
+            for row in rows[:_MOST_ROWS]
+        ],
+    )
+    more = f'<p class="soft">and {len(rows) - _MOST_ROWS} more in report.json</p>' if len(rows) > _MOST_ROWS else ""
+    text = (
+        f"Jain's index over {len(rows)} adapters: {index(fairness['first_token'])} of mean first-token times, "
+        f"{index(fairness['per_output_token'])} of mean times per output token (1: all alike)."
+    )
+    return section(
+        "Fairness between adapters",
+        f'<p>{escape(text)}</p><div class="two"><div>{figure}</div><div>{listed}{more}</div></div>',
+    )
+
+
+def _tiers(run: dict[str, Any]) -> str:
+    rows = [
+        [_TIERS[tier], str(spread["count"]), *[seconds(spread[key]) for key in ("p50", "p90", "p99", "max")]]
+        for tier, spread in run["tiers"].items()
+    ]
+    if set(run["tiers"]) <= {"later"}:
+        return ""
+    return section("First token by where the adapter was", table(["", "requests", "p50", "p90", "p99", "max"], rows))
+
+
+def _memory(runs: Sequence[dict[str, Any]]) -> str:
+    figure = chart(
+        "Resident memory of the server",
+        Axis("seconds into the run", "{:g}".format),
+        Axis("MiB", "{:,.0f}".format),
+        [Series(run["label"], [(at, size / 2**20) for at, size in run["memory"]]) for run in runs[-_MOST_LINES:]],
+    )
+    return section("Memory", f'<div class="two">{figure}</div>') if figure else ""
+
+
+def _churn(run: dict[str, Any]) -> str:
+    churn = run["churn"]
+    if not churn:
+        return ""
+    kind = "bad" if churn["faults"] else "good"
+    text = (
+        f"{churn['checked']} requests to adapters that came and went: {len(churn['faults'])} faults, "
+        f"{churn['refused_while_unloaded']} rightly refused while their adapter was unloaded."
+    )
+    faults = "".join(f"<li>{escape(fault)}</li>" for fault in churn["faults"][:_MOST_ROWS])
+    listed = table(
+        ["operation", "count", "p50", "max"],
+        [
+            [operation, str(times["count"]), seconds(times["p50"]), seconds(times["max"])]
+            for operation, times in churn["operations"].items()
+        ],
+    )
+    shown = f"<ul>{faults}</ul>" if faults else ""
+    return section("Churn", f'<p class="note {kind}">{escape(text)}</p>{shown}{listed}')
+
+
+def _client(runs: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        [
+            run["label"],
+            str(run["client"]["processes"]),
+            *[seconds(run["client"]["lateness_s"][key]) for key in ("p50", "p99", "max")],
+            *[seconds(run["client"]["event_loop_lag_s"][key]) for key in ("p99", "max")],
+            f"{run['client']['cpu_share']:.0%}",
+        ]
+        for run in runs
+    ]
+    titles = ["run", "processes", "sent late p50", "p99", "max", "event loop late p99", "max", "CPU of a core"]
+    return table(titles, rows)
+
+
+def _settings(document: dict[str, Any]) -> str:
+    parts = [
+        facts("Load test", document["client"]),
+        facts("Server", document["server"]),
+        facts("Workload", document["workload"]),
+        facts("Target", document["target"]),
+    ]
+    return f'<div class="two">{"".join(parts)}</div>'
+
+
+def _rate(run: dict[str, Any]) -> str:
+    return f"{run['offered_requests_s']:.3g} /s" if run["offered_requests_s"] else run["label"]
+
+
+def _both(spread: dict[str, Any]) -> str:
+    return f"{seconds(spread['p50'])} / {seconds(spread['p99'])}"

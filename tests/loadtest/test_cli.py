@@ -1,0 +1,143 @@
+"""The command from its flags to its files and exit codes, against servers that are well, gone, or dying."""
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from loadtest.cli import loadtest_command
+from tests.loadtest.conftest import ScriptedServer
+
+Start = Callable[..., ScriptedServer]
+
+
+@pytest.fixture
+def loadtest(tmp_path: Path) -> Callable[..., Result]:
+    def run(command: str, address: str, *arguments: str) -> Result:
+        given = [command, "--address", address, "--num-adapters", "4", "--output", str(tmp_path / "report")]
+        return CliRunner().invoke(loadtest_command, [*given, *arguments])
+
+    return run
+
+
+def document(tmp_path: Path) -> Any:
+    return json.loads((tmp_path / "report" / "report.json").read_text())
+
+
+def error_line(result: Result) -> str:
+    """The only line of an error."""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def test_a_run(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path) -> None:
+    done = loadtest("run", scripted().address, "--rate", "100", "--duration", "0.5", "--cv", "2")
+    assert done.exit_code == 0, done.output
+    assert "status codes: OK 50" in done.stdout
+    written = document(tmp_path)
+    assert written["workload"]["cv"] == 2
+    assert written["server"]["model"] == "scripted"
+    assert {row["name"] for row in written["runs"][0]["adapters"]} == {"a0", "a1", "a2", "a3"}
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_a_sweep_over_given_rates(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path) -> None:
+    done = loadtest("sweep", scripted().address, "--rates", "100,200", "--num-requests", "30")
+    assert done.exit_code == 0, done.output
+    assert [run["label"] for run in document(tmp_path)["runs"]] == ["rate-100", "rate-200"]
+    assert "requests keep every limit until" in done.stdout
+
+
+def test_named_workloads_are_listed() -> None:
+    listed = CliRunner().invoke(loadtest_command, ["workloads"]).stdout
+    assert all(name in listed for name in ("slora-short", "punica-skewed", "drift", "burst", "churn", "replay"))
+
+
+def test_no_server(loadtest: Callable[..., Result], tmp_path: Path) -> None:
+    failed = loadtest("run", f"127.0.0.1:{free_port()}")
+    assert failed.exit_code == 1
+    assert error_line(failed).startswith("Error: no server at 127.0.0.1:")
+
+
+def test_a_server_that_dies(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path) -> None:
+    def die(server: ScriptedServer, requests: int) -> None:
+        if requests == 40:
+            server.die()
+
+    failed = loadtest("run", scripted(die).address, "--rate", "200")
+    assert failed.exit_code == 1
+    assert error_line(failed).startswith("Error: the server was lost ")
+    assert document(tmp_path)["runs"][0]["codes"]["OK"] >= 30
+
+
+def test_a_server_that_dies_between_rates(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path) -> None:
+    def die(server: ScriptedServer, requests: int) -> None:
+        if requests == 30:
+            server.die()
+
+    failed = loadtest("sweep", scripted(die).address, "--rates", "100,200", "--num-requests", "30")
+    assert failed.exit_code == 1
+    assert error_line(failed).startswith("Error: no server at")
+    assert document(tmp_path)["runs"][0]["codes"]["OK"] >= 20
+
+
+def test_an_interrupted_run_keeps_what_it_has(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path) -> None:
+    def interrupt(server: ScriptedServer, requests: int) -> None:
+        if requests == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    failed = loadtest("run", scripted(interrupt).address, "--rate", "100")
+    assert failed.exit_code == 130
+    assert "interrupted; the report holds what was measured until then" in failed.stdout
+    run = document(tmp_path)["runs"][0]
+    assert run["interrupted"]
+    assert run["completed"] >= 10
+    assert run["unsent"] > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workload", "slow"], "no workload 'slow'"),
+        (["--workload", "replay"], "cannot read trace trace.csv"),
+        (["--num-adapters", "5"], "num_adapters is 5, and the server has 4: lower --num-adapters"),
+        (["--workload", "slora", "--prompt-tokens", "900:2000"], "the server takes 1,024"),
+        (["--prompt-tokens", "8"], "'8' is not LOW:HIGH"),
+        (["--metrics-url", "http://127.0.0.1:1/metrics"], "--metrics-url http://127.0.0.1:1/metrics: "),
+        (["--output", "/dev/null/report"], "Not a directory"),
+    ],
+)
+def test_wrong_settings(loadtest: Callable[..., Result], scripted: Start, arguments: list[str], message: str) -> None:
+    failed = loadtest("run", scripted().address, *arguments)
+    assert failed.exit_code == 1
+    assert message in error_line(failed)
+
+
+@pytest.mark.parametrize("rates", ["fast", "1,,2", "0", "inf", "-3"])
+def test_wrong_rates(loadtest: Callable[..., Result], scripted: Start, rates: str) -> None:
+    failed = loadtest("sweep", scripted().address, "--rates", rates)
+    assert failed.exit_code == 1
+    assert "is not a number of requests per second" in error_line(failed)
+
+
+def test_a_null_server_on_a_port_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        failed = CliRunner().invoke(loadtest_command, ["null-server", "--listen", f"127.0.0.1:{port}"])
+    assert failed.exit_code == 1
+    assert error_line(failed).startswith(f"Error: cannot listen on 127.0.0.1:{port}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

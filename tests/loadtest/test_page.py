@@ -1,0 +1,127 @@
+"""The page: well-formed, complete, and on its own."""
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.chart import ticks
+from loadtest.output import Report
+from loadtest.run import Target
+from loadtest.workload import Workload
+from tests.loadtest.conftest import BAD, GOOD, make_measurement
+
+_VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Checker(HTMLParser):
+    """Holds every end tag against its start tag; collects texts, tags and references."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self._open: list[str] = []
+        self.texts: list[str] = []
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [str(value) for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+        if tag not in _VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def write(folder: Path, *runs: Any, attainment: float | None = None) -> tuple[Checker, dict[str, Any]]:
+    report = Report(folder, "slora-short", Workload(), Target(address="localhost:1"), attainment)
+    for run in runs:
+        report.add(run)
+    page = report.page.read_text()
+    checker = Checker(page)
+    assert not checker.references
+    assert not {"script", "link", "img", "iframe"} & set(checker.tags)
+    assert not any(word in page for word in ("http:", "https:", "url(", "@import"))
+    return checker, json.loads((folder / "report.json").read_text())
+
+
+def results(scale: float = 1.0) -> list[Any]:
+    return [
+        replace(GOOD, adapter=f"a{index % 3}", due=100.0 + index / 10, first_token=scale * (0.1 + index / 100))
+        for index in range(30)
+    ]
+
+
+def test_a_single_run(tmp_path: Path) -> None:
+    run = make_measurement(
+        [*results(), replace(BAD, adapter="<b>&")],
+        server={"model": "tiny <model>", "device": "cpu, float32", "version": "0.1.0"},
+        tiers={"a0": "disk", "a1": "device"},
+        memory=[(100.0, 2.0**30), (101.0, 1.5 * 2.0**30)],
+        mean_queue_seconds=0.0123,
+    )
+    page, document = write(tmp_path, run)
+    text = "\n".join(page.texts)
+    for shown in ("tiny <model>", "Time to first token", "a1", "<b>&", "NOT_FOUND", "12.3 ms", "Jain's index over 4"):
+        assert shown in text
+    for shown in ("adapter on disk (cold)", "adapter on the device (hot)", "Resident memory", "processor", "commit"):
+        assert shown in text
+    assert page.tags.count("svg") == 5  # three distributions, adapters, memory
+    assert document["runs"][0]["codes"] == {"OK": 30, "NOT_FOUND": 1}
+    assert document["client"]["commit"]
+    assert (tmp_path / "run-first_token.hgrm").read_text().count("\n") > 10
+
+
+def test_a_sweep(tmp_path: Path) -> None:
+    runs = [
+        make_measurement(results(scale), label=f"rate-{rate}", workload=Workload(rate=rate))
+        for rate, scale in ((1.0, 1.0), (2.0, 2.0), (4.0, 90.0))
+    ]
+    page, document = write(tmp_path, *runs, attainment=0.9)
+    assert document["sweep"]["goodput"] == 2.0
+    assert document["sweep"]["rates"] == [1.0, 2.0, 4.0]
+    text = "\n".join(page.texts)
+    assert "2 /s" in text
+    assert "Time to first token against offered rate" in text
+    assert page.tags.count("polyline") >= 3 * 4 + 2 + 3 * 3
+
+
+def test_faults_are_said_at_the_top(tmp_path: Path) -> None:
+    run = make_measurement([replace(GOOD, lateness=0.2)], interrupted=True)
+    run = replace(run, outcomes=[replace(run.outcomes[0], server_lost="the server was lost 3 s into the run: gone")])
+    page, _ = write(tmp_path, run)
+    before_figures = "\n".join(page.texts).partition("Distributions")[0]
+    for shown in ("the server was lost 3 s", "Measured until then: 1 requests", "interrupted", "sent more than 200 ms"):
+        assert shown in before_figures
+
+
+def test_a_run_without_results_has_a_page(tmp_path: Path) -> None:
+    page, document = write(tmp_path, make_measurement([], interrupted=True))
+    assert document["runs"][0]["requests"] == 0
+    assert "interrupted" in "\n".join(page.texts)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "expected"),
+    [
+        (0, 10, False, [0, 2, 4, 6, 8, 10]),
+        (0.3, 1, False, [0.4, 0.6, 0.8, 1]),
+        (0.9, 25, True, [1, 2, 5, 10, 20]),
+        (1.9, 4.2, True, [2, 2.5, 3, 3.5, 4]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, log: bool, expected: list[float]) -> None:
+    assert ticks(low, high, log=log) == pytest.approx(expected)

@@ -1,0 +1,42 @@
+"""Short runs against the real server with the tiny model."""
+
+import asyncio
+from dataclasses import replace
+from io import StringIO
+
+from rich.console import Console
+
+from loadtest.named import WORKLOADS
+from loadtest.report import Measurement, Slo, summarize
+from loadtest.run import Target, measure
+from loadtest.workload import Workload
+from tests.server.rpc.conftest import Running
+
+SHORT = replace(WORKLOADS["slora-short"][1], num_adapters=8, prompt_tokens=(2, 8), output_tokens=(2, 8))
+
+
+async def load(server: Running, workload: Workload) -> Measurement:
+    target = Target(address=server.address)
+    return await measure(target, "run", workload, Slo(), asyncio.Event(), Console(file=StringIO()))
+
+
+async def test_an_open_loop(running: Running) -> None:
+    measured = await load(running, replace(SHORT, rate=20, duration=1.5))
+    summary = summarize(measured)
+    assert summary["codes"] == {"OK": 30}
+    wanted = {result.request_id: result.num_tokens for result in measured.results}
+    assert len(wanted) == 30
+    assert all(2 <= count < 8 for count in wanted.values())
+    assert all(result.generation and result.digest for result in measured.results)
+    assert set(measured.tiers.values()) <= {"disk", "host", "device"}
+    assert "LlamaForCausalLM" in measured.server["model"]
+
+
+async def test_adapters_come_and_go_and_no_request_notices(running: Running) -> None:
+    workload = replace(SHORT, num_requests=80, concurrency=6, num_adapters=4, churn_seconds=0.02, churn_adapters=2)
+    measured = await load(running, workload)
+    assert measured.churn is not None
+    assert measured.churn.faults == ()
+    assert measured.churn.checked >= 20
+    assert len(measured.churn.operations) >= 6
+    assert len({result.digest for result in measured.results if result.adapter.startswith("loadtest-churn")}) > 2
