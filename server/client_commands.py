@@ -23,18 +23,25 @@ def address_option(command: Command) -> Command:
         envvar="LORAPLEX_ADDRESS",
         show_default=True,
         show_envvar=True,
-        help="Address of the server.",
+        help="Address of the server; https://HOST:PORT speaks TLS.",
     )(command)
 
 
 @contextmanager
 def connected(address: str) -> Iterator[grpc.Channel]:
     """A channel whose failures end the command in one line: the status and what the server says."""
-    with grpc.insecure_channel(address) as channel:
+    with _channel(address) as channel:
         try:
             yield channel
         except grpc.RpcError as error:  # of a channel it is a grpc.Call as well
             raise click.ClickException(f"{error.code().name} from {address}: {error.details()}") from error
+
+
+def _channel(address: str) -> grpc.Channel:
+    """Over TLS the authorities are gRPC's own, or those in the file of GRPC_DEFAULT_SSL_ROOTS_FILE_PATH."""
+    if address.startswith("https://"):
+        return grpc.secure_channel(address.removeprefix("https://"), grpc.ssl_channel_credentials())
+    return grpc.insecure_channel(address)
 
 
 @click.command()

@@ -1,7 +1,9 @@
 """What gRPC itself promises, on our port: deadlines, pings, compression, message sizes, certificates."""
 
 import asyncio
+import os
 import struct
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -127,7 +129,7 @@ async def size_of_index(server: Running, options: dict[str, int]) -> int:
         return sum(sizes) - before
 
 
-def write_certificate(authority: trustme.CA, folder: Path) -> dict[str, str]:
+def write_certificate(authority: trustme.CA, folder: Path) -> dict[str, Any]:
     """The settings of a server whose new certificate lies in the folder."""
     issued = authority.issue_cert("localhost")
     files = {"tls_cert": folder / "cert.pem", "tls_key": folder / "key.pem"}
@@ -146,6 +148,21 @@ async def connects(server: Running, authority: trustme.CA) -> bool:
         except grpc.aio.AioRpcError as error:
             return error.code() != grpc.StatusCode.UNAVAILABLE
         return True
+
+
+async def test_our_own_commands_speak_tls(serve: Serve, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    async with serve(**write_certificate(authority, tmp_path)) as server:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", "from server.cli import main; main()"),
+            *("health", "--address", f"https://localhost:{server.server.port}"),
+            env={**os.environ, "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(tmp_path / "ca.pem")},
+            cwd=Path(__file__).parents[3],
+            stdout=asyncio.subprocess.PIPE,
+        )
+        output, _ = await process.communicate()
+        assert (process.returncode, output) == (0, b"SERVING\n")
 
 
 async def test_a_renewed_certificate_needs_no_restart(serve: Serve, tmp_path: Path) -> None:
