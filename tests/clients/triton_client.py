@@ -7,6 +7,8 @@ import asyncio
 import json
 import queue
 import sys
+from collections.abc import AsyncIterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +98,27 @@ async def check_asyncio(address: str, expected: str) -> None:
     async with tritonclient.grpc.aio.InferenceServerClient(address) as client:  # type: ignore[attr-defined]
         answers = await asyncio.gather(*[client.infer(ADAPTER, inputs()) for _ in range(4)])
         assert [text(answer) for answer in answers] == [expected] * 4
+
+        async def requests(max_tokens: int = 10) -> AsyncIterator[dict[str, Any]]:
+            for model in ADAPTER, "nobody":
+                yield {"model_name": model, "inputs": inputs(stream=True, max_tokens=max_tokens)}
+
+        pieces, errors = [], []
+        async for result, error in client.stream_infer(requests(), compression_algorithm="gzip"):
+            if error is None:
+                pieces.append(text(result))
+            else:
+                errors.append(error.message())
+        assert "".join(pieces) == expected
+        assert len(errors) == 1
+        assert "nobody" in errors[0]
+
+        responses = client.stream_infer(requests(max_tokens=200))
+        await anext(aiter(responses))
+        assert responses.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            async for _ in responses:
+                pass
 
 
 def main(address: str, ca_file: str | None = None) -> None:

@@ -36,8 +36,9 @@ async def test_node(running: Running, tmp_path: Path, require_tool: Callable[[st
     node, npm = require_tool("node"), require_tool("npm")
     shutil.copytree(CLIENTS / "node", tmp_path / "node", ignore=shutil.ignore_patterns("node_modules"))
     await succeeds(npm, "ci", "--silent", "--no-audit", "--no-fund", cwd=tmp_path / "node")
-    await succeeds(node, tmp_path / "node" / "client.mjs", running.address, PROTOS)
-    await idle(running)
+    for script in "client.mjs", "open_inference.mjs":
+        await succeeds(node, tmp_path / "node" / script, running.address, PROTOS)
+        await idle(running)
 
 
 @pytest.fixture
