@@ -12,10 +12,10 @@ from loadtest.report import METRICS
 
 _TITLES = {"first_token": "Time to first token", "inter_token": "Inter-token latency", "end_to_end": "End to end"}
 _TIERS = {
-    "disk": "first request, adapter on disk (cold)",
-    "host": "first request, adapter in host memory",
-    "device": "first request, adapter on the device (hot)",
-    "later": "every later request",
+    "disk": "adapters on disk (cold)",
+    "host": "adapters in host memory",
+    "device": "adapters on the device (hot)",
+    "later": "their later requests",
 }
 _MOST_LINES = 6  # distributions in one chart
 _MOST_ROWS = 20  # adapters in the table
@@ -164,7 +164,7 @@ def _percentiles(run: dict[str, Any]) -> str:
 
 def _runs_table(runs: Sequence[dict[str, Any]]) -> str:
     titles = ["run", "offered /s", "requests", "failed", "completed /s", "tokens /s", "goodput /s",
-              "first token p50", "p99", "inter-token p50", "p99", "kept all limits", "kept up"]  # fmt: skip
+              "first token p50", "p99", "inter-token p50", "p99", "kept all limits", "done / arrived"]  # fmt: skip
     rows = [
         [
             run["label"],
@@ -176,7 +176,7 @@ def _runs_table(runs: Sequence[dict[str, Any]]) -> str:
             f"{run['goodput_requests_s']:.3g}",
             *[seconds(run["seconds"][name][key]) for name in METRICS[:2] for key in ("p50", "p99")],
             percent(run["attainment"]["all"]),
-            percent(run["kept_up"]),
+            _balance(run),
         ]
         for run in runs
     ]
@@ -232,13 +232,20 @@ def _adapters(run: dict[str, Any]) -> str:
 
 
 def _tiers(run: dict[str, Any]) -> str:
-    rows = [
-        [_TIERS[tier], str(spread["count"]), *[seconds(spread[key]) for key in ("p50", "p90", "p99", "max")]]
-        for tier, spread in run["tiers"].items()
-    ]
     if set(run["tiers"]) <= {"later"}:
         return ""
-    return section("First token by where the adapter was", table(["", "requests", "p50", "p90", "p99", "max"], rows))
+    figure = chart(
+        "Time to first token by tier",
+        Axis("seconds, logarithmic", format_seconds, log=True),
+        Axis("share of all", "{:.0%}".format, from_zero=True),
+        [Series(_TIERS[tier], spread["cumulative"]) for tier, spread in run["tiers"].items()],
+    )
+    rows = [
+        [_TIERS[tier], str(spread["count"]), *[seconds(spread[key]) for key in ("p50", "p99", "max")]]
+        for tier, spread in run["tiers"].items()
+    ]
+    listed = table(["first token of", "requests", "p50", "p99", "max"], rows)
+    return section("First token by where the adapter was", f'<div class="two"><div>{figure}</div>{listed}</div>')
 
 
 def _memory(runs: Sequence[dict[str, Any]]) -> str:
@@ -295,6 +302,11 @@ def _settings(document: dict[str, Any]) -> str:
         facts("Target", document["target"]),
     ]
     return f'<div class="two">{"".join(parts)}</div>'
+
+
+def _balance(run: dict[str, Any]) -> str:
+    counts = run["balance"]
+    return f"{counts['completed']} / {counts['arrived']}" if counts else "–"
 
 
 def _rate(run: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from loadtest.workload import Workload
 LATE = 0.010  # seconds: beyond this at the 99th percentile the client, not the server, makes the latencies
 BUSY = 0.9  # of one core
 METRICS = ("first_token", "inter_token", "end_to_end")
+_BEHIND = 0.1  # of the arrivals, not completed in time: a server that falls behind
 _LEAD_IN = 0.25  # of the arrivals, not counted when completions are held against arrivals
 
 
@@ -83,7 +84,7 @@ def summarize(run: Measurement) -> dict[str, Any]:
         "wall_s": run.wall,
         "requests_s": len(good) / run.wall,
         "output_tokens_s": sum(result.num_tokens for result in good) / run.wall,
-        "kept_up": None if run.workload.concurrency else kept_up(results, run.start),
+        "balance": None if run.workload.concurrency else balance(results, run.start),
         "seconds": {name: spread(values[name]) for name in METRICS},
         "seconds_per_output_token": spread(result.total / result.num_tokens for result in good if result.num_tokens),
         "mean_queue_s": run.mean_queue_seconds,
@@ -133,14 +134,24 @@ def satisfaction(results: Sequence[CallResult], limit: float) -> float | None:
     return math.fsum(scores) / len(scores) if scores else None
 
 
-def kept_up(results: Sequence[CallResult], start: float) -> float | None:
-    """Completions over arrivals, between a lead-in and the last arrival: about 1 while the server keeps up."""
-    if not results:
-        return None
-    until = max(result.due for result in results)
+def balance(results: Sequence[CallResult], start: float) -> dict[str, Any]:
+    """Arrivals and completions between a lead-in and the last arrival, and whether the server kept up with them.
+
+    While a server keeps up, the number of requests inside it has a mean m and a variance of about m, so completions
+    differ from arrivals by chance with a deviation of √(2m). It fell behind where they differ by more than a tenth and
+    two deviations.
+    """
+    until = max((result.due for result in results), default=start)
     since = start + _LEAD_IN * (until - start)
+    inside = sum(result.due <= since < result.ended for result in results)
     arrived = sum(since < result.due <= until for result in results)
-    return _share(sum(since < result.ended <= until for result in results if result.ok), arrived)
+    completed = sum(since < result.ended <= until for result in results if result.ok)
+    missing = arrived - completed
+    return {
+        "arrived": arrived,
+        "completed": completed,
+        "kept_up": arrived > 0 and missing <= _BEHIND * arrived + 2 * math.sqrt(2 * inside),
+    }
 
 
 def _share(part: float, whole: float) -> float | None:
@@ -195,7 +206,9 @@ def _by_tier(results: Sequence[CallResult], tiers: dict[str, str]) -> dict[str, 
         seen.add(result.adapter)
         if result.ok and result.first_token is not None and tier in grouped:
             grouped[tier].append(result.first_token)
-    return {tier: spread(seconds) for tier, seconds in grouped.items() if seconds}
+    return {
+        tier: {**spread(seconds), "cumulative": cumulative(seconds)} for tier, seconds in grouped.items() if seconds
+    }
 
 
 def _client(results: Sequence[CallResult], outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-KEEPS_UP = 0.9  # completions over arrivals of a server that keeps up; the rest is chance
 _MOST_DOUBLINGS = 12
 
 
@@ -44,7 +43,7 @@ class RateSearch:
 
 def passes(summary: dict[str, Any], attainment: float) -> bool:
     """Whether a run kept up with its arrivals and enough of its requests kept every limit."""
-    return (summary["attainment"]["all"] or 0.0) >= attainment and (summary["kept_up"] or 0.0) >= KEEPS_UP
+    return (summary["attainment"]["all"] or 0.0) >= attainment and bool(summary["balance"]["kept_up"])
 
 
 def verdict(runs: Sequence[tuple[float, dict[str, Any]]], attainment: float) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def verdict(runs: Sequence[tuple[float, dict[str, Any]]], attainment: float) -> 
     """
     return {
         "attainment": attainment,
-        "knee": _highest_below_failure([(rate, (run["kept_up"] or 0.0) >= KEEPS_UP) for rate, run in runs]),
+        "knee": _highest_below_failure([(rate, run["balance"]["kept_up"]) for rate, run in runs]),
         "goodput": _highest_below_failure([(rate, passes(run, attainment)) for rate, run in runs]),
         "highest_rate": max((rate for rate, _ in runs), default=None),
     }

@@ -7,8 +7,8 @@ import pytest
 from loadtest.sweep import RateSearch, passes, verdict
 
 
-def summary(all_kept: float, kept_up: float) -> dict[str, Any]:
-    return {"attainment": {"all": all_kept}, "kept_up": kept_up}
+def summary(all_kept: float, kept_up: bool) -> dict[str, Any]:
+    return {"attainment": {"all": all_kept}, "balance": {"kept_up": kept_up}}
 
 
 def search(limit: float, first: float, bisections: int) -> list[float]:
@@ -36,18 +36,18 @@ def test_a_server_without_limit_ends_the_search() -> None:
 
 
 def test_a_run_passes_if_it_keeps_up_within_the_limits() -> None:
-    assert passes(summary(0.95, 1.0), attainment=0.9)
-    assert not passes(summary(0.85, 1.0), attainment=0.9)
-    assert not passes(summary(0.95, 0.6), attainment=0.9)
+    assert passes(summary(0.95, True), attainment=0.9)
+    assert not passes(summary(0.85, True), attainment=0.9)
+    assert not passes(summary(0.95, False), attainment=0.9)
 
 
 def test_knee_and_goodput() -> None:
-    runs = [(4.0, summary(0.5, 0.97)), (1.0, summary(1, 1)), (2.0, summary(0.92, 1)), (8.0, summary(0.1, 0.5))]
+    runs = [(4.0, summary(0.5, True)), (1.0, summary(1, True)), (2.0, summary(0.92, True)), (8.0, summary(0.1, False))]
     found = verdict(runs, attainment=0.9)
     assert (found["goodput"], found["knee"], found["highest_rate"]) == (2.0, 4.0, 8.0)
 
 
 def test_a_lucky_rate_above_a_failure_is_not_the_goodput() -> None:
-    runs = [(1.0, summary(1, 1)), (2.0, summary(0.5, 1)), (4.0, summary(0.95, 1))]
+    runs = [(1.0, summary(1, True)), (2.0, summary(0.5, True)), (4.0, summary(0.95, True))]
     assert verdict(runs, attainment=0.9)["goodput"] == 1.0
-    assert verdict([(1.0, summary(0.1, 0.1))], attainment=0.9)["knee"] is None
+    assert verdict([(1.0, summary(0.1, False))], attainment=0.9)["knee"] is None
