@@ -65,7 +65,7 @@ def ticks(low: float, high: float, *, log: bool, about: int = 5) -> list[float]:
     """Round values within [low, high]: 1, 2, 5 times a power of ten, or their multiples where a logarithm has few."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        factors = (1, 2, 5) if math.log10(high / low) < 2.2 else (1,)
+        factors = (1, 2, 5) if high < 1000 * low else (1,)
         values = [factor * 10.0**decade for decade in decades for factor in factors]
         within = [value for value in values if low <= value * (1 + 1e-9) and value <= high * (1 + 1e-9)]
         if len(within) >= 3:

@@ -32,7 +32,7 @@ def render(document: dict[str, Any]) -> str:
         _notes(runs),
         _tiles(shown, sweep),
         _sweep_charts(runs, sweep) if sweep else "",
-        section("Distributions", f'<div class="charts three">{_distributions(runs)}</div>'),
+        section("Distributions", f'<div class="charts">{_distributions(runs)}</div>'),
         section("Percentiles", _percentiles(shown)),
         section("Runs", _runs_table(runs)) if len(runs) > 1 else "",
         section("Status codes", _codes(runs)),
@@ -163,8 +163,8 @@ def _percentiles(run: dict[str, Any]) -> str:
 
 
 def _runs_table(runs: Sequence[dict[str, Any]]) -> str:
-    titles = ["run", "offered /s", "requests", "failed", "completed /s", "tokens /s", "goodput /s",
-              "first token p50", "p99", "inter-token p50", "p99", "kept all limits", "done / arrived"]  # fmt: skip
+    titles = ["run", "offered /s", "sent", "failed", "done /s", "tokens /s", "goodput /s",
+              "first token p50", "p99", "inter-token p50", "p99", "in limits", "done / due"]  # fmt: skip
     rows = [
         [
             run["label"],

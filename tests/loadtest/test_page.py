@@ -121,6 +121,7 @@ def test_a_run_without_results_has_a_page(tmp_path: Path) -> None:
         (0.3, 1, False, [0.4, 0.6, 0.8, 1]),
         (0.9, 25, True, [1, 2, 5, 10, 20]),
         (1.9, 4.2, True, [2, 2.5, 3, 3.5, 4]),
+        (0.23, 37, True, [0.5, 1, 2, 5, 10, 20]),
     ],
 )
 def test_ticks_are_round(low: float, high: float, log: bool, expected: list[float]) -> None:
