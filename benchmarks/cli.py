@@ -104,10 +104,10 @@ def compare_command(
         threads=threads or os.cpu_count() or 1,
         timeout=timeout,
     )
+    hardware = machine()
     header = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "load_average": load_average,
+        "load_average": round(load_average, 2),
         "model": folder.name,
         "rounds": rounds,
         "prompt_tokens": prompt_tokens,
@@ -119,10 +119,11 @@ def compare_command(
     try:
         for _ in comparison.run(workloads, chosen, rounds, _progress):
             if json_file:
-                json_file.write_text(json.dumps({**header, **report.as_dict()}, indent=2) + "\n")
+                json_file.write_text(json.dumps({"machine": hardware, **header, **report.as_dict()}, indent=2) + "\n")
     finally:
         console = Console()
-        console.print(*(f"{key}: {value}" for key, value in header.items()), sep="\n", highlight=False, markup=False)
+        for name, value in {**hardware, **header}.items():
+            console.print(f"{name.replace('_', ' ')}: {value}", highlight=False, markup=False)
         report.print(console)
 
 

@@ -81,7 +81,7 @@ class Report:
         }
 
     def _speeds(self) -> Table:
-        table = Table(title="tokens/s, and Loraplex in float32 over it (requests x adapters)", box=box.MARKDOWN)
+        table = _table("tokens/s, and Loraplex in float32 over it (requests x adapters)")
         table.add_column("contender")
         for workload in self._workloads:
             table.add_column(str(workload), justify="right")
@@ -99,7 +99,7 @@ class Report:
         return f"{rate:.1f}" if own is None or contender == BASELINE else f"{rate:.1f} ({own / rate:.2f}×)"
 
     def _own_ratios(self) -> Table:
-        table = Table(title="Loraplex against itself", box=box.MARKDOWN)
+        table = _table("Loraplex against itself")
         table.add_column("what")
         table.add_column("ratio", justify="right")
         for what, ratio in self._own_ratio_rows():
@@ -123,8 +123,7 @@ class Report:
         return None if rate is None or other is None else round(rate / other, 4)
 
     def _agreements(self) -> Table:
-        table = Table(title="equality of greedy tokens (information: only equal arithmetic gives equal tokens)")
-        table.box = box.MARKDOWN
+        table = _table("equality of greedy tokens (information: only equal arithmetic gives equal tokens)")
         for title in ("contender", "workload", "against", "requests equal", "before a difference", "tokens equal"):
             table.add_column(title, justify="left" if title in ("contender", "workload", "against") else "right")
         for name, workload, reference, found in self._agreement_rows():
@@ -147,3 +146,7 @@ class Report:
                 if ran and contender.name != ran[0] and (contender.name, workload) in outputs:
                     found = agreement(outputs[contender.name, workload], outputs[ran[0], workload])
                     yield contender.name, workload, ran[0], found
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.MARKDOWN)
