@@ -142,6 +142,9 @@ BROKEN_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "many empty tensors": (_header(EMPTY), "does not have"),
     "not a number": (_value(math.nan), "not finite"),
     "infinite": (_value(math.inf), "not finite"),
+    "infinite downwards": (_value(-math.inf), "not finite"),
+    "infinite in half width": (
+        _weights(lambda t: t.update({name: (tensor / 0).bfloat16() for name, tensor in t.items()})), "not finite"),
     "A without B": (_weights(lambda t: t.pop(B)), "1 of 4 tensors are missing"),
     "extra tensor": (_weights(lambda t: t.update({"lm_head.weight": torch.zeros(1)})), "unexpected tensor"),
     "tensor of an untargeted layer": (

@@ -17,9 +17,9 @@ from loadtest.workload import Workload
 from server.pb.loraplex.v1 import adapters_pb2, inference_pb2
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersServicer, add_AdaptersServicer_to_server
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
-from tests.server.rpc.conftest import running
+from tests.server.rpc.conftest import running, serve
 
-__all__ = ["running"]
+__all__ = ["running", "serve"]
 
 GOOD = CallResult(
     adapter="a",
