@@ -124,7 +124,7 @@ async def _client(engine: AsyncEngine, work: Iterator[tuple[str, list[int]]], ou
 
 
 def _tier(engine: AsyncEngine, name: str) -> str:
-    adapter = next((status.adapter for status in engine.adapters.statuses() if status.ref.name == name), None)
+    adapter = engine.adapters.status(name).adapter
     if adapter is None:
         return "disk"
     return "device" if engine.is_on_device(adapter) else "host"

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from adapters.config import CONFIG_FILE
 from adapters.format import WEIGHTS_FILE
+from benchmarks.many_adapters import spread
 from server.config import EngineConfig, ServerConfig
 from server.engine.async_engine import AsyncEngine
 from server.engine.build import EngineParts, build_engine
@@ -76,7 +77,7 @@ def measure_swap(
 
 def report(quiet: Observed, swapped: Observed) -> dict[str, Any]:
     """Gaps and first tokens in steps, where a step is the median gap of the quiet runs; loads in milliseconds."""
-    step = float(np.median(quiet.gaps))
+    step = spread(quiet.gaps).p50
     hot, warm = _spread(swapped.hot, step), _spread(swapped.warm, step)
     return {
         "step_ms": step * 1e3,
@@ -188,10 +189,4 @@ def _drop_from_page_cache(path: Path) -> None:
 
 
 def _spread(seconds: Sequence[float], unit: float) -> dict[str, float]:
-    values = np.array(seconds) / unit
-    return {
-        "p50": float(np.percentile(values, 50)),
-        "p99": float(np.percentile(values, 99)),
-        "max": float(values.max()),
-        "count": len(values),
-    }
+    return asdict(spread([value / unit for value in seconds]))
