@@ -163,7 +163,9 @@ class _Session:
 
     def conclude(self) -> None:
         """Prints where the report is; ends with an error if anything was not as it should be."""
-        self._console.print(self._report.verdict_line(), f"report: {self._report.page}", sep="\n", highlight=False)
+        if verdict := self._report.verdict_line():
+            self._console.print(verdict, highlight=False)
+        self._console.print(f"report: {self._report.page}", highlight=False, soft_wrap=True)
         if self._report.interrupted:
             self._console.print("interrupted; the report holds what was measured until then")
             raise SystemExit(_INTERRUPTED)

@@ -10,6 +10,8 @@ from server.pb.loraplex.v1 import adapters_pb2, inference_pb2
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersServicer, add_AdaptersServicer_to_server
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
+_MOST_PENDING = 1 << 20  # calls that the client has sent and the server has not yet taken
+
 
 class NullInference(InferenceServicer):
     _ANSWER = inference_pb2.GenerateResponse(text=" ", token_ids=[0], finish_reason=inference_pb2.LENGTH)
@@ -32,15 +34,27 @@ class NullAdapters(AdaptersServicer):
         return adapters_pb2.ListAdaptersResponse()
 
 
+def null_server() -> grpc.aio.Server:
+    """Not bound, not started."""
+    options = [
+        ("grpc.so_reuseport", 0),
+        # gRPC cancels calls at random where more than a thousand wait to be accepted: a burst must be answered whole.
+        ("grpc.server.max_pending_requests", _MOST_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
+    ]
+    server = grpc.aio.server(options=options)
+    add_InferenceServicer_to_server(NullInference(), server)
+    add_AdaptersServicer_to_server(NullAdapters(), server)
+    return server
+
+
 async def serve_null(listen: str) -> None:
     """Serves until SIGTERM or SIGINT.
 
     Raises:
         OSError: the address cannot be had.
     """
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    add_InferenceServicer_to_server(NullInference(), server)
-    add_AdaptersServicer_to_server(NullAdapters(), server)
+    server = null_server()
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:

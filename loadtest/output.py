@@ -85,9 +85,14 @@ class Report:
         found = self._document["sweep"]
         if not found:
             return ""
-        knee = "below the lowest rate" if found["knee"] is None else f"{found['knee']:g} requests/s"
-        goodput = "below the lowest rate" if found["goodput"] is None else f"{found['goodput']:g} requests/s"
+        knee, goodput = (_until(found[key], found["highest_rate"]) for key in ("knee", "goodput"))
         return f"keeps up until {knee}; {found['attainment']:.0%} of requests keep every limit until {goodput}"
+
+
+def _until(rate: float | None, highest_rate: float) -> str:
+    if rate is None:
+        return "below the lowest rate"
+    return f"{rate:g} requests/s" + (" or more, the highest rate tried" if rate == highest_rate else "")
 
 
 def table(summary: dict[str, Any]) -> Table:

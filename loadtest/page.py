@@ -100,11 +100,17 @@ def _tiles(run: dict[str, Any], sweep: dict[str, Any] | None) -> str:
     ]
     if sweep:
         found = [("knee", "keeps up until"), ("goodput", f"{sweep['attainment']:.0%} within limits until")]
-        tiles = [(f"{sweep[key]:g} /s" if sweep[key] else "none", text) for key, text in found] + tiles
+        tiles = [(_until(sweep[key], sweep["highest_rate"]), text) for key, text in found] + tiles
     cells = "".join(
         f'<div><b>{escape(value)}</b><span class="soft">{escape(text)}</span></div>' for value, text in tiles
     )
     return f'<div class="tiles">{cells}</div>'
+
+
+def _until(rate: float | None, highest_rate: float) -> str:
+    if rate is None:
+        return "none"
+    return f"{'≥ ' if rate == highest_rate else ''}{rate:g} /s"
 
 
 def _sweep_charts(runs: Sequence[dict[str, Any]], sweep: dict[str, Any]) -> str:
