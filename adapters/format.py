@@ -13,48 +13,29 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from adapters.config import (
-    CONFIG_FILE,
-    AdapterConfig,
-    AdapterFormatError,
-    AdapterIncompatibleError,
-    parse_config,
-    parse_json,
-    to_peft,
-)
-
-WEIGHTS_FILE = "adapter_model.safetensors"
+from adapters.config import CONFIG_FILE, AdapterConfig, parse_config, to_peft
+from adapters.errors import AdapterFormatError
+from adapters.tensors import PREFIX, WEIGHTS_FILE, LinearShape, Part, known_tensors, largest_file, read_header
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_HEADER_BYTES = 4 << 20
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-_PREFIX = "base_model.model."
-_SUFFIXES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b"}
-
-
-@dataclass(frozen=True, slots=True)
-class LinearShape:
-    """Sizes of a linear layer of the base model."""
-
-    in_features: int
-    out_features: int
 
 
 @dataclass(frozen=True, slots=True)
 class LoRAWeights:
-    """One layer's part of an adapter: `y += scaling · lora_b · lora_a · x`."""
+    """One layer's part of an adapter: `y += scaling · (lora_b · lora_a · x + lora_bias)`; PEFT's orientation."""
 
     lora_a: Tensor  # [rank, in_features]
     lora_b: Tensor  # [out_features, rank]
     scaling: float
+    lora_bias: Tensor | None = None  # [out_features]
+    magnitude: Tensor | None = None  # [out_features]: DoRA's norms of the rows of the adapted weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +46,10 @@ class AdapterFiles:
     weights: Mapping[str, LoRAWeights]
     digest: str  # sha256 over both files, hex
     num_bytes: int  # of both files
+    # The base's own weights and biases as they were when the adapter was saved, by module path: PEFT saves them with
+    # an adapted embedding or head, after the vocabulary was resized, and where it trained them.
+    base_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    base_biases: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int) -> AdapterFiles:
@@ -76,30 +61,35 @@ def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
     """
     config_bytes = _read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
     config = parse_config(config_bytes)
-    expected = _expected_tensors(config, layers, max_rank)
-    largest = sum(4 * rows * columns for rows, columns in expected.values())
-    weights_bytes = _read_file(folder / WEIGHTS_FILE, 8 + MAX_HEADER_BYTES + largest)
-    _check_header(weights_bytes, expected, layers)
+    known = known_tensors(config, layers, max_rank)
+    weights_bytes = _read_file(folder / WEIGHTS_FILE, largest_file(known))
+    present = read_header(weights_bytes, known, layers)
     try:
         tensors = safetensors.torch.load(weights_bytes)
     except Exception as error:  # the library's errors have no common base but Exception
         raise AdapterFormatError(f"{WEIGHTS_FILE}: {error}", "MALFORMED_WEIGHTS") from error
-    for name, tensor in tensors.items():
-        low, high = torch.aminmax(tensor)  # one pass, and what is not finite shows in it
+    parts: dict[str, dict[Part, Tensor]] = {}
+    for name, spec in present.items():
+        low, high = torch.aminmax(tensors[name])  # one pass, and what is not finite shows in it
         if not (math.isfinite(low) and math.isfinite(high)):
             raise AdapterFormatError(f"{WEIGHTS_FILE}: {name} has values that are not finite", "NON_FINITE_WEIGHTS")
+        parts.setdefault(spec.module, {})[spec.part] = tensors[name]
     digest = hashlib.sha256(struct.pack("<Q", len(config_bytes)) + config_bytes)
     digest.update(weights_bytes)
-    modules = sorted({_split_name(name)[0] for name in tensors})
-    weights = {
-        module: LoRAWeights(
-            tensors[f"{_PREFIX}{module}.lora_A.weight"],
-            tensors[f"{_PREFIX}{module}.lora_B.weight"],
-            config.scaling_of(module),
-        )
-        for module in modules
-    }
-    return AdapterFiles(config, weights, digest.hexdigest(), len(config_bytes) + len(weights_bytes))
+    return AdapterFiles(
+        config,
+        {
+            module: LoRAWeights(
+                of["lora_a"], of["lora_b"], config.scaling_of(module), of.get("lora_bias"), of.get("magnitude")
+            )
+            for module, of in sorted(parts.items())
+            if "lora_a" in of
+        },
+        digest.hexdigest(),
+        len(config_bytes) + len(weights_bytes),
+        {module: of["weight"] for module, of in parts.items() if "weight" in of},
+        {module: of["bias"] for module, of in parts.items() if "bias" in of},
+    )
 
 
 def check_config(folder: Path, layers: Mapping[str, LinearShape], max_rank: int) -> None:
@@ -108,7 +98,7 @@ def check_config(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
     Raises:
         AdapterFormatError, AdapterIncompatibleError: those of `read_adapter` that need no weights.
     """
-    _expected_tensors(parse_config(_read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES)), layers, max_rank)
+    known_tensors(parse_config(_read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES)), layers, max_rank)
 
 
 def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, LoRAWeights]) -> None:
@@ -123,8 +113,8 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, LoR
     folder.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module, layer in weights.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = layer.lora_a.detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = layer.lora_b.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = layer.lora_a.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = layer.lora_b.detach().cpu().contiguous()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / "new"
         fresh.mkdir()
@@ -144,76 +134,6 @@ def check_writable(folder: Path) -> None:
     """Raises FileExistsError if `folder` holds something that is not an adapter, which `write_adapter` would refuse."""
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise FileExistsError(f"{folder} holds something that is not an adapter: choose another folder")
-
-
-def _expected_tensors(
-    config: AdapterConfig, layers: Mapping[str, LinearShape], max_rank: int
-) -> dict[str, tuple[int, int]]:
-    """Name and shape of every tensor that the adapter must have on this base, no more and no fewer."""
-    expected: dict[str, tuple[int, int]] = {}
-    for module, shape in layers.items():
-        if not config.targets(module):
-            continue
-        rank = config.rank_of(module)
-        if rank > max_rank:
-            raise AdapterIncompatibleError(
-                f"rank {rank} of {module} is over the limit of {max_rank}: start with --max-lora-rank {rank}",
-                "RANK_TOO_LARGE",
-            )
-        expected[f"{_PREFIX}{module}.lora_A.weight"] = (rank, shape.in_features)
-        expected[f"{_PREFIX}{module}.lora_B.weight"] = (shape.out_features, rank)
-    if not expected:
-        raise AdapterIncompatibleError(
-            f"target_modules {sorted(config.target_modules)} match no linear layer of the base model, "
-            f"whose layers end in {sorted({module.rpartition('.')[2] for module in layers})}",
-            "NO_MATCHING_MODULE",
-        )
-    return expected
-
-
-def _check_header(data: bytes, expected: Mapping[str, tuple[int, int]], layers: Mapping[str, LinearShape]) -> None:
-    """Holds the safetensors header against the expected tensors, before the library parses it."""
-    if len(data) < 8:
-        raise AdapterFormatError(f"{WEIGHTS_FILE}: truncated: {len(data)} bytes", "MALFORMED_WEIGHTS")
-    (length,) = struct.unpack("<Q", data[:8])
-    if length > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise AdapterFormatError(f"{WEIGHTS_FILE}: header of {length} bytes does not fit", "MALFORMED_WEIGHTS")
-    header = parse_json(data[8 : 8 + length], WEIGHTS_FILE)
-    header.pop("__metadata__", None)
-    for name in header:
-        module, part = _split_name(name)
-        if part is None or (name not in expected and module in layers):
-            raise AdapterFormatError(f"{WEIGHTS_FILE}: unexpected tensor {name}", "UNEXPECTED_TENSOR")
-        if module not in layers:
-            raise AdapterIncompatibleError(
-                f"{WEIGHTS_FILE}: {name} belongs to a layer that the base model does not have", "NO_MATCHING_MODULE"
-            )
-    if missing := [name for name in expected if name not in header]:
-        raise AdapterFormatError(
-            f"{WEIGHTS_FILE}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}",
-            "MISSING_TENSOR",
-        )
-    dtypes = set()
-    for name, entry in header.items():
-        dtype = entry.get("dtype") if isinstance(entry, dict) else entry
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise AdapterFormatError(f"{WEIGHTS_FILE}: {name} has dtype {dtype}; one of {', '.join(DTYPES)} is needed")
-        if entry.get("shape") != list(expected[name]):
-            raise AdapterIncompatibleError(
-                f"{WEIGHTS_FILE}: {name} has shape {entry.get('shape')}; the configuration and the base model need "
-                f"{list(expected[name])}",
-                "WRONG_SHAPE",
-            )
-        dtypes.add(dtype)
-    if len(dtypes) > 1:
-        raise AdapterFormatError(f"{WEIGHTS_FILE}: tensors of different dtypes: {', '.join(sorted(dtypes))}")
-
-
-def _split_name(name: str) -> tuple[str, str | None]:
-    for suffix, part in _SUFFIXES.items():
-        if name.startswith(_PREFIX) and name.endswith(suffix):
-            return name[len(_PREFIX) : -len(suffix)], part
-    return name, None
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:

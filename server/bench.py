@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from prometheus_client import CollectorRegistry
 
-from adapters.config import CONFIG_FILE, AdapterFormatError
+from adapters.config import CONFIG_FILE
+from adapters.errors import AdapterFormatError
 from adapters.format import read_adapter
 from server.config import EngineConfig
 from server.engine.build import EngineParts, build_engine
@@ -88,10 +89,11 @@ def _load_adapters(config: EngineConfig, parts: EngineParts, folder: str | None,
     paths = sorted(path.parent for path in Path(folder or "").glob(f"*/{CONFIG_FILE}")) if folder else []
     if len(paths) < count:
         raise ConfigError(f"--num-adapters {count}: --adapters-dir {folder} holds {len(paths)}")
+    base = parts.runner.lora.base_weights
     try:
         return [
             Adapter.from_files(
-                read_adapter(path, parts.base.linear_layers, config.max_lora_rank), path.name, "1", generation
+                read_adapter(path, base.shapes, config.max_lora_rank), path.name, "1", generation, base
             )
             for generation, path in enumerate(paths[:count], start=1)
         ]

@@ -72,7 +72,7 @@ async def running_engine(
     """An engine thread with its adapters, stopped at the end."""
     adapters = AdapterCache(
         AdapterStore(config.adapters_dir),
-        parts.base.linear_layers,
+        parts.runner.lora.base_weights,
         max_rank=engine_config.max_lora_rank,
         max_bytes=config.adapter_host_bytes,
         metrics=metrics,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from adapters.format import LinearShape
+from adapters.tensors import LayerKind, LinearShape
 from server.engine.attention import ATTENTION_NAME, AttentionOptions
 from server.engine.kv_cache import KVShape
 from server.errors import ConfigError
@@ -32,8 +32,8 @@ class BaseModel:
     dtype: torch.dtype
     digest: str  # sha256 of every parameter's name and bytes, hex
     kv_shape: KVShape
-    linear_layers: dict[str, LinearShape]  # what an adapter may target, by module path
-    linear_groups: list[list[str]]  # the same layers, those together that read one input
+    linear_layers: dict[str, LinearShape]  # what an adapter may target, by module path; an embedding is linear too
+    linear_groups: list[list[str]]  # the same layers but the embedding, those together that read one input
     head: str  # module path of the layer that makes the logits
     vocab_size: int  # width of the logits
     max_model_len: int  # what the position embeddings were made for
@@ -160,13 +160,13 @@ def _probe(model: PreTrainedModel, input_ids: Tensor) -> _Probe:
     Only those can take part in a batch of many adapters: a layer that sees its rows regrouped (an expert) cannot.
     """
     probe = _Probe()
-    head = model.get_output_embeddings()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     num_tokens = input_ids.shape[1]
     inputs: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
     handles = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D) or module is embedding:
             if module is head:
                 probe.head = path
 
@@ -191,8 +191,11 @@ def _probe(model: PreTrainedModel, input_ids: Tensor) -> _Probe:
         raise ValueError("the model does not honour logits_to_keep")
     previous: Tensor | None = None
     for path, x in inputs.items():  # in the order of the calls
-        if calls[path] == 1 and x.shape[:-1] == (1, 2 if path == probe.head else num_tokens):
-            probe.linear_layers[path] = _linear_shape(model.get_submodule(path))
+        layer = model.get_submodule(path)
+        if calls[path] == 1 and layer is embedding and x.shape == (1, num_tokens) and isinstance(layer, nn.Embedding):
+            probe.linear_layers[path] = LinearShape(layer.num_embeddings, layer.embedding_dim, "embedding")
+        elif calls[path] == 1 and x.shape[:-1] == (1, 2 if path == probe.head else num_tokens):
+            probe.linear_layers[path] = _linear_shape(layer, model)
             if x is previous:
                 probe.linear_groups[-1].append(path)
             else:
@@ -201,11 +204,14 @@ def _probe(model: PreTrainedModel, input_ids: Tensor) -> _Probe:
     return probe
 
 
-def _linear_shape(layer: nn.Module) -> LinearShape:
+def _linear_shape(layer: nn.Module, model: PreTrainedModel) -> LinearShape:
     if isinstance(layer, Conv1D):
         return LinearShape(int(layer.nx), int(layer.nf))
     assert isinstance(layer, nn.Linear)
-    return LinearShape(layer.in_features, layer.out_features)
+    kind: LayerKind = "linear"
+    if layer is model.get_output_embeddings():
+        kind = "tied head" if layer.weight is model.get_input_embeddings().weight else "head"
+    return LinearShape(layer.in_features, layer.out_features, kind)
 
 
 def _digest(model: nn.Module) -> str:

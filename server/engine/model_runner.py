@@ -46,7 +46,9 @@ class ModelRunner:
         self.cache = cache
         self._fixed_shapes = fixed_shapes
         self._graphs: DecodeGraphs | None = None
-        self.lora = LoRALayers(base.model, base.linear_groups, base.head, num_adapter_slots, kernels)
+        self.lora = LoRALayers(
+            base.model, base.linear_layers, base.linear_groups, base.head, num_adapter_slots, kernels
+        )
 
     @torch.inference_mode()
     def fuse(self) -> Counter[str]:

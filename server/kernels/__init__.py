@@ -4,10 +4,11 @@
 `server.device` chooses.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 Storage = Literal["float32", "bfloat16", "int8"]
@@ -27,11 +28,35 @@ Pass = Sequence[Segment]  # disjoint segments
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer's part of an adapter, as the kernels take it: `y += scaling · x · lora_aᵀ · lora_b`."""
+    """One layer's part of an adapter, as the kernels take it; without the extras `y += scaling · x · lora_aᵀ · lora_b`.
 
-    lora_a: Tensor  # [rank, in_features]
+    With them, for the layer's own output y:
+
+        y = output_scale ⊙ (y + scaling · (x · lora_aᵀ) · lora_b) + bias
+    """
+
+    lora_a: Tensor  # [rank, in_features]; the rank may be 0
     lora_b: Tensor  # [rank, out_features]: PEFT's B transposed, so that both are read along their rows
     scaling: float
+    output_scale: Tensor | None = None  # [out_features] float32: DoRA's magnitudes over norms; None: ones
+    bias: Tensor | None = None  # [out_features] float32; None: zeros
+
+    def tensors(self) -> Iterator[Tensor]:
+        for tensor in (self.lora_a, self.lora_b, self.output_scale, self.bias):
+            if tensor is not None:
+                yield tensor
+
+    def to(self, device: torch.device) -> "LayerWeights":
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return LayerWeights(
+            move(self.lora_a),
+            move(self.lora_b),
+            self.scaling,
+            None if self.output_scale is None else move(self.output_scale),
+            None if self.bias is None else move(self.bias),
+        )
 
 
 class LinearGroup(Protocol):
@@ -53,12 +78,33 @@ class LinearGroup(Protocol):
         """Every layer's output [..., out_features] for x [..., in_features]: base, plus the bypass within segments.
 
         First y = base(x), then in every pass, for each of its segments `(s, start, end, scale)` and each layer whose
-        slot s holds weights:
+        slot s holds weights, of the rows start to end:
 
-            y[start:end] += scale · scaling · (x[start:end] @ lora_aᵀ) @ lora_b
+            y = output_scale ⊙ (y + scale · scaling · (x @ lora_aᵀ) @ lora_b) + bias
 
         A pass comes from `Kernels.prepare_segments`; within one, segments are disjoint. A row that takes several
         bypasses has them in the order of the passes.
+        """
+
+    def base_rows(self, layer: int, start: int, end: int) -> Tensor:
+        """Rows of the n-th layer's weight [out_features, in_features], in float32 as it multiplies; from any thread."""
+
+    def base_bias(self, layer: int) -> Tensor | None:
+        """The n-th layer's bias [out_features] in float32; from any thread."""
+
+
+class EmbeddingBypass(Protocol):
+    """What adapters add to the output of a frozen embedding, by slot."""
+
+    def set_slot(self, slot: int, weights: LayerWeights | None) -> None:
+        """Fills or empties a slot; `lora_a` is [rank, num_tokens of the vocabulary]."""
+
+    def __call__(self, y: Tensor, token_ids: Tensor, segments: Any) -> None:
+        """One pass over y [num_tokens, hidden_size], the embeddings of token_ids [num_tokens], in place.
+
+        Rows of a segment `(s, start, end, scale)` whose slot s holds weights become
+
+            y = output_scale ⊙ (y + scale · scaling · lora_a[:, token_ids]ᵀ @ lora_b) + bias
         """
 
 
@@ -76,8 +122,10 @@ class Kernels:
     name: str
     linear_group: Callable[[Sequence[nn.Module], int], LinearGroup]  # frozen layers, number of slots
     prepare_segments: Callable[[Sequence[Segment]], Any]  # one pass, made once a step for all its groups
+    embedding_bypass: Callable[[int, int, int], EmbeddingBypass]  # sizes of vocabulary and rows, number of slots
     groups_layers: bool  # whether layers that share their input are better computed in one call
     no_merge: str = ""  # why no adapter can be added to the weights; empty: it can
+    storage: torch.dtype | None = None  # what linear_group rounds weights to; None: their own dtype
     tied_embedding: Callable[[LinearGroup], nn.Module] | None = None  # an embedding that shares the group's weight
     pack: Callable[[nn.Module], nn.Module] | None = None  # a layer in the form that a group likes best, alone in memory
     fixed_segments: Callable[[int], FixedSegments] | None = None  # of as many rows; None: a graph cannot hold them

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,10 +24,14 @@ class CpuLinearGroup:
         return self._base.layers
 
     def set_slot(self, layer: int, slot: int, weights: LayerWeights | None) -> None:
-        if weights is None:
-            self._slots[layer].clear(slot)
-        else:
-            self._slots[layer].set(slot, weights.lora_a, weights.lora_b, weights.scaling)
+        _fill(self._slots[layer], slot, weights)
+
+    def base_rows(self, layer: int, start: int, end: int) -> Tensor:
+        return self._base.layers[layer].rows(start, end)
+
+    def base_bias(self, layer: int) -> Tensor | None:
+        packed = self._base.layers[layer]
+        return None if packed.bias is None else packed.bias[: packed.out_features]
 
     def merge(self, weights: Sequence[LayerWeights | None]) -> int:
         layers, num_bytes = list(self._base.layers), 0
@@ -48,6 +53,19 @@ class CpuLinearGroup:
         return outputs
 
 
+class CpuEmbeddingBypass:
+    """Adapters of the embedding, read where they lie in host memory; bit-identical rows in any batch."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, num_slots: int) -> None:
+        self._slots = native.LoRASlots(vocab_size, hidden_size, num_slots)
+
+    def set_slot(self, slot: int, weights: LayerWeights | None) -> None:
+        _fill(self._slots, slot, weights)
+
+    def __call__(self, y: Tensor, token_ids: Tensor, segments: native.Segments) -> None:
+        native.add_embedding_lora(y, token_ids, self._slots, segments)
+
+
 class PackedEmbedding(nn.Module):
     """The embedding of a model whose head has the same weight: reads its rows from the packed head."""
 
@@ -66,10 +84,19 @@ def cpu_kernels(storage: Storage) -> Kernels:
         f"native {native.isa()}",
         partial(CpuLinearGroup, storage),
         native.Segments,
+        CpuEmbeddingBypass,
         groups_layers=True,
         no_merge="the base is quantized (--quantization int8)" if storage == "int8" else "",
+        storage=getattr(torch, storage),
         tied_embedding=_tied_embedding,
     )
+
+
+def _fill(slots: native.LoRASlots, slot: int, weights: LayerWeights | None) -> None:
+    if weights is None:
+        slots.clear(slot)
+    else:
+        slots.set(slot, weights)
 
 
 def _tied_embedding(head: LinearGroup) -> nn.Module:

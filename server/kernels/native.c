@@ -39,10 +39,16 @@ typedef struct {
     int64_t kind;
 } packed_linear;
 
-/* The adapter slots of one linear layer: A [rank, in], B transposed [rank, out]; rank 0: nothing in this slot. */
+/*
+ * The adapter slots of one linear layer: A [rank, in], B transposed [rank, out], and what the layer's output is
+ * multiplied by and gets added at the end, gain [out] and bias [out], either may be NULL. An empty slot has rank 0 and
+ * neither.
+ */
 typedef struct {
     const void *const *a;
     const void *const *b;
+    const float *const *gains;
+    const float *const *biases;
     const int64_t *ranks;
     const int64_t *kinds;
     const float *scalings;
@@ -144,6 +150,7 @@ typedef struct {
     int (*linear)(const float *, long, long, const packed_linear *const *, float *const *, const int64_t *);
     int (*add_lora)(const float *, long, const lora_slots *const *, float *const *, const int64_t *, long,
                     const lora_segment *);
+    void (*add_embedding_lora)(const int64_t *, const lora_slots *, float *, long, const lora_segment *);
     int (*attention)(const kv_layer *, const attention_options *, const attention_batch *, const float *, long, float *,
                      long);
     void (*write_kv)(const kv_layer *, const float *, long, const float *, long, const int64_t *, long);
@@ -247,6 +254,11 @@ int loraplex_linear(const float *x, int64_t rows, int64_t n, const packed_linear
 int loraplex_add_lora(const float *x, int64_t n, const lora_slots *const *slots, float *const *ys,
                       const int64_t *y_strides, int64_t num_segments, const lora_segment *segments) {
     return sets[chosen].kernels->add_lora(x, n, slots, ys, y_strides, num_segments, segments);
+}
+
+void loraplex_add_embedding_lora(const int64_t *ids, const lora_slots *slots, float *y, int64_t num_segments,
+                                 const lora_segment *segments) {
+    sets[chosen].kernels->add_embedding_lora(ids, slots, y, num_segments, segments);
 }
 
 int loraplex_attention(const kv_layer *cache, const attention_options *options, const attention_batch *batch,
@@ -685,6 +697,8 @@ static int FN(linear)(const float *x, long rows, long n, const packed_linear *co
 #define expand FN(expand)
 #define expand_rows FN(expand_rows)
 #define expand_kind FN(expand_kind)
+#define rescale FN(rescale)
+#define is_empty FN(is_empty)
 
 /* h[r][q] = scaling * sum_k x[r][k] * a[q][k] for R rows and Q ranks, LANES partial sums over k each. */
 INLINE void shrink_tile(const int R, const int Q, const int kind, const float *x, const char *a, long in, float scaling,
@@ -797,11 +811,27 @@ static void expand(int kind, const float *h, long rank, const char *b, long out,
         expand_kind(F16, h, rank, b, out, y, y_stride, rows, columns);
 }
 
+/* y[r][o] = gain[o] * y[r][o] + bias[o]; a NULL gain is ones, a NULL bias zeros. */
+static void rescale(const float *gain, const float *bias, float *y, long y_stride, long rows, long columns) {
+    if (gain == NULL && bias == NULL)
+        return;
+    for (long r = 0; r < rows; r++, y += y_stride)
+        for (long o = 0; o < columns; o += LANES) {
+            const long n = columns - o;
+            const vfloat g = gain ? load_some(gain + o, n) : splat(1.0f), b = bias ? load_some(bias + o, n) : splat(0.0f);
+            store_some(y + o, fma(g, load_some(y + o, n), b), n);
+        }
+}
+
+INLINE int is_empty(const lora_slots *layer, long slot) {
+    return layer->ranks[slot] == 0 && layer->gains[slot] == NULL && layer->biases[slot] == NULL;
+}
+
 /*
- * y_j[t] += scale * scaling[s] * (x[t] @ A_j[s].T) @ B_j[s] for n layers that read the same x and every row t of a
- * segment with slot s; such a pair of segment and layer is a unit. Two lists of tasks, all shrinks before all expands: (unit, rows,
- * ranks), then (unit, rows, columns), each task some tens of kilobytes of A or B (less when a few units must feed all
- * cores) so that the cores stream evenly when every segment is one row.
+ * y_j[t] = gain_j[s] * (y_j[t] + scale * scaling[s] * (x[t] @ A_j[s].T) @ B_j[s]) + bias_j[s] for n layers that read the
+ * same x and every row t of a segment with slot s; such a pair of segment and layer is a unit. Two lists of tasks, all
+ * shrinks before all expands: (unit, rows, ranks), then (unit, rows, columns), each task some tens of kilobytes of A or
+ * B (less when a few units must feed all cores) so that the cores stream evenly when every segment is one row.
  */
 static int FN(add_lora)(const float *x, long n, const lora_slots *const *slots, float *const *ys,
                         const int64_t *y_strides, long num_segments, const lora_segment *segments) {
@@ -813,10 +843,10 @@ static int FN(add_lora)(const float *x, long n, const lora_slots *const *slots, 
         const lora_segment *s = &segments[u / n];
         const long rank = slots[u % n]->ranks[s->slot], out = slots[u % n]->out,
                    row_steps = CEIL_DIV(s->end - s->start, SEGMENT_ROWS);
-        if (rank == 0)
+        if (is_empty(slots[u % n], s->slot))
             continue;
         shrinks += row_steps * CEIL_DIV(rank, rank_step);
-        expands += row_steps * CEIL_DIV(out, MAX(1, task_floats / rank / 64) * 64);
+        expands += row_steps * CEIL_DIV(out, MAX(1, task_floats / MAX(rank, 1) / 64) * 64);
         hidden += (s->end - s->start) * rank;
         work += (s->end - s->start) * rank * (in + out);
     }
@@ -832,10 +862,10 @@ static int FN(add_lora)(const float *x, long n, const lora_slots *const *slots, 
         const lora_segment *s = &segments[u / n];
         const long rank = slots[u % n]->ranks[s->slot], out = slots[u % n]->out;
         offsets[u] = hidden;
-        if (rank == 0)
+        if (is_empty(slots[u % n], s->slot))
             continue;
         hidden += (s->end - s->start) * rank;
-        const long column_step = MAX(1, task_floats / rank / 64) * 64;
+        const long column_step = MAX(1, task_floats / MAX(rank, 1) / 64) * 64;
         for (long row = s->start; row < s->end; row += SEGMENT_ROWS) {
             const long row1 = MIN(row + SEGMENT_ROWS, s->end);
             for (long q = 0; q < rank; q += rank_step)
@@ -853,8 +883,8 @@ static int FN(add_lora)(const float *x, long n, const lora_slots *const *slots, 
             const lora_segment s = segments[t.segment];
             const long rank = layer->ranks[s.slot], kind = layer->kinds[s.slot];
             shrink(kind, x + t.row0 * in, (const char *)layer->a[s.slot] + t.col0 * in * kind_bytes(kind), in,
-                   layer->scalings[s.slot] * s.scale, h + offsets[t.segment * n + t.layer] + (t.row0 - s.start) * rank + t.col0,
-                   rank, t.row1 - t.row0, t.col1 - t.col0);
+                   layer->scalings[s.slot] * s.scale,
+                   h + offsets[t.segment * n + t.layer] + (t.row0 - s.start) * rank + t.col0, rank, t.row1 - t.row0, t.col1 - t.col0);
         }
 #pragma omp for schedule(dynamic) nowait
         for (long i = shrinks; i < shrinks + expands; i++) {
@@ -862,13 +892,44 @@ static int FN(add_lora)(const float *x, long n, const lora_slots *const *slots, 
             const lora_slots *layer = slots[t.layer];
             const lora_segment s = segments[t.segment];
             const long rank = layer->ranks[s.slot], kind = layer->kinds[s.slot];
+            const long rows = t.row1 - t.row0, columns = t.col1 - t.col0, y_stride = y_strides[t.layer];
+            const float *gain = layer->gains[s.slot], *bias = layer->biases[s.slot];
+            float *y = ys[t.layer] + t.row0 * y_stride + t.col0;
             expand(kind, h + offsets[t.segment * n + t.layer] + (t.row0 - s.start) * rank, rank,
-                   (const char *)layer->b[s.slot] + t.col0 * kind_bytes(kind), layer->out,
-                   ys[t.layer] + t.row0 * y_strides[t.layer] + t.col0, y_strides[t.layer], t.row1 - t.row0,
-                   t.col1 - t.col0);
+                   (const char *)layer->b[s.slot] + t.col0 * kind_bytes(kind), layer->out, y, y_stride, rows, columns);
+            rescale(gain ? gain + t.col0 : NULL, bias ? bias + t.col0 : NULL, y, y_stride, rows, columns);
         }
     }
     return 0;
+}
+
+/*
+ * The same for an embedding's output y [rows, out], whose "x" is one-hot: ids [rows] choose columns of A. Columns are
+ * read where they lie, a few ranks at a time.
+ */
+static void FN(add_embedding_lora)(const int64_t *ids, const lora_slots *slots, float *y, long num_segments,
+                                   const lora_segment *segments) {
+    const long out = slots->out;
+    for (long i = 0; i < num_segments; i++) {
+        const lora_segment s = segments[i];
+        const long rank = slots->ranks[s.slot], size = kind_bytes(slots->kinds[s.slot]);
+        const float scaling = slots->scalings[s.slot] * s.scale;
+        const int kind = slots->kinds[s.slot];
+        if (is_empty(slots, s.slot))
+            continue;
+#pragma omp parallel for schedule(static) if ((s.end - s.start) * rank * out > SMALL)
+        for (long t = s.start; t < s.end; t++) {
+            const char *a = (const char *)slots->a[s.slot] + ids[t] * size, *b = slots->b[s.slot];
+            float h[PANEL];
+            for (long q0 = 0; q0 < rank; q0 += PANEL) {
+                const long ranks = MIN(rank - q0, PANEL);
+                for (long q = 0; q < ranks; q++, a += slots->in * size)
+                    h[q] = scaling * widen_some(kind, a, 1)[0];
+                expand(kind, h, ranks, b + q0 * out * size, out, y + t * out, out, 1, out);
+            }
+            rescale(slots->gains[s.slot], slots->biases[s.slot], y + t * out, out, 1, out);
+        }
+    }
 }
 
 /* ----------------------------------------------------------------------------------------------- paged attention */
@@ -1273,7 +1334,7 @@ static void FN(gated)(const float *gates, long gate_stride, const float *up, lon
     }
 }
 
-static const kernel_set FN(kernels) = {FN(linear),   FN(add_lora),   FN(attention), FN(write_kv),
+static const kernel_set FN(kernels) = {FN(linear),   FN(add_lora), FN(add_embedding_lora),  FN(attention), FN(write_kv),
                                        FN(rms_norm), FN(layer_norm), FN(rotary),    FN(gated)};
 
 #endif

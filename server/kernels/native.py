@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.kernels import Segment, Storage
+from server.kernels import LayerWeights, Segment, Storage
 
 PANEL = 16  # output features of a packed panel
 BLOCK_SIZE = 16  # positions of a KV block
@@ -30,6 +30,7 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[object, ...]] = {
     "linear": (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER),
     "add_lora": (_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
+    "add_embedding_lora": (_POINTER, _POINTER, _POINTER, _INT, _POINTER),
     "attention": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT),
     "write_kv": (_POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT),
     "rms_norm": (_POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _INT, _INT),
@@ -90,6 +91,7 @@ def _loaded() -> ctypes.CDLL:
 if _library is not None:
     _linear = _library.loraplex_linear
     _add_lora = _library.loraplex_add_lora
+    _add_embedding_lora = _library.loraplex_add_embedding_lora
     _attention = _library.loraplex_attention
     _write_kv = _library.loraplex_write_kv
     _rms_norm = _library.loraplex_rms_norm
@@ -142,10 +144,12 @@ class PackedLinear:
             data.copy_(total)
         return PackedLinear(data, None, self.bias, self.out_features)
 
-    def unpack(self) -> Tensor:
-        """The weight [out, in] in float32 (int8: as rounded)."""
-        weight = self.data.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features].float()
-        return weight if self.scale is None else weight * self.scale[: self.out_features, None]
+    def rows(self, start: int, end: int) -> Tensor:
+        """Rows of the weight [out, in] in float32 (int8: as rounded)."""
+        first = start // PANEL
+        panels = self.data[first : -(-end // PANEL)].transpose(1, 2).reshape(-1, self.in_features)
+        weight = panels[start - first * PANEL : end - first * PANEL].float()
+        return weight if self.scale is None else weight * self.scale[start:end, None]
 
 
 class LinearGroup:
@@ -209,6 +213,8 @@ class _SlotsStruct(ctypes.Structure):
     _fields_ = (
         ("a", _POINTER),
         ("b", _POINTER),
+        ("gains", _POINTER),
+        ("biases", _POINTER),
         ("ranks", _POINTER),
         ("kinds", _POINTER),
         ("scalings", _POINTER),
@@ -222,28 +228,35 @@ class LoRASlots:
 
     def __init__(self, in_features: int, out_features: int, num_slots: int) -> None:
         self.in_features, self.out_features = in_features, out_features
-        self.weights: list[tuple[Tensor, Tensor] | None] = [None] * num_slots
+        self.weights: list[LayerWeights | None] = [None] * num_slots
         self._a, self._b = (_POINTER * num_slots)(), (_POINTER * num_slots)()
+        self._gains, self._biases = (_POINTER * num_slots)(), (_POINTER * num_slots)()
         self._ranks, self._kinds = (_INT * num_slots)(), (_INT * num_slots)()
         self._scalings = (_FLOAT * num_slots)()
-        tables = (self._a, self._b, self._ranks, self._kinds, self._scalings)
+        tables = (self._a, self._b, self._gains, self._biases, self._ranks, self._kinds, self._scalings)
         self.struct = _SlotsStruct(*(ctypes.addressof(table) for table in tables), in_features, out_features)
 
-    def set(self, slot: int, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
-        """lora_a [rank, in] and lora_b [rank, out] (the transpose of PEFT's), both float32, bfloat16 or float16."""
+    def set(self, slot: int, weights: LayerWeights) -> None:
+        """Factors of float32, bfloat16 or float16, extras of float32."""
+        lora_a, lora_b = weights.lora_a, weights.lora_b
         rank = lora_a.shape[0]
         if lora_a.shape != (rank, self.in_features) or lora_b.shape != (rank, self.out_features):
             raise ValueError(f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} do not fit the layer")
         if lora_a.dtype != lora_b.dtype or lora_a.dtype not in _KINDS or lora_a.dtype == torch.int8:
             raise ValueError(f"lora_a is {lora_a.dtype}, lora_b is {lora_b.dtype}")
-        if not (lora_a.is_contiguous() and lora_b.is_contiguous()):
+        for extra in (weights.output_scale, weights.bias):
+            if extra is not None and (extra.shape != (self.out_features,) or extra.dtype != torch.float32):
+                raise ValueError(f"an extra is {extra.dtype} of shape {tuple(extra.shape)}")
+        if not all(tensor.is_contiguous() for tensor in weights.tensors()):
             raise ValueError("adapter weights must be contiguous")
-        self.weights[slot] = (lora_a, lora_b)
+        self.weights[slot] = weights
         self._a[slot], self._b[slot] = lora_a.data_ptr(), lora_b.data_ptr()
-        self._ranks[slot], self._kinds[slot], self._scalings[slot] = rank, _KINDS[lora_a.dtype], scaling
+        self._gains[slot], self._biases[slot] = _pointer(weights.output_scale), _pointer(weights.bias)
+        self._ranks[slot], self._kinds[slot], self._scalings[slot] = rank, _KINDS[lora_a.dtype], weights.scaling
 
     def clear(self, slot: int) -> None:
         self._ranks[slot] = 0
+        self._gains[slot] = self._biases[slot] = None
         self.weights[slot] = None
 
 
@@ -278,6 +291,7 @@ class Segments:
 def add_lora(ys: Sequence[Tensor], x: Tensor, group: LoRAGroup, segments: Segments) -> None:
     """y[t] += scale * scaling[s] * (x[t] @ lora_a[s].T) @ lora_b[s] for each layer's y [..., out], row t of a segment.
 
+    Where the slot has them, y is multiplied by its `output_scale` and gets its `bias` after that.
     x is [..., in]; ys are contiguous and belong to the group's layers in order. A row outside every segment, or in one
     whose slot is empty, stays as it is.
     """
@@ -286,6 +300,18 @@ def add_lora(ys: Sequence[Tensor], x: Tensor, group: LoRAGroup, segments: Segmen
     outputs = group.outputs_type(*[y.data_ptr() for y in ys])
     if _add_lora(x.data_ptr(), len(ys), group.pointers, outputs, group.strides, segments.count, segments.pointer):
         raise MemoryError("no scratch memory for the LoRA activations")
+
+
+def add_embedding_lora(y: Tensor, token_ids: Tensor, slots: LoRASlots, segments: Segments) -> None:
+    """y[t] += scale * scaling[s] * lora_a[s][:, token_ids[t]].T @ lora_b[s], and the extras, for row t of a segment.
+
+    y is [num_tokens, out], the slots' in_features are the vocabulary.
+    """
+    assert y.is_contiguous() and y.dtype == torch.float32 and token_ids.dtype == torch.int64
+    assert y.shape == (len(token_ids), slots.out_features)
+    _add_embedding_lora(
+        _contiguous(token_ids).data_ptr(), ctypes.addressof(slots.struct), y.data_ptr(), segments.count, segments.pointer
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- attention

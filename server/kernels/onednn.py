@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from server.kernels import Kernels
-from server.kernels.torch_ops import TorchLinearGroup
+from server.kernels.torch_ops import TorchEmbeddingBypass, TorchLinearGroup
 
 _ROWS = 16  # of a step, as the layout is chosen for; any number is served
 
@@ -27,10 +27,10 @@ class PackedLinear(nn.Module):
         assert bias is None or isinstance(bias, Tensor)
         weight = weight.detach().T if isinstance(layer, Conv1D) else weight.detach()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
-        self._bias = None if bias is None else bias.detach()
+        self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self._bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
 
@@ -39,6 +39,7 @@ def onednn_kernels() -> Kernels:
         "oneDNN",
         TorchLinearGroup,
         tuple,
+        TorchEmbeddingBypass,
         groups_layers=False,
         pack=PackedLinear,
         no_merge="weights packed for oneDNN take no sum (--kernels torch)",

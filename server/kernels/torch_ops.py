@@ -38,6 +38,18 @@ class MergeableLayers:
         for layer, base in zip(self._layers, self._base, strict=True):
             layer.weight = base
 
+    def rows(self, index: int, start: int, end: int) -> Tensor:
+        """See `LinearGroup.base_rows`."""
+        weight = self._base[index].detach()
+        if weight.is_mkldnn:
+            weight = weight.to_dense()
+        return (weight.T if isinstance(self._layers[index], Conv1D) else weight)[start:end].float()
+
+    def bias(self, index: int) -> Tensor | None:
+        """See `LinearGroup.base_bias`."""
+        bias = cast(Tensor | None, self._layers[index].bias)
+        return None if bias is None else bias.detach().float()
+
 
 class TorchLinearGroup:
     """The reference of `LinearGroup`; its layers stay as they are."""
@@ -55,6 +67,12 @@ class TorchLinearGroup:
     def unmerge(self) -> None:
         self._layers.unmerge()
 
+    def base_rows(self, layer: int, start: int, end: int) -> Tensor:
+        return self._layers.rows(layer, start, end)
+
+    def base_bias(self, layer: int) -> Tensor | None:
+        return self._layers.bias(layer)
+
     def __call__(self, x: Tensor, passes: Sequence[Sequence[Segment]]) -> list[Tensor]:
         outputs = self._layers(x)
         rows = x.reshape(-1, x.shape[-1])
@@ -64,21 +82,40 @@ class TorchLinearGroup:
         return outputs
 
 
+class TorchEmbeddingBypass:
+    """The reference of `EmbeddingBypass`."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, num_slots: int) -> None:
+        self._slots: list[LayerWeights | None] = [None] * num_slots
+
+    def set_slot(self, slot: int, weights: LayerWeights | None) -> None:
+        self._slots[slot] = weights
+
+    def __call__(self, y: Tensor, token_ids: Tensor, segments: Sequence[Segment]) -> None:
+        for slot, start, end, scale in segments:
+            weights = self._slots[slot]
+            if weights is not None:
+                columns = weights.lora_a[:, token_ids[start:end]].T.to(y.dtype) * (weights.scaling * scale)
+                y[start:end] += columns @ weights.lora_b.to(y.dtype)
+                finish(y[start:end], weights)
+
+
 def torch_kernels() -> Kernels:
-    return Kernels("torch", TorchLinearGroup, tuple, groups_layers=False)
+    return Kernels("torch", TorchLinearGroup, tuple, TorchEmbeddingBypass, groups_layers=False)
 
 
 def add_lora(y: Tensor, x: Tensor, slots: Sequence[LayerWeights | None], segments: Sequence[Segment]) -> None:
-    """Adds the bypass of each token's adapter, in place.
+    """Applies each token's adapter to the output of a frozen layer, in place.
 
     Semantics: for every segment `(s, start, end, scale)` whose slot holds weights, with rank r of its own,
 
-        y[start:end] += scale · scaling_s · (x[start:end] @ lora_a_sᵀ) @ lora_b_s
+        y = output_scale_s ⊙ (y + scale · scaling_s · (x @ lora_a_sᵀ) @ lora_b_s) + bias_s        for rows start to end
 
     Args:
         y: [num_tokens, out_features], changed in place.
         x: [num_tokens, in_features].
-        slots: per slot `lora_a` [r, in_features] and `lora_b` [r, out_features]; None: the adapter skips this layer.
+        slots: per slot `lora_a` [r, in_features] and `lora_b` [r, out_features], and `output_scale` and `bias`
+            [out_features] where it has them; None: the adapter skips this layer.
         segments: runs of tokens of one slot, without overlap. Tokens in no segment are left untouched.
     """
     for slot, start, end, scale in segments:
@@ -86,6 +123,15 @@ def add_lora(y: Tensor, x: Tensor, slots: Sequence[LayerWeights | None], segment
         if weights is not None:
             shrunk = F.linear(x[start:end], weights.lora_a.to(x.dtype)) * (weights.scaling * scale)
             y[start:end] += shrunk @ weights.lora_b.to(x.dtype)
+            finish(y[start:end], weights)
+
+
+def finish(y: Tensor, weights: LayerWeights) -> None:
+    """y = output_scale ⊙ y + bias, in place."""
+    if weights.output_scale is not None:
+        y *= weights.output_scale.to(y.dtype)
+    if weights.bias is not None:
+        y += weights.bias.to(y.dtype)
 
 
 def attention(

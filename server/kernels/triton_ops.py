@@ -94,6 +94,12 @@ class TritonLinearGroup:
     def unmerge(self) -> None:
         self._layers.unmerge()
 
+    def base_rows(self, layer: int, start: int, end: int) -> Tensor:
+        return self._layers.rows(layer, start, end)
+
+    def base_bias(self, layer: int) -> Tensor | None:
+        return self._layers.bias(layer)
+
     def __call__(self, x: Tensor, passes: Sequence[Tiles]) -> list[Tensor]:
         outputs = self._layers(x)
         assert not passes or all(y.is_contiguous() for y in outputs)
@@ -131,6 +137,7 @@ def triton_kernels(device: torch.device, max_rank: int) -> Kernels:
         "triton",
         partial(TritonLinearGroup, device, max_rank),
         partial(cut_tiles, device),
+        partial(TritonEmbeddingBypass, device),
         groups_layers=True,
         fixed_segments=partial(cut_tiles, device, ()),  # a tile for every row, at worst
     )

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adapters.errors import AdapterIncompatibleError
 from adapters.format import AdapterFiles
 from server.kernels import LayerWeights
+from server.lora.base_weights import BaseWeights, adapted_norms, check_own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,24 +26,29 @@ class Adapter:
     weights: Mapping[str, LayerWeights] = field(repr=False)  # by module path
     num_bytes: int  # of the weights
     num_bytes_disk: int
+    # Why it is no plain sum of B·A on linear layers, which alone can be scaled, mixed and merged; empty if it is one.
+    not_additive: str = ""
+
+    @property
+    def additive(self) -> bool:
+        return not self.not_additive
 
     @classmethod
-    def from_files(cls, files: AdapterFiles, name: str, version: str, generation: int) -> "Adapter":
-        """Copies the weights into one block of memory, which goes back to the system whole when the adapter goes."""
-        tensors = [tensor for layer in files.weights.values() for tensor in (layer.lora_a, layer.lora_b)]
-        memory = torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8)
-        used = 0
+    def from_files(cls, files: AdapterFiles, name: str, version: str, generation: int, base: BaseWeights) -> "Adapter":
+        """Copies the weights into one block of memory, which goes back to the system whole when the adapter goes.
 
-        def place(tensor: Tensor) -> Tensor:
-            nonlocal used
-            placed = memory[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            used += tensor.nbytes
-            return placed.copy_(tensor)
-
-        weights = {
-            module: LayerWeights(place(layer.lora_a), place(layer.lora_b.T), layer.scaling)
-            for module, layer in files.weights.items()
+        Raises:
+            AdapterIncompatibleError: what the files hold of the base model is not this base model's own.
+        """
+        for module, weight in files.base_weights.items():
+            check_own(base, module, weight)
+        layers = {
+            module: layer
+            for module in sorted(files.weights.keys() | files.base_biases.keys())
+            if (layer := _layer(files, module, base)) is not None
         }
+        memory = torch.empty(sum(t.nbytes for layer in layers.values() for t in layer.tensors()), dtype=torch.uint8)
+        weights = _placed(layers, memory)
         return cls(
             name=name,
             version=version,
@@ -52,6 +59,7 @@ class Adapter:
             weights=weights,
             num_bytes=memory.nbytes,
             num_bytes_disk=files.num_bytes,
+            not_additive=_why_not_additive(files, weights, base),
         )
 
 
@@ -60,3 +68,58 @@ class WeightedAdapter(NamedTuple):
 
     adapter: Adapter
     weight: float = 1.0
+
+
+def _layer(files: AdapterFiles, module: str, base: BaseWeights) -> LayerWeights | None:
+    """What the files say of one layer, with DoRA's norms and the base's own bias worked in; None if that is nothing.
+
+    PEFT computes `g ⊙ (W x + s · B A x) + b'`, where g is 1 without DoRA and b' the trained bias, or else the base's b.
+    Over the layer's own output `y = W x + b` that is `g ⊙ (y + s · B A x) + (b' − g ⊙ b)`.
+    """
+    lora, trained = files.weights.get(module), files.base_biases.get(module)
+    shape = base.shapes[module]
+    own = None if shape.kind == "embedding" else base.bias(module)
+    if trained is not None and own is None:
+        raise AdapterIncompatibleError(f"the bias of {module} was trained, and the base model has none there")
+    scale = bias = None
+    if lora is not None and lora.magnitude is not None:
+        scale = lora.magnitude.float() / adapted_norms(base, module, lora)
+    if own is not None and (scale is not None or trained is not None):
+        bias = (own if trained is None else trained.float()) - (own if scale is None else scale * own)
+    if lora is None:
+        unchanged = bias is None or not bias.any()
+        none = torch.empty(0, shape.in_features), torch.empty(0, shape.out_features)
+        return None if unchanged else LayerWeights(*none, 1.0, scale, bias)
+    if lora.lora_bias is not None:
+        bias = lora.scaling * lora.lora_bias.float() + (0.0 if bias is None else bias)
+    return LayerWeights(lora.lora_a, lora.lora_b.T, lora.scaling, scale, bias)
+
+
+def _placed(layers: Mapping[str, LayerWeights], memory: Tensor) -> dict[str, LayerWeights]:
+    """The layers with their tensors copied into `memory`: the float32 extras before factors of any width, so aligned."""
+    used = 0
+
+    def place(tensor: Tensor) -> Tensor:
+        nonlocal used
+        placed = memory[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        used += tensor.nbytes
+        return placed.copy_(tensor)
+
+    extras = {
+        module: [None if extra is None else place(extra) for extra in (layer.output_scale, layer.bias)]
+        for module, layer in layers.items()
+    }
+    return {
+        module: LayerWeights(place(layer.lora_a), place(layer.lora_b), layer.scaling, *extras[module])
+        for module, layer in layers.items()
+    }
+
+
+def _why_not_additive(files: AdapterFiles, weights: Mapping[str, LayerWeights], base: BaseWeights) -> str:
+    if files.config.use_dora:
+        return "it rescales outputs (DoRA)"
+    if any(layer.bias is not None for layer in weights.values()):
+        return "it adds biases"
+    if any(base.shapes[module].kind == "embedding" for module in weights):
+        return "it adapts the embedding"
+    return ""

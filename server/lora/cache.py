@@ -4,15 +4,16 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.config import AdapterFormatError, AdapterIncompatibleError
-from adapters.format import LinearShape, read_adapter
+from adapters.errors import AdapterFormatError, AdapterIncompatibleError
+from adapters.format import AdapterFiles, read_adapter
 from server.errors import AdapterExists, AdapterNotFound, IncompatibleAdapter, InvalidAdapter, Overloaded
 from server.lora.adapter import Adapter
+from server.lora.base_weights import BaseWeights
 from server.lora.store import FLAT_VERSION, AdapterRef, AdapterStore, parse_reference
 from server.metrics import Metrics
 
@@ -68,14 +69,14 @@ class AdapterCache:
     def __init__(
         self,
         store: AdapterStore,
-        layers: Mapping[str, LinearShape],
+        base: BaseWeights,
         *,
         max_rank: int,
         max_bytes: int,
         metrics: Metrics,
     ) -> None:
         self.store = store
-        self._layers = layers
+        self._base = base
         self._max_rank = max_rank
         self._max_bytes = max_bytes
         self._metrics = metrics
@@ -219,25 +220,38 @@ class AdapterCache:
         """Disk → host memory, in a worker thread; nothing of the cache changes but the room that is made."""
         started = time.monotonic()
         try:
-            files = await asyncio.to_thread(read_adapter, path, self._layers, self._max_rank)
+            files = await asyncio.to_thread(read_adapter, path, self._base.shapes, self._max_rank)
+            adapter = await self._copy(files, ref)
         except AdapterFormatError as error:
             self._errors[ref] = str(error)
             self._metrics.adapter_load_failures.inc()
             log.warning("adapter %s@%s refused: %s", ref.name, ref.version, error)
             kind = IncompatibleAdapter if isinstance(error, AdapterIncompatibleError) else InvalidAdapter
             raise kind(f"adapter {ref.name!r}: {error}", reason=error.reason) from error
+        self._errors.pop(ref, None)
+        self._metrics.adapter_loaded(ref.name, time.monotonic() - started)
+        log.info(
+            "adapter %s@%s loaded: rank %d on %d of %d layers (%s), %d bytes",
+            ref.name,
+            ref.version,
+            adapter.rank,
+            len(adapter.weights),
+            len(self._base.shapes),
+            ", ".join(adapter.target_modules),
+            adapter.num_bytes,
+        )
+        return adapter
+
+    async def _copy(self, files: AdapterFiles, ref: AdapterRef) -> Adapter:
+        """Into memory that is reserved while the copy is made."""
         self._generation += 1
         generation = self._generation
         await self._make_room(files.num_bytes)
         self._reserved += files.num_bytes
         try:
-            adapter = await asyncio.to_thread(Adapter.from_files, files, ref.name, ref.version, generation)
+            return await asyncio.to_thread(Adapter.from_files, files, ref.name, ref.version, generation, self._base)
         finally:
             self._reserved -= files.num_bytes
-        self._errors.pop(ref, None)
-        self._metrics.adapter_loaded(ref.name, time.monotonic() - started)
-        log.info("adapter %s@%s loaded: rank %d, %d bytes", ref.name, ref.version, adapter.rank, adapter.num_bytes)
-        return adapter
 
     async def _make_room(self, num_bytes: int) -> None:
         while self.num_bytes + self._reserved + num_bytes > self._max_bytes:

@@ -1,15 +1,18 @@
-"""The linear layers that serve many adapters at once, and what is in their slots. Engine thread only."""
+"""The layers that serve many adapters at once, and what is in their slots. Engine thread only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adapters.tensors import LinearShape
 from server.errors import MergeRefused
-from server.kernels import FixedSegments, Kernels, LayerWeights, LinearGroup, Pass
+from server.kernels import EmbeddingBypass, FixedSegments, Kernels, LayerWeights, LinearGroup, Pass
 from server.lora.adapter import Adapter
 
 
@@ -46,6 +49,8 @@ class _SharedInput:
 class MultiLoRALinear(nn.Module):
     """A frozen linear layer beside one LoRA bypass per adapter slot: `y = base(x) + scaling_s · B_s A_s x`, per token.
 
+    See `LinearGroup` for what else an adapter may do to y.
+
     A batch without adapters costs what the base layer costs.
     """
 
@@ -58,16 +63,69 @@ class MultiLoRALinear(nn.Module):
         return self._shared.output(self._index, x)
 
 
+class MultiLoRAEmbedding(nn.Module):
+    """The frozen embedding beside one LoRA bypass per adapter slot."""
+
+    def __init__(self, base: nn.Module, bypass: EmbeddingBypass, rows: _Rows) -> None:
+        super().__init__()
+        self._base = base
+        self._bypass = bypass
+        self._rows = rows
+        self._scale = float(getattr(base, "embed_scale", 1.0))  # some models' embeddings multiply their rows
+
+    def set_slot(self, slot: int, weights: LayerWeights | None) -> None:
+        if weights is not None:
+            weights = replace(weights, scaling=weights.scaling * self._scale)
+        self._bypass.set_slot(slot, weights)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[1, num_tokens] ids → [1, num_tokens, hidden_size]."""
+        y: Tensor = self._base(token_ids)
+        for segments in self._rows.passes:
+            self._bypass(y[0], token_ids[0], segments)
+        return y
+
+
+class FrozenWeights:
+    """The layers' own weights, which nothing changes: what adapters are held against when they load. Any thread."""
+
+    def __init__(self, shapes: Mapping[str, LinearShape], storage: torch.dtype) -> None:
+        self.shapes = shapes
+        self.storage = storage
+        self._rows: dict[str, Callable[[int, int], Tensor]] = {}
+        self._biases: dict[str, Tensor] = {}
+
+    def add(self, module: str, rows: Callable[[int, int], Tensor], bias: Tensor | None = None) -> None:
+        self._rows[module] = rows
+        if bias is not None:
+            self._biases[module] = bias.cpu()
+
+    def rows(self, module: str, start: int, end: int) -> Tensor:
+        """See `BaseWeights`."""
+        return self._rows[module](start, end)
+
+    def bias(self, module: str) -> Tensor | None:
+        """See `BaseWeights`."""
+        return self._biases.get(module)
+
+
 class LoRALayers:
-    """Owns every linear layer that adapters may target, by the module path that adapters use."""
+    """Owns every layer that adapters may target, by the module path that adapters use."""
 
     def __init__(
-        self, model: PreTrainedModel, groups: Sequence[Sequence[str]], head: str, num_slots: int, kernels: Kernels
+        self,
+        model: PreTrainedModel,
+        shapes: Mapping[str, LinearShape],
+        groups: Sequence[Sequence[str]],
+        head: str,
+        num_slots: int,
+        kernels: Kernels,
     ) -> None:
-        """Puts a `MultiLoRALinear` in place of each layer.
+        """Puts a `MultiLoRALinear` in place of each linear layer, a `MultiLoRAEmbedding` in place of the embedding.
 
         Args:
-            groups: module paths of the layers, those together that read the same input.
+            shapes: the layers' sizes by module path.
+            groups: module paths of the linear layers, those together that read the same input.
             head: the layer that makes the logits; its rows are the sampled ones.
         """
         self.kernels_name = kernels.name
@@ -80,7 +138,9 @@ class LoRALayers:
         self._device = next(model.parameters()).device
         self._tokens, self._logits = _Rows(), _Rows()
         self.groups: list[tuple[Sequence[str], LinearGroup]] = []
+        self.base_weights = FrozenWeights(shapes, kernels.storage or model.dtype)
         embedding = model.get_input_embeddings()
+        embedding_rows: Callable[[int, int], Tensor] = partial(_rows, embedding)
         tied = embedding.weight is model.get_submodule(head).weight
         parts = groups if kernels.groups_layers else [[name] for group in groups for name in group]
         for names in parts:
@@ -90,11 +150,18 @@ class LoRALayers:
             kernel = kernels.linear_group(layers, num_slots + 1)
             shared = _SharedInput(kernel, len(names), self._logits if names == [head] else self._tokens)
             for index, name in enumerate(names):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, MultiLoRALinear(shared, index))
+                _replace(model, name, MultiLoRALinear(shared, index))
+                self.base_weights.add(name, partial(kernel.base_rows, index), kernel.base_bias(index))
             self.groups.append((names, kernel))
             if names == [head] and tied and kernels.tied_embedding and type(embedding) is nn.Embedding:
                 model.set_input_embeddings(kernels.tied_embedding(kernel))
+                embedding_rows = partial(kernel.base_rows, 0)
+        self._embedding: tuple[str, MultiLoRAEmbedding] | None = None
+        for name in (name for name, shape in shapes.items() if shape.kind == "embedding"):
+            bypass = kernels.embedding_bypass(shapes[name].in_features, shapes[name].out_features, num_slots + 1)
+            self._embedding = name, MultiLoRAEmbedding(model.get_input_embeddings(), bypass, self._tokens)
+            _replace(model, *self._embedding)
+            self.base_weights.add(name, embedding_rows)
 
     def write(self, slot: int, adapter: Adapter | None) -> None:
         """Puts an adapter's weights into a slot, in place of whatever was there; None empties the slot.
@@ -104,11 +171,11 @@ class LoRALayers:
         for names, kernel in self.groups:
             for index, name in enumerate(names):
                 weights = adapter.weights.get(name) if adapter is not None else None
-                kernel.set_slot(index, slot, weights and self._on_device(weights))
-
-    def _on_device(self, weights: LayerWeights) -> LayerWeights:
-        lora_a, lora_b = (matrix.to(self._device, non_blocking=True) for matrix in (weights.lora_a, weights.lora_b))
-        return LayerWeights(lora_a, lora_b, weights.scaling)
+                kernel.set_slot(index, slot, weights and weights.to(self._device))
+        if self._embedding is not None:
+            name, embedding = self._embedding
+            weights = adapter.weights.get(name) if adapter is not None else None
+            embedding.set_slot(slot, weights and weights.to(self._device))
 
     def merge(self, adapter: Adapter | None) -> None:
         """Adds an adapter to the base's weights, in place of one that is merged; None: the base as it was.
@@ -118,8 +185,8 @@ class LoRALayers:
         Raises:
             MergeRefused: the weights are of a kind that takes no sum. After any error nothing is merged.
         """
-        if adapter is not None and self.no_merge:
-            raise MergeRefused(f"adapter {adapter.name!r} cannot be merged: {self.no_merge}; it is served as a bypass")
+        if adapter is not None and (reason := self.no_merge or adapter.not_additive):
+            raise MergeRefused(f"adapter {adapter.name!r} cannot be merged: {reason}; it is served as a bypass")
         if adapter is None:
             self._unmerge()
             return
@@ -127,7 +194,7 @@ class LoRALayers:
             self.merged_bytes = 0
             for names, kernel in self.groups:
                 weights = [adapter.weights.get(name) for name in names]
-                self.merged_bytes += kernel.merge([layer and self._on_device(layer) for layer in weights])
+                self.merged_bytes += kernel.merge([layer and layer.to(self._device) for layer in weights])
             self.write(self.merged_slot, adapter)
             self.merged = adapter
         except BaseException:  # no memory, say: half of the layers must not stay behind
@@ -168,3 +235,14 @@ class LoRALayers:
 def bytes_on_device(adapter: Adapter, device: torch.device) -> int:
     """What a slot holding the adapter takes of the device's memory, beyond the host's copy."""
     return 0 if device.type == "cpu" else adapter.num_bytes
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _rows(embedding: nn.Module, start: int, end: int) -> Tensor:
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    return weight[start:end].detach().float()

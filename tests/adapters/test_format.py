@@ -12,8 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from adapters.config import AdapterConfig, AdapterFormatError, AdapterIncompatibleError, parse_config
-from adapters.format import LinearShape, LoRAWeights, read_adapter, write_adapter
+from adapters.config import AdapterConfig, parse_config
+from adapters.errors import AdapterFormatError, AdapterIncompatibleError
+from adapters.format import LoRAWeights, read_adapter, write_adapter
+from adapters.tensors import LinearShape
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 LAYERS = {Q: LinearShape(16, 16), V: LinearShape(16, 8), "model.layers.0.mlp.up_proj": LinearShape(16, 24)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from adapters.format import LinearShape
+from adapters.tensors import LinearShape
 from server.errors import AdapterExists, AdapterNotFound, IncompatibleAdapter, InvalidAdapter, Overloaded
 from server.lora.adapter import Adapter
 from server.lora.cache import AdapterCache

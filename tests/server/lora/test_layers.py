@@ -20,7 +20,8 @@ def parts(model_dir: Path, request: pytest.FixtureRequest) -> EngineParts:
 
 
 def load(parts: EngineParts, folder: Path) -> Adapter:
-    return Adapter.from_files(read_adapter(folder, parts.base.linear_layers, 64), folder.name, "1", 1)
+    base = parts.runner.lora.base_weights
+    return Adapter.from_files(read_adapter(folder, base.shapes, 64), folder.name, "1", 1, base)
 
 
 def layer(parts: EngineParts, name: str) -> tuple[LinearGroup, int]:

@@ -1,0 +1,58 @@
+"""How PEFT's configuration names modules: by the end of their path, or by a regular expression, here RE2's.
+
+Patterns come from untrusted files; RE2 matches them in linear time.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import re2
+
+from adapters.errors import AdapterFormatError
+
+Value = TypeVar("Value")
+
+
+def names_module(names: tuple[str, ...] | str, module: str) -> bool:
+    """Whether one of the names is the module's path or its end, or the pattern matches the whole path."""
+    if isinstance(names, str):
+        return _compile(names).fullmatch(module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def by_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
+    """PEFT's rule: the first pattern that matches a dotted suffix of the module path."""
+    for pattern, value in patterns.items():
+        if _compile(rf"(.*\.)?({pattern})").fullmatch(module):
+            return value
+    return default
+
+
+def layer_index(layers_patterns: Iterable[str], module: str) -> int | None:
+    """The number of the layer that a module belongs to; the patterns name the list of layers, any list if none."""
+    patterns = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in layers_patterns]
+    for pattern in patterns or [r".*?\.[^.]*\.(?P<layer>\d+)\."]:
+        if match := _compile(pattern).match(module):
+            return int(match.group("layer"))
+    return None
+
+
+def check_patterns(patterns: Iterable[str]) -> None:
+    """Compiles every pattern once, so that a bad one is refused here and not in the middle of a match.
+
+    Raises:
+        AdapterFormatError: a pattern is not a plain regular expression.
+    """
+    for pattern in patterns:
+        try:
+            _compile(pattern)
+        except re2.error as error:
+            raise AdapterFormatError(f"pattern {pattern!r} is not a plain regular expression: {error}") from error
+
+
+@lru_cache(maxsize=256)
+def _compile(pattern: str) -> Any:
+    options = re2.Options()
+    options.log_errors = False
+    return re2.compile(pattern, options)  # type: ignore[no-untyped-call]
