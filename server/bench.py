@@ -92,9 +92,7 @@ def _load_adapters(config: EngineConfig, parts: EngineParts, folder: str | None,
     base = parts.runner.lora.base_weights
     try:
         return [
-            Adapter.from_files(
-                read_adapter(path, base.shapes, config.max_lora_rank), path.name, "1", generation, base
-            )
+            Adapter.from_files(read_adapter(path, base.shapes, config.max_lora_rank), path.name, "1", generation, base)
             for generation, path in enumerate(paths[:count], start=1)
         ]
     except AdapterFormatError as error:

@@ -91,7 +91,7 @@ def _cuda(config: EngineConfig) -> Device:
         except ImportError:
             log.warning("Triton is not installed: torch applies the adapters, one after the other")
         else:
-            kernels = triton_kernels(device, config.max_lora_rank)
+            kernels = triton_kernels(device, dtype, config.max_lora_rank)
     flash = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     graphs = config.cuda_graphs and kernels.fixed_segments is not None
     return Device(device, dtype, _name(dtype), kernels, native=False, flash=flash, graphs=graphs)

@@ -22,7 +22,7 @@ ROUNDS = 3
 def measure_merge_costs(runner: ModelRunner) -> MergeCosts:
     """Runs every linear layer with and without the bypass of an adapter of random weights, and merges it."""
     lora, layers = runner.lora, runner.base.linear_layers
-    adapter = _random_adapter({name: shape for name, shape in layers.items() if name != runner.base.head})
+    adapter = _random_adapter({name: shape for name, shape in layers.items() if shape.kind == "linear"})
     lora.write(lora.merged_slot, adapter)
     bypass_seconds = []
     for num_tokens in STEP_TOKENS:

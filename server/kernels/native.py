@@ -307,10 +307,13 @@ def add_embedding_lora(y: Tensor, token_ids: Tensor, slots: LoRASlots, segments:
 
     y is [num_tokens, out], the slots' in_features are the vocabulary.
     """
-    assert y.is_contiguous() and y.dtype == torch.float32 and token_ids.dtype == torch.int64
+    assert y.dtype == torch.float32
+    assert y.is_contiguous()
+    assert token_ids.dtype == torch.int64
+    assert token_ids.is_contiguous()
     assert y.shape == (len(token_ids), slots.out_features)
     _add_embedding_lora(
-        _contiguous(token_ids).data_ptr(), ctypes.addressof(slots.struct), y.data_ptr(), segments.count, segments.pointer
+        token_ids.data_ptr(), ctypes.addressof(slots.struct), y.data_ptr(), segments.count, segments.pointer
     )
 
 

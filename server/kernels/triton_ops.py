@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from server.kernels import Kernels, LayerWeights, Segment
+from server.kernels.slot_tables import EMPTY as EMPTY_RANK
+from server.kernels.slot_tables import SlotTables
 from server.kernels.torch_ops import MergeableLayers
 
 TILE_ROWS = 16  # the fewest that tl.dot takes: decode wastes no more than it must
@@ -25,6 +27,7 @@ IN_BLOCK_BYTES = 128  # what a shrink program reads at once of a row of x and of
 SPLIT_FEATURES = 512  # input features that are worth a shrink program of their own,
 MAX_SPLITS = 8  # and how many programs share a sum at most
 OUT_BLOCK = 256  # output features of an expand program
+EMPTY = tl.constexpr(EMPTY_RANK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,27 +69,11 @@ class TritonLinearGroup:
     def __init__(self, device: torch.device, max_rank: int, layers: Sequence[nn.Module], num_slots: int) -> None:
         self._layers = MergeableLayers(layers)
         self._max_rank = max_rank
-        self._dtype = next(layers[0].parameters()).dtype
-        self._slots: list[list[tuple[Tensor, Tensor] | None]] = [[None] * num_slots for _ in layers]
-        size = len(layers), num_slots
-        self._a_ptrs = torch.zeros(size, dtype=torch.int64, device=device)
-        self._b_ptrs = torch.zeros(size, dtype=torch.int64, device=device)
-        self._ranks = torch.zeros(size, dtype=torch.int32, device=device)  # 0: the slot is empty
-        self._scalings = torch.zeros(size, dtype=torch.float32, device=device)
+        self._tables = SlotTables(device, next(layers[0].parameters()).dtype, len(layers), num_slots)
 
     def set_slot(self, layer: int, slot: int, weights: LayerWeights | None) -> None:
-        if weights is None:
-            self._ranks[layer, slot] = 0
-            self._slots[layer][slot] = None
-            return
-        a, b = (matrix.to(self._ranks.device, self._dtype).contiguous() for matrix in (weights.lora_a, weights.lora_b))
-        assert len(a) <= self._max_rank
-        assert a.data_ptr() % 16 == b.data_ptr() % 16 == 0, "the kernels read 16 bytes at once"
-        self._a_ptrs[layer, slot] = a.data_ptr()
-        self._b_ptrs[layer, slot] = b.data_ptr()
-        self._ranks[layer, slot] = len(a)
-        self._scalings[layer, slot] = weights.scaling
-        self._slots[layer][slot] = a, b
+        assert weights is None or len(weights.lora_a) <= self._max_rank
+        self._tables.set(layer, slot, weights)
 
     def merge(self, weights: Sequence[LayerWeights | None]) -> int:
         return self._layers.merge(weights)
@@ -110,7 +97,8 @@ class TritonLinearGroup:
     def _add_lora(self, ys: Sequence[Tensor], x: Tensor, tiles: Tiles) -> None:
         """Adds the layers' bypasses for x [num_tokens, in_features] to their ys [..., out_features], in place."""
         num_tokens, in_features = x.shape
-        num_layers, num_slots = self._ranks.shape
+        tables = self._tables
+        num_layers, num_slots = tables.shape
         out_features = tuple(y.shape[-1] for y in ys)
         in_block = IN_BLOCK_BYTES // x.element_size()
         num_splits = min(MAX_SPLITS, triton.cdiv(in_features, SPLIT_FEATURES))
@@ -118,26 +106,49 @@ class TritonLinearGroup:
         width = RANK_STEP * triton.cdiv(self._max_rank, RANK_STEP)
         shrunk = torch.empty(num_layers, num_splits, num_tokens, width, dtype=torch.float32, device=x.device)
         shrink[len(tiles), num_splits, num_layers](
-            x, tiles.table, self._a_ptrs, self._ranks, shrunk, num_slots, num_tokens, in_features, split, width,
+            x, tiles.table, tables.a_ptrs, tables.ranks, shrunk, num_slots, num_tokens, in_features, split, width,
             TILE_ROWS=TILE_ROWS, RANK_STEP=RANK_STEP, RANK_BLOCK=RANK_BLOCK, IN_BLOCK=in_block,
             num_warps=4, num_stages=6, enable_fp_fusion=True,
         )  # fmt: skip
         expand[len(tiles), triton.cdiv(max(out_features), OUT_BLOCK), num_layers](
-            tuple(ys), tiles.table, tiles.scales, self._b_ptrs, self._ranks, self._scalings, shrunk,
-            num_slots, num_tokens, width,
+            tuple(ys), tiles.table, tiles.scales, tables.b_ptrs, tables.gain_ptrs, tables.bias_ptrs, tables.ranks,
+            tables.scalings, shrunk, num_slots, num_tokens, width,
             OUT_FEATURES=out_features, NUM_SPLITS=num_splits,
             TILE_ROWS=TILE_ROWS, RANK_STEP=RANK_STEP, RANK_BLOCK=RANK_BLOCK, OUT_BLOCK=OUT_BLOCK,
             num_warps=8, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def triton_kernels(device: torch.device, max_rank: int) -> Kernels:
-    """The kernels for a CUDA device and adapters of at most `max_rank`."""
+class TritonEmbeddingBypass:
+    """The bypasses of an embedding in one launch."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, vocab_size: int, hidden_size: int, num_slots: int
+    ) -> None:
+        self._tables = SlotTables(device, dtype, 1, num_slots)
+        self._vocab_size = vocab_size
+
+    def set_slot(self, slot: int, weights: LayerWeights | None) -> None:
+        self._tables.set(0, slot, weights)
+
+    def __call__(self, y: Tensor, token_ids: Tensor, segments: Tiles) -> None:
+        assert y.is_contiguous()
+        tables, out_features = self._tables, y.shape[-1]
+        embed[len(segments), triton.cdiv(out_features, OUT_BLOCK)](
+            y, token_ids, segments.table, segments.scales, tables.a_ptrs, tables.b_ptrs, tables.gain_ptrs,
+            tables.bias_ptrs, tables.ranks, tables.scalings, self._vocab_size,
+            OUT_FEATURES=out_features, TILE_ROWS=TILE_ROWS, RANK_BLOCK=RANK_BLOCK, OUT_BLOCK=OUT_BLOCK,
+            num_warps=8, num_stages=2, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def triton_kernels(device: torch.device, dtype: torch.dtype, max_rank: int) -> Kernels:
+    """The kernels for a CUDA device, a model of `dtype` and adapters of at most `max_rank`."""
     return Kernels(
         "triton",
         partial(TritonLinearGroup, device, max_rank),
         partial(cut_tiles, device),
-        partial(TritonEmbeddingBypass, device),
+        partial(TritonEmbeddingBypass, device, dtype),
         groups_layers=True,
         fixed_segments=partial(cut_tiles, device, ()),  # a tile for every row, at worst
     )
@@ -169,8 +180,8 @@ def shrink(
     """
     slot, start, row, in_tile = _tile(tiles, TILE_ROWS)
     piece, layer = tl.program_id(1), tl.program_id(2)
-    rank = tl.load(ranks + layer * num_slots + slot, mask=slot >= 0, other=0)
-    if rank == 0:
+    rank = tl.load(ranks + layer * num_slots + slot, mask=slot >= 0, other=EMPTY)
+    if rank <= 0:
         return
     a = tl.load(a_ptrs + layer * num_slots + slot).to(tl.pointer_type(x.dtype.element_ty))
     a = tl.multiple_of(a, 16)
@@ -196,6 +207,8 @@ def expand(
     tiles: tl.tensor,
     scales: tl.tensor,
     b_ptrs: tl.tensor,
+    gain_ptrs: tl.tensor,
+    bias_ptrs: tl.tensor,
     ranks: tl.tensor,
     scalings: tl.tensor,
     shrunk: tl.tensor,
@@ -211,10 +224,11 @@ def expand(
 ) -> None:
     """The second product, of the first one's pieces added in their order:
 
-        y[t] += scale · scaling · (Σ_n shrunk[layer, n, t, :rank]) @ lora_b
+        y[t] = gain ⊙ (y[t] + scale · scaling · (Σ_n shrunk[layer, n, t, :rank]) @ lora_b) + bias
 
-    Per layer y [num_tokens, out_features]; lora_b [rank, out_features], shrunk [layers, NUM_SPLITS, num_tokens, width],
-    tables [layers, num_slots], scales [num_tiles]. Grid: tiles, blocks of the widest layer's outputs, layers.
+    Per layer y [num_tokens, out_features]; lora_b [rank, out_features], gain and bias [out_features] float32 where
+    there are any, shrunk [layers, NUM_SPLITS, num_tokens, width], tables [layers, num_slots], scales [num_tiles].
+    Grid: tiles, blocks of the widest layer's outputs, layers.
     """
     slot, start, row, in_tile = _tile(tiles, TILE_ROWS)
     layer, first_out = tl.program_id(2), tl.program_id(1) * OUT_BLOCK
@@ -222,12 +236,13 @@ def expand(
     for other in tl.static_range(1, len(ys)):
         if layer == other:
             y, out_features = ys[other], OUT_FEATURES[other]
-    rank = tl.load(ranks + layer * num_slots + slot, mask=slot >= 0, other=0)
-    if (rank == 0) | (first_out >= out_features):
+    entry = layer * num_slots + slot
+    rank = tl.load(ranks + entry, mask=slot >= 0, other=EMPTY)
+    if (rank == EMPTY) | (first_out >= out_features):
         return
-    b = tl.load(b_ptrs + layer * num_slots + slot).to(tl.pointer_type(y.dtype.element_ty))
+    b = tl.load(b_ptrs + entry).to(tl.pointer_type(y.dtype.element_ty))
     b = tl.multiple_of(b, 16)
-    scaling = tl.load(scalings + layer * num_slots + slot) * tl.load(scales + tl.program_id(0))
+    scaling = tl.load(scalings + entry) * tl.load(scales + tl.program_id(0))
     out = first_out + tl.arange(0, OUT_BLOCK)[None, :]
     y_block, y_mask = y + start * out_features + row * out_features + out, in_tile & (out < out_features)
     base = tl.load(y_block, mask=y_mask)
@@ -241,7 +256,66 @@ def expand(
             h += tl.load(h_rows + row * width + r[None, :], mask=in_tile & is_kept[None, :], other=0)
         b_block = tl.load(b + r[:, None] * out_features + out, mask=(r < rank)[:, None] & (out < out_features), other=0)
         total = tl.dot(h.to(b_block.dtype), b_block, total, input_precision="ieee")
-    tl.store(y_block, base.to(tl.float32) + scaling * total, mask=y_mask)
+    y_new = base.to(tl.float32) + scaling * total
+    y_new = _row(gain_ptrs + entry, out, out_features, 1) * y_new + _row(bias_ptrs + entry, out, out_features, 0)
+    tl.store(y_block, y_new, mask=y_mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def embed(
+    y: tl.tensor,
+    token_ids: tl.tensor,
+    tiles: tl.tensor,
+    scales: tl.tensor,
+    a_ptrs: tl.tensor,
+    b_ptrs: tl.tensor,
+    gain_ptrs: tl.tensor,
+    bias_ptrs: tl.tensor,
+    ranks: tl.tensor,
+    scalings: tl.tensor,
+    vocab_size: int,
+    OUT_FEATURES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    OUT_BLOCK: tl.constexpr,
+) -> None:
+    """Both products for an embedding, the first of which picks columns:
+
+        y[t] = gain ⊙ (y[t] + scale · scaling · lora_a[:rank, token_ids[t]]ᵀ @ lora_b) + bias
+
+    y [num_tokens, OUT_FEATURES], token_ids [num_tokens] int64, lora_a [rank, vocab_size], lora_b [rank, OUT_FEATURES],
+    tables [num_slots], scales [num_tiles]. Grid: tiles, blocks of outputs.
+    """
+    slot, start, row, in_tile = _tile(tiles, TILE_ROWS)
+    rank = tl.load(ranks + slot, mask=slot >= 0, other=EMPTY)
+    if rank == EMPTY:
+        return
+    a = tl.load(a_ptrs + slot).to(tl.pointer_type(y.dtype.element_ty))
+    b = tl.load(b_ptrs + slot).to(tl.pointer_type(y.dtype.element_ty))
+    b = tl.multiple_of(b, 16)
+    scaling = tl.load(scalings + slot) * tl.load(scales + tl.program_id(0))
+    token = tl.load(token_ids + start + row, mask=in_tile, other=0)
+    out = tl.program_id(1) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)[None, :]
+    y_block, y_mask = y + start * OUT_FEATURES + row * OUT_FEATURES + out, in_tile & (out < OUT_FEATURES)
+    base = tl.load(y_block, mask=y_mask)
+    total = tl.full((TILE_ROWS, OUT_BLOCK), 0, tl.float32)
+    for first_rank in range(0, rank, RANK_BLOCK):
+        r = first_rank + tl.arange(0, RANK_BLOCK)
+        h = tl.load(a + r[None, :].to(tl.int64) * vocab_size + token, mask=in_tile & (r < rank)[None, :], other=0)
+        b_block = tl.load(b + r[:, None] * OUT_FEATURES + out, mask=(r < rank)[:, None] & (out < OUT_FEATURES), other=0)
+        total = tl.dot(h, b_block, total, input_precision="ieee")
+    y_new = base.to(tl.float32) + scaling * total
+    y_new = _row(gain_ptrs + slot, out, OUT_FEATURES, 1) * y_new + _row(bias_ptrs + slot, out, OUT_FEATURES, 0)
+    tl.store(y_block, y_new, mask=y_mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _row(entry: tl.tensor, out: tl.tensor, out_features: int, other: tl.constexpr) -> tl.tensor:
+    """A block of the float32 row whose address an entry of a table holds; `other` throughout if it holds none."""
+    address = tl.load(entry)
+    return tl.load(
+        address.to(tl.pointer_type(tl.float32)) + out, mask=(address != 0) & (out < out_features), other=other
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]

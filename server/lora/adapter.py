@@ -96,7 +96,7 @@ def _layer(files: AdapterFiles, module: str, base: BaseWeights) -> LayerWeights 
 
 
 def _placed(layers: Mapping[str, LayerWeights], memory: Tensor) -> dict[str, LayerWeights]:
-    """The layers with their tensors copied into `memory`: the float32 extras before factors of any width, so aligned."""
+    """The layers with their tensors copied into `memory`: the float32 extras before factors of any width."""
     used = 0
 
     def place(tensor: Tensor) -> Tensor:

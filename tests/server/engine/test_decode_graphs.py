@@ -47,7 +47,7 @@ class Cuda:
 def cuda(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
     recorder = Recorder()
     with interpreted_triton_ops() as module, recorder.kernels(module, "shrink", "expand") as launched:
-        device = CudaStandIn(CPU, torch.float32, "float32", module.triton_kernels(CPU, 64), native=False)
+        device = CudaStandIn(CPU, torch.float32, "float32", module.triton_kernels(CPU, torch.float32, 64), native=False)
         monkeypatch.setattr(build, "pick_device", lambda _: device)
         engine = Engine(model_dir, **SETTINGS)
         engine.parts.runner.capture_graphs(recorder)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.kernels import Segment, Storage, native
+from server.kernels import LayerWeights, Segment, Storage, native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 
@@ -118,13 +118,12 @@ class Adapters:
             for slot, rank in enumerate(ranks):
                 a = torch.randn(rank, in_features).to(dtype) / math.sqrt(in_features)
                 b = torch.randn(rank, layer.out_features).to(dtype)
-                layer.set(slot, a, b, 0.5 + slot)
+                layer.set(slot, LayerWeights(a, b, 0.5 + slot))
 
     def reference(self, layer: int, slot: int, x: Tensor) -> Tensor:
         weights = self.layers[layer].weights[slot]
         assert weights is not None
-        a, b = weights
-        return (0.5 + slot) * (x.double() @ a.double().T) @ b.double()
+        return weights.scaling * (x.double() @ weights.lora_a.double().T) @ weights.lora_b.double()
 
 
 def segments_of(lengths: list[int], start: int = 2) -> list[Segment]:
@@ -160,7 +159,8 @@ def test_add_lora(in_features: int, outs: tuple[int, ...], popularity: str, dtyp
 def test_add_lora_halves_are_exact() -> None:
     numbers = [1.0, -2.5, 65504.0, 6e-8, -3.0e-5, 0.0, math.inf, math.nan]
     layer = native.LoRASlots(1, 8, 1)
-    layer.set(0, torch.ones(1, 1, dtype=torch.float16), torch.tensor([numbers], dtype=torch.float16), 1.0)
+    b = torch.tensor([numbers], dtype=torch.float16)
+    layer.set(0, LayerWeights(torch.ones(1, 1, dtype=torch.float16), b, 1.0))
     y = torch.zeros(1, 8)
     native.add_lora([y], torch.ones(1, 1), native.LoRAGroup([layer]), native.Segments([Segment(0, 0, 1)]))
     expected = torch.tensor([numbers], dtype=torch.float16).float()
@@ -190,7 +190,7 @@ def test_add_lora_nan_stays_in_its_slot_and_empty_slots_add_nothing() -> None:
     native.add_lora([clean], x, adapters.group, segments)
     weights = adapters.layers[0].weights[1]
     assert weights is not None
-    weights[0].fill_(math.nan)
+    weights.lora_a.fill_(math.nan)
     y = torch.zeros(9, 48)
     native.add_lora([y], x, adapters.group, segments)
     assert y[3:6].isnan().all()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from server.kernels import LayerWeights, LinearGroup, Segment
+from server.kernels.slot_tables import SlotTables
 from server.kernels.torch_ops import TorchLinearGroup
 from tests.server.kernels.interpreted import interpreted_triton_ops
 
@@ -150,11 +151,15 @@ def test_nan_stays_in_its_slot_and_in_its_row(interpreted: Any) -> None:
     assert torch.equal(y[kept], clean[kept])
 
 
+def addresses(tables: SlotTables) -> list[int]:
+    return [table.data_ptr() for table in vars(tables).values() if isinstance(table, Tensor)]
+
+
 @torch.inference_mode()
 def test_slots_are_replaced_and_emptied_in_place(interpreted: Any) -> None:
     torch.manual_seed(0)
     group = bypasses(interpreted, (40, 8), 32, (48, 16), torch.float32)
-    tables = [table.data_ptr() for table in (group._a_ptrs, group._b_ptrs, group._ranks, group._scalings)]
+    tables = addresses(group._tables)
     tiles = interpreted.cut_tiles(CPU, [Segment(0, 0, 4)])
     x = torch.randn(4, 32)
     before = group(x, [tiles])
@@ -167,7 +172,7 @@ def test_slots_are_replaced_and_emptied_in_place(interpreted: Any) -> None:
     first, second = group(x, [tiles])
     assert torch.equal(first, torch.zeros(4, 48))
     assert torch.equal(second, before[1])
-    assert tables == [table.data_ptr() for table in (group._a_ptrs, group._b_ptrs, group._ranks, group._scalings)]
+    assert tables == addresses(group._tables)
 
 
 @torch.inference_mode()
@@ -176,7 +181,7 @@ def test_other_segments_in_the_same_memory(interpreted: Any) -> None:
     torch.manual_seed(0)
     group = bypasses(interpreted, (13, 40), 70, (90, 33), torch.float32)
     x = torch.randn(20, 70)
-    fixed = interpreted.triton_kernels(CPU, MAX_RANK).fixed_segments(20)
+    fixed = interpreted.triton_kernels(CPU, torch.float32, MAX_RANK).fixed_segments(20)
     memory = fixed.table.data_ptr(), fixed.scales.data_ptr()
     assert not any(y.any() for y in group(x, [fixed]))
     for segments in (
