@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from adapters.config import AdapterFormatError
-from adapters.format import LinearShape, check_config
+from adapters.errors import AdapterFormatError
+from adapters.format import check_config
+from adapters.tensors import LinearShape
 from server.config import EngineConfig, ServerConfig
 from server.engine.build import EngineParts
 from server.lora.store import AdapterRef, AdapterStore

@@ -31,6 +31,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "one-layer": {"r": 1, "lora_alpha": 2, "target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
     "head": {"r": 6, "lora_alpha": 6, "target_modules": ["lm_head", "k_proj"]},
+    "embedding": {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "v_proj"]},
+    "dora": {"r": 5, "lora_alpha": 10, "target_modules": ["q_proj", "o_proj", "up_proj"], "use_dora": True},
+    "dora-ends": {"r": 3, "lora_alpha": 6, "target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+    "lora-bias": {"r": 4, "lora_alpha": 8, "target_modules": ["k_proj", "down_proj", "lm_head"], "lora_bias": True},
 }
 
 
@@ -72,7 +76,9 @@ def save_adapter(model: torch.nn.Module, folder: Path, seed: int, std: float = 0
     torch.manual_seed(seed)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
     for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
+        if "lora_magnitude" in name:
+            parameter.data *= 1 + 2 * std * torch.rand_like(parameter)
+        elif "lora_" in name:
             torch.nn.init.normal_(parameter, std=std)
     wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     wrapped.unload()

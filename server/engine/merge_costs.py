@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adapters.format import LinearShape
+from adapters.tensors import LinearShape
 from server.engine.merge_policy import MergeCosts
 from server.engine.model_runner import ModelRunner
 from server.kernels import LayerWeights, Segment

@@ -205,9 +205,8 @@ def test_bad_configurations(folder: Path, changes: dict[str, Any], reason: str) 
     ("changes", "reason"),
     [
         ({"peft_type": "LOHA"}, "only LORA"),
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["norm", "lm_head"]}, "norm was trained whole"),
+        ({"task_type": "SEQ_CLS"}, "SEQ_CLS.*generates text"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"init_lora_weights": "pissa"}, "pissa"),

@@ -46,7 +46,7 @@ class Cuda:
 @pytest.fixture
 def cuda(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
     recorder = Recorder()
-    with interpreted_triton_ops() as module, recorder.kernels(module, "shrink", "expand") as launched:
+    with interpreted_triton_ops() as module, recorder.kernels(module, "shrink", "expand", "embed") as launched:
         device = CudaStandIn(CPU, torch.float32, "float32", module.triton_kernels(CPU, torch.float32, 64), native=False)
         monkeypatch.setattr(build, "pick_device", lambda _: device)
         engine = Engine(model_dir, **SETTINGS)
@@ -63,7 +63,7 @@ def test_replayed_steps_give_the_same_tokens(
     cuda: Cuda, plain: Engine, adapters_dir: Path, prompts: list[list[int]]
 ) -> None:
     """Requests end one after another, so sizes change; slots are written again after the graphs were captured."""
-    for names in (["", "plain"], ["", "rslora", "head"], ["", "", ""]):
+    for names in (["", "plain"], ["dora-ends", "rslora", "head"], ["dora", "lora-bias", "embedding"], ["", "", ""]):
         answers = []
         for engine in (cuda.engine, plain):
             ids = [
@@ -101,7 +101,7 @@ def test_warming_up_launches_every_kernel(cuda: Cuda) -> None:
     del cuda.launched[:]
     cuda.engine.parts.runner.warm_up()
     num_groups = len(cuda.engine.parts.base.linear_groups)
-    assert cuda.launched == ["shrink", "expand"] * num_groups
+    assert cuda.launched == ["embed", *["shrink", "expand"] * num_groups]
 
 
 def test_what_a_graph_cannot_hold_is_not_recorded_here_either(plain: Engine) -> None:

@@ -37,7 +37,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="module")
 def expected(reference: peft.PeftModel, prompts: list[list[int]]) -> list[list[int]]:
-    """PEFT's greedy tokens: request i uses name i mod 9."""
+    """PEFT's greedy tokens: request i uses name i mod their number."""
     return [
         peft_greedy(reference, prompt, NAMES[index % len(NAMES)], NUM_TOKENS) for index, prompt in enumerate(prompts)
     ]

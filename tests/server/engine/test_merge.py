@@ -19,6 +19,7 @@ from tests.server.engine.conftest import Engine, peft_greedy, peft_mixture
 
 NUM_TOKENS = 12
 NAMES = ["", *ADAPTERS]
+NOT_ADDITIVE = {"embedding": "the embedding", "dora": "DoRA", "dora-ends": "DoRA", "lora-bias": "biases"}
 NUM_CYCLES = 1000
 
 
@@ -53,7 +54,7 @@ def test_everybody_answers_as_before(
     with peft_mixture(reference, {"plain": 0.7, "rslora": -0.5}):
         mixture_expected = peft_greedy(reference, prompts[0], None, NUM_TOKENS)
     mixture = [WeightedAdapter(adapters["plain"], 0.7), WeightedAdapter(adapters["rslora"], -0.5)]
-    for adapter in adapters.values():
+    for adapter in filter(lambda adapter: adapter.additive, adapters.values()):
         assert engine.merge(adapter) > 0
         assert engine.core.merged is adapter
         assert engine.generate([*work, (prompts[0], mixture)]) == [*expected, mixture_expected], adapter.name
@@ -72,7 +73,8 @@ def test_merging_in_the_middle_of_requests(
 
 def test_the_base_is_bit_for_bit_what_it_was(engine: Engine, adapters: dict[str, Adapter]) -> None:
     before = base_digest(engine)
-    for adapter in islice(cycle(adapters.values()), NUM_CYCLES):
+    additive = [adapter for adapter in adapters.values() if adapter.additive]
+    for adapter in islice(cycle(additive), NUM_CYCLES):
         engine.parts.runner.merge(adapter)
         engine.parts.runner.merge(None)
     assert base_digest(engine) == before
@@ -131,6 +133,21 @@ def test_a_quantized_base_says_no(model_dir: Path, adapters_dir: Path, prompts: 
         engine.merge(adapter)
     assert engine.core.merged is None
     assert engine.generate([(prompts[0], adapter)]) == bypass
+
+
+def test_what_is_no_sum_is_not_merged(
+    engine: Engine, adapters: dict[str, Adapter], prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    assert {name for name, adapter in adapters.items() if not adapter.additive} == set(NOT_ADDITIVE)
+    for name, reason in NOT_ADDITIVE.items():
+        with pytest.raises(MergeRefused, match=rf"{name}' cannot be merged: .*{reason}"):
+            engine.merge(adapters[name])
+    policy = MergePolicy(MergeCosts([(1, 1.0), (64, 2.0)], merge_seconds=1e-9, adapter_bytes=1))
+    policy._worked = 1.0
+    engine.core._merge_policy = policy
+    index = NAMES.index("dora")
+    assert engine.generate([(prompts[index], adapters["dora"])]) == [expected[index]]
+    assert engine.core.merged is None
 
 
 def test_auto_merges_what_runs_alone(

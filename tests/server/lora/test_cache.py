@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 
 from adapters.tensors import LinearShape
 from server.errors import AdapterExists, AdapterNotFound, IncompatibleAdapter, InvalidAdapter, Overloaded
 from server.lora.adapter import Adapter
 from server.lora.cache import AdapterCache
+from server.lora.layers import FrozenWeights
 from server.lora.store import AdapterStore
 from server.metrics import Metrics
 
@@ -24,7 +26,11 @@ MakeAdapter = Callable[..., Path]
 
 def make_cache(root: Path, max_bytes: int = 1 << 30) -> tuple[AdapterCache, list[Adapter]]:
     cache = AdapterCache(
-        AdapterStore(root), LAYERS, max_rank=8, max_bytes=max_bytes, metrics=Metrics(CollectorRegistry())
+        AdapterStore(root),
+        FrozenWeights(LAYERS, torch.float32),
+        max_rank=8,
+        max_bytes=max_bytes,
+        metrics=Metrics(CollectorRegistry()),
     )
     evicted: list[Adapter] = []
 
