@@ -27,6 +27,7 @@ IN_BLOCK_BYTES = 128  # what a shrink program reads at once of a row of x and of
 SPLIT_FEATURES = 512  # input features that are worth a shrink program of their own,
 MAX_SPLITS = 8  # and how many programs share a sum at most
 OUT_BLOCK = 256  # output features of an expand program
+EMBED_BLOCK = 128  # and of an embed program, which has less to wait for
 EMPTY = tl.constexpr(EMPTY_RANK)
 
 
@@ -134,10 +135,10 @@ class TritonEmbeddingBypass:
     def __call__(self, y: Tensor, token_ids: Tensor, segments: Tiles) -> None:
         assert y.is_contiguous()
         tables, out_features = self._tables, y.shape[-1]
-        embed[len(segments), triton.cdiv(out_features, OUT_BLOCK)](
+        embed[len(segments), triton.cdiv(out_features, EMBED_BLOCK)](
             y, token_ids, segments.table, segments.scales, tables.a_ptrs, tables.b_ptrs, tables.gain_ptrs,
             tables.bias_ptrs, tables.ranks, tables.scalings, self._vocab_size,
-            OUT_FEATURES=out_features, TILE_ROWS=TILE_ROWS, RANK_BLOCK=RANK_BLOCK, OUT_BLOCK=OUT_BLOCK,
+            OUT_FEATURES=out_features, TILE_ROWS=TILE_ROWS, RANK_BLOCK=RANK_BLOCK, OUT_BLOCK=EMBED_BLOCK,
             num_warps=8, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -313,9 +314,8 @@ def embed(
 def _row(entry: tl.tensor, out: tl.tensor, out_features: int, other: tl.constexpr) -> tl.tensor:
     """A block of the float32 row whose address an entry of a table holds; `other` throughout if it holds none."""
     address = tl.load(entry)
-    return tl.load(
-        address.to(tl.pointer_type(tl.float32)) + out, mask=(address != 0) & (out < out_features), other=other
-    )
+    is_there = out < tl.where(address == 0, 0, out_features)
+    return tl.load(address.to(tl.pointer_type(tl.float32)) + out, mask=is_there, other=other)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

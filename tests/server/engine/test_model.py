@@ -116,10 +116,9 @@ def test_served(model_type: str) -> None:
 def test_served_by_onednn(model_type: str) -> None:
     """Packed weights change the logits by rounding only, and no weight is in memory twice."""
     base = prepare_base_model(tiny(model_type, SERVED[model_type]), model_type, CPU)
-    embedding, head = base.model.get_input_embeddings(), base.model.get_submodule(base.head)
-    tied = embedding.weight is head.weight
-    weights = {name: weakref.ref(base.model.get_submodule(name).weight) for name in base.linear_layers}
-    del head
+    tied = base.linear_layers[base.head].kind == "tied head"
+    names = [name for names in base.linear_groups for name in names]
+    weights = {name: weakref.ref(base.model.get_submodule(name).weight) for name in names}
     runner = torch_runner(base, onednn_kernels())
     assert runner.verify("float32") <= 5e-6 * max(1, float(base.reference.logits.abs().max()))
     assert {name for name, weight in weights.items() if weight() is not None} == ({base.head} if tied else set())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from server.kernels import LayerWeights, Segment, Storage, native
+from server.kernels.torch_ops import TorchEmbeddingBypass, add_lora
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 
@@ -165,6 +166,50 @@ def test_add_lora_halves_are_exact() -> None:
     native.add_lora([y], torch.ones(1, 1), native.LoRAGroup([layer]), native.Segments([Segment(0, 0, 1)]))
     expected = torch.tensor([numbers], dtype=torch.float16).float()
     assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("extras", [(True, False), (False, True), (True, True)])
+def test_add_lora_scales_and_shifts_what_comes_out(rank: int, extras: tuple[bool, bool]) -> None:
+    """DoRA's output scale and a bias, with and without a bypass, whole and row by row; an emptied slot has neither."""
+    layer = native.LoRASlots(37, 75, 1)
+    scale, bias = (torch.randn(75) if wanted else None for wanted in extras)
+    layer.set(0, LayerWeights(torch.randn(rank, 37), torch.randn(rank, 75), 0.5, scale, bias))
+    group, x, base = native.LoRAGroup([layer]), torch.randn(20, 37), torch.randn(20, 75)
+    reference, y, single = base.double(), base.clone(), base.clone()
+    weights = layer.weights[0]
+    assert weights is not None
+    add_lora(reference, x.double(), [weights], [Segment(0, 3, 17, 2.0)])
+    native.add_lora([y], x, group, native.Segments([Segment(0, 3, 17, 2.0)]))
+    torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=1e-5)
+    for row in range(3, 17):
+        native.add_lora([single], x, group, native.Segments([Segment(0, row, row + 1, 2.0)]))
+    assert torch.equal(single, y)
+    layer.clear(0)
+    after = base.clone()
+    native.add_lora([after], x, group, native.Segments([Segment(0, 0, 20)]))
+    assert torch.equal(after, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 1, 16, 21])
+def test_add_embedding_lora(rank: int, dtype: torch.dtype) -> None:
+    slots = native.LoRASlots(50, 40, 2)
+    weights = LayerWeights(
+        torch.randn(rank, 50).to(dtype), torch.randn(rank, 40).to(dtype), 0.5, torch.randn(40), torch.randn(40)
+    )
+    slots.set(1, weights)
+    token_ids, y = torch.randint(50, (12,)), torch.randn(12, 40)
+    reference, single = y.double(), y.clone()
+    bypass = TorchEmbeddingBypass(50, 40, 2)
+    bypass.set_slot(1, weights)
+    segments = [Segment(0, 0, 2), Segment(1, 2, 9, -1.5)]
+    bypass(reference, token_ids, segments)
+    native.add_embedding_lora(y, token_ids, slots, native.Segments(segments))
+    torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=1e-5)
+    for row in range(2, 9):
+        native.add_embedding_lora(single, token_ids, slots, native.Segments([Segment(1, row, row + 1, -1.5)]))
+    assert torch.equal(single, y)
 
 
 def test_add_lora_rows_do_not_depend_on_their_segments() -> None:

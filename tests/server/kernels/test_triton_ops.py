@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from server.kernels import LayerWeights, LinearGroup, Segment
 from server.kernels.slot_tables import SlotTables
-from server.kernels.torch_ops import TorchLinearGroup
+from server.kernels.torch_ops import TorchEmbeddingBypass, TorchLinearGroup
 from tests.server.kernels.interpreted import interpreted_triton_ops
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -48,10 +49,14 @@ def random_weights(rank: int, in_features: int, out_features: int, scaling: floa
 
 
 def fill(groups: Sequence[LinearGroup], ranks: Sequence[int], in_features: int, outs: Sequence[int]) -> None:
-    """Gives all groups the same weights: in slot s of layer n a rank of its own."""
+    """Gives all groups the same weights: in slot s of layer n a rank of its own, in some an output scale or a bias."""
     for layer, out_features in enumerate(outs):
         for slot in range(len(ranks)):
             weights = random_weights(ranks[(slot + layer) % len(ranks)], in_features, out_features, 0.5 + slot)
+            if slot % 2:
+                weights = replace(weights, output_scale=torch.randn(out_features))
+            if slot % 3 == 1:
+                weights = replace(weights, bias=torch.randn(out_features))
             for group in groups:
                 group.set_slot(layer, slot, weights)
 
@@ -111,6 +116,35 @@ def test_linear_group(
         torch.testing.assert_close(y.double(), expected, rtol=TOLERANCE[dtype], atol=8 * TOLERANCE[dtype])
         assert torch.equal(y[:, :2], layer(x)[:, :2])
         assert torch.equal(y[:, -3:], layer(x)[:, -3:])
+
+
+@torch.inference_mode()
+def test_a_layer_that_has_only_a_bias(interpreted: Any) -> None:
+    group, bias = bypasses(interpreted, (8,), 32, (48, 16), torch.float32), torch.randn(48)
+    group.set_slot(0, 0, LayerWeights(torch.empty(0, 32), torch.empty(0, 48), 1.0, bias=bias))
+    y, _ = group(torch.randn(3, 32), [interpreted.cut_tiles(CPU, [Segment(0, 1, 2)])])
+    assert torch.equal(y, torch.stack([torch.zeros(48), bias, torch.zeros(48)]))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@torch.inference_mode()
+def test_embedding_bypass(interpreted: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    bypass, reference = interpreted.TritonEmbeddingBypass(CPU, dtype, 100, 272, 3), TorchEmbeddingBypass(100, 272, 3)
+    for slot, rank in enumerate((1, 40)):
+        weights = replace(random_weights(rank, 100, 272, 0.5 + slot), output_scale=torch.randn(272))
+        for filled in (bypass, reference):
+            filled.set_slot(slot, weights)
+    token_ids, y = torch.randint(100, (30,)), torch.randn(30, 272, dtype=dtype)
+    segments = [Segment(1, 1, 20, -1.5), Segment(0, 20, 25), Segment(2, 25, 28)]
+    before, expected = y.clone(), y.double()
+    bypass(y, token_ids, interpreted.cut_tiles(CPU, segments))
+    reference(expected, token_ids, segments)
+    torch.testing.assert_close(y.double(), expected, rtol=TOLERANCE[dtype], atol=8 * TOLERANCE[dtype])
+    assert torch.equal(y[[0, *range(25, 30)]], before[[0, *range(25, 30)]])
+    single = before[19:20].clone()
+    bypass(single, token_ids[19:20], interpreted.cut_tiles(CPU, [Segment(1, 0, 1, -1.5)]))
+    assert torch.equal(single, y[19:20])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,22 +232,23 @@ def test_other_segments_in_the_same_memory(interpreted: Any) -> None:
 
 
 def compiled(patch: pytest.MonkeyPatch, arch: int, in_features: int, outs: Sequence[int], dtype: torch.dtype) -> Any:
-    """Both kernels, exactly as a step launches them, for a GPU of a compute capability."""
+    """All kernels, exactly as a step launches them, for a GPU of a compute capability."""
     target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
     driver = SimpleNamespace(
         get_current_device=lambda: arch, get_current_stream=lambda device: 0, get_current_target=lambda: target
     )
     patch.setattr(triton.runtime.driver, "_active", driver)
     kernels = []
-    for function in (triton_ops.shrink, triton_ops.expand):
+    for function in (triton_ops.shrink, triton_ops.expand, triton_ops.embed):
 
         def compile_only(*args: Any, run: Any = function.run, **options: Any) -> None:
             kernels.append(run(*args, **options | {"warmup": True}))
 
         patch.setattr(function, "run", compile_only)
-    bypasses(triton_ops, (8,), in_features, outs, dtype)(
-        torch.zeros(3, in_features, dtype=dtype), [triton_ops.cut_tiles(CPU, [Segment(0, 0, 3)])]
-    )
+    tiles = triton_ops.cut_tiles(CPU, [Segment(0, 0, 3)])
+    bypasses(triton_ops, (8,), in_features, outs, dtype)(torch.zeros(3, in_features, dtype=dtype), [tiles])
+    embedding = triton_ops.TritonEmbeddingBypass(CPU, dtype, in_features, outs[-1], 1)
+    embedding(torch.zeros(3, outs[-1], dtype=dtype), torch.zeros(3, dtype=torch.int64), tiles)
     return kernels
 
 
