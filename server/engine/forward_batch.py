@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.engine.request import Request
 from server.engine.scheduler import ScheduledRequest
 from server.kernels import Pass, Segment
 from server.lora.adapter import Adapter
 
 Bypass = tuple[int, float]  # an adapter slot, and the factor on its output
+Run = tuple[tuple[Bypass, ...], int]  # how many rows in a row take the same bypasses
 
 
 class MergedAdapter(NamedTuple):
@@ -89,7 +89,8 @@ def build_forward_batch(
     slot_mapping += positions % block_size
 
     sampled = [row for row, item in enumerate(scheduled) if item.samples or all_logits]
-    bypasses = [_bypasses(request, merged) for request in requests]
+    runs = [run for item in scheduled for run in _runs(item, merged)]
+    last_bypasses = [_runs(scheduled[row], merged)[-1][0] for row in sampled]
 
     def to_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -102,23 +103,29 @@ def build_forward_batch(
         context_lens=to_device((computed + query_lens).astype(np.int32)),
         block_tables=to_device(block_tables),
         logits_indices=to_device(starts[1:][sampled] - 1),
-        passes=_passes(bypasses, query_lens.tolist()),
-        logits_passes=_passes([bypasses[row] for row in sampled], [1] * len(sampled)),
+        passes=_passes(runs),
+        logits_passes=_passes([(bypasses, 1) for bypasses in last_bypasses]),
         query_lens=tuple(query_lens.tolist()),
         kv_lens=tuple((computed + query_lens).tolist()),
     )
 
 
-def _bypasses(request: Request, merged: MergedAdapter | None) -> tuple[Bypass, ...]:
+def _runs(item: ScheduledRequest, merged: MergedAdapter | None) -> list[Run]:
+    """A request's tokens of this step: those before its adapters work, and those from there on."""
+    request = item.request
+    correction = () if merged is None else ((merged.slot, -1.0),)
     own = tuple((slot, part.weight) for slot, part in zip(request.adapter_slots, request.adapters, strict=True))
-    if merged is None:
-        return own
-    return () if request.sole_adapter is merged.adapter else ((merged.slot, -1.0), *own)
+    is_merged = merged is not None and request.sole_adapter is merged.adapter
+    num_before = min(item.num_tokens, max(0, request.adapted_from - request.num_computed_tokens))
+    before: Run = (correction, num_before)
+    after: Run = (() if is_merged else (*correction, *own), item.num_tokens - num_before)
+    return [run for run in (before, after) if run[1]]
 
 
-def _passes(bypasses: Sequence[Sequence[Bypass]], lengths: Sequence[int]) -> tuple[Pass, ...]:
+def _passes(runs: Sequence[Run]) -> tuple[Pass, ...]:
     """The n-th pass holds every row's n-th bypass, neighbours with the same one in one segment."""
-    return tuple(_segments(nth, lengths) for nth in zip_longest(*bypasses))
+    lengths = [length for _, length in runs]
+    return tuple(_segments(nth, lengths) for nth in zip_longest(*(bypasses for bypasses, _ in runs)))
 
 
 def _segments(bypasses: Sequence[Bypass | None], lengths: Sequence[int]) -> Pass:

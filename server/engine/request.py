@@ -5,6 +5,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from server.engine.block_allocator import IdentityChange
 from server.lora.adapter import Adapter, WeightedAdapter
 
 GREEDY_BELOW = 1e-5
@@ -96,9 +97,15 @@ class Request:
         self.stop_token_ids = stop_token_ids  # of the model and of the request, as far as they end this one
         self.token_ids = list(prompt_token_ids)  # prompt and output
         self.num_prompt_tokens = len(prompt_token_ids)
-        # KV blocks are shared within it and never across. Generations are never reused; the adapter itself would be
-        # kept alive by the blocks that remember it.
-        self.cache_identity = (*((adapter.generation, weight) for adapter, weight in self.adapters), cache_salt)
+        self.adapted_from = self._adapted_from()  # the token from which on adapters work
+        # KV blocks are shared within an identity and never across. Generations are never reused; the adapter itself
+        # would be kept alive by the blocks that remember it. Tokens before the adapter works are the base's.
+        identity = (*((adapter.generation, weight) for adapter, weight in self.adapters), cache_salt)
+        self.cache_identity = identity
+        self.cache_change: IdentityChange | None = None
+        if self.adapted_from:
+            self.cache_identity = (cache_salt,)
+            self.cache_change = IdentityChange(self.adapted_from, identity)
         self.random = random.Random(params.seed)
         self.status = RequestStatus.WAITING
 
@@ -109,6 +116,11 @@ class Request:
         self.adapter_slots: tuple[int, ...] = ()  # one per adapter while it runs
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # of the prompt, taken from the prefix cache
+
+    def _adapted_from(self) -> int:
+        first = self.adapters[0].adapter.first_token(self.token_ids) if self.adapters else 0
+        assert first is not None, "the adapter is not invoked"
+        return first
 
     @property
     def adapter_name(self) -> str:

@@ -108,7 +108,11 @@ class Scheduler:
         request.num_computed_tokens += num_tokens
         if filled_a_block:
             self.allocator.publish(
-                request.cache_identity, request.token_ids, request.block_table, request.num_computed_tokens
+                request.cache_identity,
+                request.token_ids,
+                request.block_table,
+                request.num_computed_tokens,
+                request.cache_change,
             )
 
     def _schedule_running(self, batch: ScheduledBatch) -> int:
@@ -154,7 +158,7 @@ class Scheduler:
         self.waiting.extendleft(reversed(blocked))
 
     def _share_prefix(self, request: Request) -> None:
-        request.block_table = self.allocator.share(request.cache_identity, request.token_ids)
+        request.block_table = self.allocator.share(request.cache_identity, request.token_ids, request.cache_change)
         request.num_computed_tokens = len(request.block_table) * self.allocator.block_size
         if not request.num_preemptions:
             request.num_cached_tokens = request.num_computed_tokens

@@ -1,6 +1,6 @@
 """An adapter in host memory. Immutable, so it may be seen from any thread."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ class Adapter:
     num_bytes_disk: int
     # Why it is no plain sum of B·A on linear layers, which alone can be scaled, mixed and merged; empty if it is one.
     not_additive: str = ""
+    invocation_tokens: tuple[int, ...] = ()  # aLoRA: it works from their last occurrence in a prompt on
 
     @property
     def additive(self) -> bool:
@@ -60,7 +61,14 @@ class Adapter:
             num_bytes=memory.nbytes,
             num_bytes_disk=files.num_bytes,
             not_additive=_why_not_additive(files, weights, base),
+            invocation_tokens=files.config.invocation_tokens,
         )
+
+    def first_token(self, prompt: Sequence[int]) -> int | None:
+        """Where in a prompt the adapter begins to work; None: nowhere, for it is not invoked."""
+        wanted = list(self.invocation_tokens)
+        starts = range(len(prompt) - len(wanted), -1, -1)
+        return next((start for start in starts if prompt[start : start + len(wanted)] == wanted), None) if wanted else 0
 
 
 class WeightedAdapter(NamedTuple):
@@ -116,6 +124,8 @@ def _placed(layers: Mapping[str, LayerWeights], memory: Tensor) -> dict[str, Lay
 
 
 def _why_not_additive(files: AdapterFiles, weights: Mapping[str, LayerWeights], base: BaseWeights) -> str:
+    if files.config.invocation_tokens:
+        return "it works on a part of the prompt (aLoRA)"
     if files.config.use_dora:
         return "it rescales outputs (DoRA)"
     if any(layer.bias is not None for layer in weights.values()):

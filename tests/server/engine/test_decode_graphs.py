@@ -63,7 +63,13 @@ def test_replayed_steps_give_the_same_tokens(
     cuda: Cuda, plain: Engine, adapters_dir: Path, prompts: list[list[int]]
 ) -> None:
     """Requests end one after another, so sizes change; slots are written again after the graphs were captured."""
-    for names in (["", "plain"], ["", "rslora", "head"], ["", "dora-ends", "embedding"], ["", "dora", "lora-bias"], ["", "", ""]):
+    for names in (
+        ["", "plain"],
+        ["", "rslora", "head"],
+        ["", "dora-ends", "embedding"],
+        ["", "dora", "lora-bias"],
+        ["", "", ""],
+    ):
         answers = []
         for engine in (cuda.engine, plain):
             ids = [
