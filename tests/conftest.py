@@ -71,8 +71,15 @@ def tiny_llama() -> LlamaForCausalLM:
     return model
 
 
-def save_adapter(model: torch.nn.Module, folder: Path, seed: int, std: float = 0.1, **config: Any) -> None:
-    """Writes an adapter with random A and B as PEFT does; the model is left as it was."""
+def save_adapter(
+    model: torch.nn.Module,
+    folder: Path,
+    seed: int,
+    std: float = 0.1,
+    save_embedding_layers: bool | str = False,
+    **config: Any,
+) -> None:
+    """Writes an adapter with random A and B as PEFT does; the model is left as it was, but for biases that train."""
     torch.manual_seed(seed)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
     for name, parameter in wrapped.named_parameters():
@@ -80,7 +87,9 @@ def save_adapter(model: torch.nn.Module, folder: Path, seed: int, std: float = 0
             parameter.data *= 1 + 2 * std * torch.rand_like(parameter)
         elif "lora_" in name:
             torch.nn.init.normal_(parameter, std=std)
-    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+        elif name.endswith(".bias") and parameter.requires_grad:
+            parameter.data += std * torch.randn_like(parameter)
+    wrapped.save_pretrained(str(folder), save_embedding_layers=save_embedding_layers)
     wrapped.unload()
 
 
