@@ -192,5 +192,43 @@ def adapters_command(
     click.echo(json.dumps({"machine": machine(), **compare(runs[few], runs[registered])}, indent=2))
 
 
+@click.command("swap")
+@options(EngineConfig)
+@click.option(
+    "--adapters-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Folder of PEFT adapters.",
+)
+@click.option(
+    "--num-adapters", type=click.IntRange(min=1), default=8, show_default=True, help="Adapters that the streams use."
+)
+@click.option("--streams", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--output-tokens", type=click.IntRange(min=2), default=128, show_default=True)
+@click.option("--every-ms", type=click.IntRange(min=0), default=250, show_default=True, help="Time between loads.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+def swap_command(
+    adapters_dir: Path,
+    num_adapters: int,
+    streams: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    every_ms: int,
+    rounds: int,
+    **values: Any,
+) -> None:
+    """Load and replace adapters while streams run, in process, and time both.
+
+    Prints JSON: the gaps between a stream's tokens in peace and beside the loads, in steps; the first token on an
+    adapter in host memory and on the device, in steps; and how long loads from the disk take.
+    """
+    from benchmarks.swap import Streams, measure_swap
+
+    load = Streams(count=streams, num_adapters=num_adapters, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    result = measure_swap(take(EngineConfig, values), adapters_dir, load, every_ms=every_ms, rounds=rounds)
+    click.echo(json.dumps(result, indent=2))
+
+
 def _progress(text: str) -> None:
     click.echo(text, err=True)

@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from benchmarks.agreement import Agreement, agreement
 from benchmarks.compare import Results
 from benchmarks.contenders import BASELINE, OWN, PEERS, Contender
 from benchmarks.workload import Workload
+from server.environment import processor
 
 NOTHING = "–"
 _TABLE_WIDTH = 160  # where the output is a file
@@ -23,11 +23,8 @@ _TABLE_WIDTH = 160  # where the output is a file
 
 def machine() -> dict[str, Any]:
     """The processor as the system names it, its cores, and the widest instructions that torch uses on it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "system": platform.platform(),

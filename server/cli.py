@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from adapters.cli import train_command
-from benchmarks.cli import adapters_command, compare_command
+from benchmarks.cli import adapters_command, compare_command, swap_command
 from loadtest.cli import loadtest_command
 from server.base_models import EMBEDDED, resolve
 from server.client_commands import adapters, generate, health
@@ -86,6 +86,7 @@ def bench() -> None:
 
 bench.add_command(compare_command)
 bench.add_command(adapters_command)
+bench.add_command(swap_command)
 
 
 @bench.command()
@@ -140,44 +141,6 @@ def throughput(
             f"over {num_adapters} adapters in {result['wall_s']:.2f} s, "
             f"peak memory {result['peak_rss_bytes'] / 2**20:.0f} MiB"
         )
-
-
-@bench.command()
-@options(EngineConfig)
-@click.option(
-    "--adapters-dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    required=True,
-    help="Folder of PEFT adapters.",
-)
-@click.option(
-    "--num-adapters", type=click.IntRange(min=1), default=8, show_default=True, help="Adapters that the streams use."
-)
-@click.option("--streams", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--output-tokens", type=click.IntRange(min=2), default=128, show_default=True)
-@click.option("--every-ms", type=click.IntRange(min=0), default=250, show_default=True, help="Time between loads.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-def swap(
-    adapters_dir: Path,
-    num_adapters: int,
-    streams: int,
-    prompt_tokens: int,
-    output_tokens: int,
-    every_ms: int,
-    rounds: int,
-    **values: Any,
-) -> None:
-    """Load and replace adapters while streams run, in process, and time both.
-
-    Prints JSON: the gaps between a stream's tokens in peace and beside the loads, in steps; the first token on an
-    adapter in host memory and on the device, in steps; and how long loads from the disk take.
-    """
-    from benchmarks.swap import Streams, measure_swap
-
-    load = Streams(count=streams, num_adapters=num_adapters, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
-    result = measure_swap(take(EngineConfig, values), adapters_dir, load, every_ms=every_ms, rounds=rounds)
-    click.echo(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def environment() -> Iterator[tuple[str, str]]:
     """Names and values, in the order to print. Values of variables that may be secret are left out."""
     yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
     yield "platform", platform.platform()
-    yield "processor", f"{_processor()}, {os.cpu_count()} cores, {platform.machine()}"
+    yield "processor", f"{processor()}, {os.cpu_count()} cores, {platform.machine()}"
     yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     for package in _PACKAGES:
         yield package, _version(package)
@@ -48,15 +48,16 @@ def environment() -> Iterator[tuple[str, str]]:
             yield name, "(set)" if _SECRET.search(name) else value
 
 
+def processor() -> str:
+    """As the system names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file() and (found := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)):
+        return found.group(1)
+    return platform.processor() or "unknown"
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file() and (found := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)):
-        return found.group(1)
-    return platform.processor() or "unknown"

@@ -71,14 +71,23 @@ class EngineCore:
         self.scheduler = scheduler
         self._metrics = metrics
         metrics.watch(scheduler)
+        metrics.merged_bytes.set_function(lambda: self.merged_bytes)
         metrics.adapters.watch("device", lambda: self.resident)
         self._emit: Emit = _drop
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
         # Adapters in device slots: a snapshot for other threads to read, replaced whole and never changed.
         self.resident: frozenset[Adapter] = frozenset()
-        self.merged: Adapter | None = None  # for other threads too
-        self.merged_bytes = 0  # the same
+
+    @property
+    def merged(self) -> Adapter | None:
+        """The adapter that is part of the base's weights now. Any thread."""
+        return self.runner.lora.merged
+
+    @property
+    def merged_bytes(self) -> int:
+        """Memory of its sums with them. Any thread."""
+        return self.runner.lora.merged_bytes
 
     def connect(self, emit: Emit) -> None:
         """Says who gets the outputs of each step; called before the first one."""
@@ -156,6 +165,8 @@ class EngineCore:
             case Evict(adapter, freed):
                 if adapter is self.merged:
                     self._merge(None)
+                if self._merge_policy is not None:
+                    self._merge_policy.forget(adapter)
                 slot = self.scheduler.slots.remove(adapter)
                 if slot is not None:
                     self.runner.lora.write(slot, None)
@@ -188,18 +199,16 @@ class EngineCore:
         if wanted is self.merged:
             return
         try:
-            policy.switched(wanted, self._merge(wanted))
+            self._merge(wanted)
         except Exception:  # no memory for the sums, say: nothing is merged, and requests run on
             log.exception("merging failed; from here on nothing is merged unasked")
             self._merge_policy = None
 
     def _merge(self, adapter: Adapter | None) -> float:
-        try:
-            seconds = self.runner.merge(adapter)
-        finally:
-            self.merged, self.merged_bytes = self.runner.lora.merged, self.runner.lora.merged_bytes
+        seconds = self.runner.merge(adapter)
+        if self._merge_policy is not None:
+            self._merge_policy.switched(adapter, seconds)
         self._metrics.merge_switches.labels(to="adapter" if adapter else "base").inc()
-        self._metrics.merged_bytes.set(self.merged_bytes)
         log.info("%s in %.0f ms", f"adapter {adapter.name} merged" if adapter else "unmerged", 1000 * seconds)
         return seconds
 

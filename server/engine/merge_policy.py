@@ -98,6 +98,11 @@ class MergePolicy:
             self._favour(merged)
             self._merge_seconds += _NEW * (seconds - self._merge_seconds)
 
+    def forget(self, adapter: Adapter) -> None:
+        """An adapter has left: its weights must not be kept alive here."""
+        if adapter is self._favourite:
+            self._favour(None)
+
     def _favour(self, adapter: Adapter | None) -> None:
         if adapter is not self._favourite:
             self._favourite, self._evidence, self._means = adapter, 0.0, {}

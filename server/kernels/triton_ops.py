@@ -90,9 +90,11 @@ class TritonLinearGroup:
 
     def __call__(self, x: Tensor, passes: Sequence[Tiles]) -> list[Tensor]:
         outputs = self._layers(x)
-        assert not passes or all(y.is_contiguous() for y in outputs)
-        for tiles in passes:
-            self._add_lora(outputs, x.reshape(-1, x.shape[-1]).contiguous(), tiles)
+        if passes:
+            assert all(y.is_contiguous() for y in outputs)
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            for tiles in passes:
+                self._add_lora(outputs, rows, tiles)
         return outputs
 
     def _add_lora(self, ys: Sequence[Tensor], x: Tensor, tiles: Tiles) -> None:

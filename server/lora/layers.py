@@ -191,12 +191,12 @@ class LoRALayers:
             self._unmerge()
             return
         try:
-            self.merged_bytes = 0
+            num_bytes = 0
             for names, kernel in self.groups:
                 weights = [adapter.weights.get(name) for name in names]
-                self.merged_bytes += kernel.merge([layer and layer.to(self._device) for layer in weights])
+                num_bytes += kernel.merge([layer and layer.to(self._device) for layer in weights])
             self.write(self.merged_slot, adapter)
-            self.merged = adapter
+            self.merged, self.merged_bytes = adapter, num_bytes
         except BaseException:  # no memory, say: half of the layers must not stay behind
             self._unmerge()
             raise

@@ -194,3 +194,16 @@ def test_a_merge_that_fails_leaves_the_engine_as_it_was(
     assert engine.core._merge_policy is None
     assert engine.core.merged is engine.parts.runner.lora.merged is None
     assert engine.generate([(prompts[0], None)]) == [expected[0]]
+
+
+def test_auto_keeps_nothing_of_an_adapter_that_goes(
+    engine: Engine, adapters: dict[str, Adapter], prompts: list[list[int]]
+) -> None:
+    policy = MergePolicy(MergeCosts([(1, 1.0), (64, 2.0)], merge_seconds=1e-9, adapter_bytes=1))
+    policy._worked = 1.0
+    engine.core._merge_policy = policy
+    engine.generate([(prompts[1], adapters["plain"])])
+    assert engine.core.merged is policy._favourite is adapters["plain"]
+    engine.core.put(Evict(adapters["plain"], Future()))
+    engine.core.step()
+    assert engine.core.merged is policy._favourite is None

@@ -13,6 +13,7 @@ import trustme
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 from tests.server.rpc.conftest import Running, Serve
 from tests.server.rpc.test_inference import ask, failure, idle
+from tests.server.rpc.test_transport import write_certificate
 
 CLIENTS = Path(__file__).parents[2] / "clients"
 PROTOS = Path(__file__).parents[3] / "protos"
@@ -47,8 +48,9 @@ def authority() -> trustme.CA:
 
 
 async def test_tls(serve: Serve, authority: trustme.CA, tmp_path: Path) -> None:
-    ca_file, cert, key = write_certificates(authority, tmp_path)
-    async with serve(tls_cert=str(cert), tls_key=str(key)) as server:
+    ca_file = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(ca_file)
+    async with serve(**write_certificate(authority, tmp_path)) as server:
         address = f"localhost:{server.server.port}"
         await succeeds(sys.executable, CLIENTS / "triton_client.py", address, ca_file)
         credentials = grpc.ssl_channel_credentials(ca_file.read_bytes())
@@ -59,10 +61,11 @@ async def test_tls(serve: Serve, authority: trustme.CA, tmp_path: Path) -> None:
 
 
 async def test_clients_show_certificates(serve: Serve, authority: trustme.CA, tmp_path: Path) -> None:
-    ca_file, cert, key = write_certificates(authority, tmp_path)
+    ca_file = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(ca_file)
     client = authority.issue_cert("client@example.org")
     shown = (client.private_key_pem.bytes(), b"".join(blob.bytes() for blob in client.cert_chain_pems))
-    async with serve(tls_cert=str(cert), tls_key=str(key), tls_client_ca=str(ca_file)) as server:
+    async with serve(**write_certificate(authority, tmp_path), tls_client_ca=str(ca_file)) as server:
         for pair, welcome in ((shown, True), ((None, None), False)):
             credentials = grpc.ssl_channel_credentials(ca_file.read_bytes(), *pair)
             async with grpc.aio.secure_channel(f"localhost:{server.server.port}", credentials) as channel:
@@ -71,13 +74,3 @@ async def test_clients_show_certificates(serve: Serve, authority: trustme.CA, tm
                     assert (await call).token_ids
                 else:
                     assert (await failure(call)).code() == grpc.StatusCode.UNAVAILABLE
-
-
-def write_certificates(authority: trustme.CA, folder: Path) -> tuple[Path, Path, Path]:
-    ca_file, cert, key = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
-    issued = authority.issue_cert("localhost")
-    authority.cert_pem.write_to_path(ca_file)
-    issued.private_key_pem.write_to_path(key)
-    for blob in issued.cert_chain_pems:
-        blob.write_to_path(cert, append=True)
-    return ca_file, cert, key
