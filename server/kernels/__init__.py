@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -46,6 +46,28 @@ class LayerWeights:
             if tensor is not None:
                 yield tensor
 
+    def inverse(self) -> "LayerWeights":
+        """Gives the layer's own output back when it follows these weights with a factor of −1:
+
+            y = 1 / output_scale ⊙ (y' − scaling · (x · lora_aᵀ) · (output_scale ⊙ lora_b)) − bias / output_scale
+        """
+        scale, bias = self.output_scale, self.bias
+        if scale is None:
+            return self if bias is None else replace(self, bias=-bias)
+        return LayerWeights(
+            self.lora_a.float(),
+            self.lora_b.float() * scale,
+            self.scaling,
+            1 / scale,
+            None if bias is None else -bias / scale,
+        )
+
+    def merged_bias(self, own: Tensor | None) -> Tensor | None:
+        """The bias of a layer with these weights in its own, whose bias was `own`."""
+        if own is not None and self.output_scale is not None:
+            own = self.output_scale * own
+        return own if self.bias is None else self.bias if own is None else own + self.bias
+
     def to(self, device: torch.device) -> "LayerWeights":
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
@@ -66,7 +88,7 @@ class LinearGroup(Protocol):
         """Fills or empties a slot of the group's n-th layer."""
 
     def merge(self, weights: Sequence[LayerWeights | None]) -> int:
-        """Computes with base + scaling · (lora_aᵀ · lora_b)ᵀ from here on, for each layer that has weights.
+        """Computes with the layers' outputs as `LayerWeights` has them from here on, for each layer that has weights.
 
         The base's own weights are never written: the sum lies beside them. Returns its size in bytes.
         """

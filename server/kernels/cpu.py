@@ -38,7 +38,7 @@ class CpuLinearGroup:
         for index, (current, lora) in enumerate(zip(self._linear.layers, weights, strict=True)):
             if lora is not None:
                 memory = current.data if current is not layers[index] else None
-                layers[index] = layers[index].merged(lora.lora_a, lora.lora_b, lora.scaling, out=memory)
+                layers[index] = layers[index].merged(lora, out=memory)
                 num_bytes += layers[index].data.nbytes
         self._linear = native.LinearGroup(layers)
         return num_bytes

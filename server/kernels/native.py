@@ -127,22 +127,24 @@ class PackedLinear:
         )
         self.group = LinearGroup([self])
 
-    def merged(self, lora_a: Tensor, lora_b: Tensor, scaling: float, out: Tensor | None = None) -> "PackedLinear":
-        """The layer with weight + scaling * (lora_a.T @ lora_b).T, summed in float32, in the memory of `out` if given.
-
-        lora_a is [rank, in], lora_b [rank, out].
-        """
+    def merged(self, lora: LayerWeights, out: Tensor | None = None) -> "PackedLinear":
+        """The layer that gives the outputs of `lora`, summed in float32, in the memory of `out` if given."""
         assert self.scale is None, "8-bit weights cannot take a sum"
-        panels, rank = len(self.data), len(lora_b)
+        panels, rank = len(self.data), len(lora.lora_b)
         b = torch.zeros(rank, panels * PANEL)
-        b[:, : self.out_features] = lora_b
+        b[:, : self.out_features] = lora.lora_b
         b = b.view(rank, panels, PANEL).transpose(0, 1)
+        a = lora.lora_a.float().T.expand(panels, -1, -1)
         data = torch.empty_like(self.data) if out is None else out
         total = data if data.dtype == torch.float32 else None
-        total = torch.baddbmm(self.data.float(), lora_a.float().T.expand(panels, -1, -1), b, alpha=scaling, out=total)
+        total = torch.baddbmm(self.data.float(), a, b, alpha=lora.scaling, out=total)
+        if lora.output_scale is not None:
+            total *= _padded(lora.output_scale, panels * PANEL).view(panels, 1, PANEL)
         if total is not data:
             data.copy_(total)
-        return PackedLinear(data, None, self.bias, self.out_features)
+        bias = lora.merged_bias(None if self.bias is None else self.bias[: self.out_features])
+        bias = None if bias is None else _padded(bias, panels * PANEL)
+        return PackedLinear(data, None, bias, self.out_features)
 
     def rows(self, start: int, end: int) -> Tensor:
         """Rows of the weight [out, in] in float32 (int8: as rounded)."""

@@ -17,6 +17,7 @@ class MergeableLayers:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = layers
         self._base = [cast(nn.Parameter, layer.weight) for layer in layers]
+        self._biases = [cast(nn.Parameter | None, layer.bias) for layer in layers]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         return [layer(x) for layer in self._layers]
@@ -25,18 +26,22 @@ class MergeableLayers:
         """See `LinearGroup.merge`; the sums are taken in float32."""
         self.unmerge()
         num_bytes = 0
-        for layer, base, lora in zip(self._layers, self._base, weights, strict=True):
+        for index, (layer, base, lora) in enumerate(zip(self._layers, self._base, weights, strict=True)):
             if lora is not None:
-                lora_a, lora_b = lora.lora_a.float(), lora.lora_b.float()
-                factors = (lora_a.T, lora_b) if isinstance(layer, Conv1D) else (lora_b.T, lora_a)
-                merged = torch.addmm(base.float(), *factors, alpha=lora.scaling).to(base.dtype)
-                layer.weight = nn.Parameter(merged, requires_grad=False)
-                num_bytes += merged.nbytes
+                lora_a, lora_b, is_transposed = lora.lora_a.float(), lora.lora_b.float(), isinstance(layer, Conv1D)
+                factors = (lora_a.T, lora_b) if is_transposed else (lora_b.T, lora_a)
+                merged = torch.addmm(base.float(), *factors, alpha=lora.scaling)
+                if lora.output_scale is not None:
+                    merged *= lora.output_scale if is_transposed else lora.output_scale[:, None]
+                layer.weight = nn.Parameter(merged.to(base.dtype), requires_grad=False)
+                bias = lora.merged_bias(self.bias(index))
+                layer.bias = None if bias is None else nn.Parameter(bias.to(base.dtype), requires_grad=False)
+                num_bytes += layer.weight.nbytes
         return num_bytes
 
     def unmerge(self) -> None:
-        for layer, base in zip(self._layers, self._base, strict=True):
-            layer.weight = base
+        for layer, base, bias in zip(self._layers, self._base, self._biases, strict=True):
+            layer.weight, layer.bias = base, bias
 
     def rows(self, index: int, start: int, end: int) -> Tensor:
         """See `LinearGroup.base_rows`."""
@@ -47,7 +52,7 @@ class MergeableLayers:
 
     def bias(self, index: int) -> Tensor | None:
         """See `LinearGroup.base_bias`."""
-        bias = cast(Tensor | None, self._layers[index].bias)
+        bias = self._biases[index]
         return None if bias is None else bias.detach().float()
 
 

@@ -1,7 +1,6 @@
-"""What an adapter needs to know of the base's own weights when it is loaded. Pure functions; worker threads."""
+"""What an adapter needs to know of the base's own weights when it is loaded. Worker threads."""
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,20 +17,32 @@ _ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-1
 _ROUNDING_OF_ROW = {torch.int8: 0.501 / 127, torch.float16: 2.0**-24}
 
 
-class BaseWeights(Protocol):
+class BaseWeights:
     """The frozen weights of the layers that adapters may target, as the model multiplies by them. Any thread.
 
     Rows of a linear layer's weight are its outputs [out_features, in_features], rows of an embedding its tokens.
     """
 
-    shapes: Mapping[str, LinearShape]
-    storage: torch.dtype  # what the weights were rounded to
+    def __init__(self, shapes: Mapping[str, LinearShape], storage: torch.dtype) -> None:
+        """`storage`: what the weights were rounded to."""
+        self.shapes = shapes
+        self.storage = storage
+        self._rows: dict[str, Callable[[int, int], Tensor]] = {}
+        self._biases: dict[str, Tensor] = {}
+
+    def add(self, module: str, rows: Callable[[int, int], Tensor], bias: Tensor | None = None) -> None:
+        """Says where a layer's rows are read, as `rows` has them, and its bias [out_features] in float32."""
+        self._rows[module] = rows
+        if bias is not None:
+            self._biases[module] = bias.cpu()
 
     def rows(self, module: str, start: int, end: int) -> Tensor:
         """Rows `start` to `end` (not included) in float32."""
+        return self._rows[module](start, end)
 
     def bias(self, module: str) -> Tensor | None:
-        """[out_features] in float32."""
+        """[out_features] in float32, on the host."""
+        return self._biases.get(module)
 
 
 def adapted_norms(base: BaseWeights, module: str, lora: LoRAWeights) -> Tensor:

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from adapters.tensors import LinearShape
 from server.errors import MergeRefused
-from server.kernels import EmbeddingBypass, FixedSegments, Kernels, LayerWeights, LinearGroup, Pass
+from server.kernels import FixedSegments, Kernels, LayerWeights, LinearGroup, Pass, Segment
 from server.lora.adapter import Adapter
+from server.lora.base_weights import BaseWeights
 
 
 class _Rows:
@@ -66,10 +67,13 @@ class MultiLoRALinear(nn.Module):
 class MultiLoRAEmbedding(nn.Module):
     """The frozen embedding beside one LoRA bypass per adapter slot."""
 
-    def __init__(self, base: nn.Module, bypass: EmbeddingBypass, rows: _Rows) -> None:
+    def __init__(self, base: nn.Module, shape: LinearShape, num_slots: int, kernels: Kernels, rows: _Rows) -> None:
         super().__init__()
         self._base = base
-        self._bypass = bypass
+        self._merged_slot = num_slots  # of one more, beyond the others
+        self._bypass = kernels.embedding_bypass(shape.in_features, shape.out_features, num_slots + 1)
+        self._prepare = kernels.prepare_segments
+        self._is_merged = False
         self._rows = rows
         self._scale = float(getattr(base, "embed_scale", 1.0))  # some models' embeddings multiply their rows
 
@@ -78,35 +82,20 @@ class MultiLoRAEmbedding(nn.Module):
             weights = replace(weights, scaling=weights.scaling * self._scale)
         self._bypass.set_slot(slot, weights)
 
+    def merge(self, weights: LayerWeights | None) -> None:
+        """Gives every token this bypass first, from here on: there is no matrix product that a sum of tables saves."""
+        self.set_slot(self._merged_slot, weights)
+        self._is_merged = weights is not None
+
     def forward(self, token_ids: Tensor) -> Tensor:
         """[1, num_tokens] ids → [1, num_tokens, hidden_size]."""
         y: Tensor = self._base(token_ids)
+        if self._is_merged:
+            everybody = Segment(self._merged_slot, 0, token_ids.shape[1])
+            self._bypass(y[0], token_ids[0], self._prepare([everybody]))
         for segments in self._rows.passes:
             self._bypass(y[0], token_ids[0], segments)
         return y
-
-
-class FrozenWeights:
-    """The layers' own weights, which nothing changes: what adapters are held against when they load. Any thread."""
-
-    def __init__(self, shapes: Mapping[str, LinearShape], storage: torch.dtype) -> None:
-        self.shapes = shapes
-        self.storage = storage
-        self._rows: dict[str, Callable[[int, int], Tensor]] = {}
-        self._biases: dict[str, Tensor] = {}
-
-    def add(self, module: str, rows: Callable[[int, int], Tensor], bias: Tensor | None = None) -> None:
-        self._rows[module] = rows
-        if bias is not None:
-            self._biases[module] = bias.cpu()
-
-    def rows(self, module: str, start: int, end: int) -> Tensor:
-        """See `BaseWeights`."""
-        return self._rows[module](start, end)
-
-    def bias(self, module: str) -> Tensor | None:
-        """See `BaseWeights`."""
-        return self._biases.get(module)
 
 
 class LoRALayers:
@@ -138,7 +127,7 @@ class LoRALayers:
         self._device = next(model.parameters()).device
         self._tokens, self._logits = _Rows(), _Rows()
         self.groups: list[tuple[Sequence[str], LinearGroup]] = []
-        self.base_weights = FrozenWeights(shapes, kernels.storage or model.dtype)
+        self.base_weights = BaseWeights(shapes, kernels.storage or model.dtype)
         embedding = model.get_input_embeddings()
         embedding_rows: Callable[[int, int], Tensor] = partial(_rows, embedding)
         tied = embedding.weight is model.get_submodule(head).weight
@@ -156,11 +145,11 @@ class LoRALayers:
             if names == [head] and tied and kernels.tied_embedding and type(embedding) is nn.Embedding:
                 model.set_input_embeddings(kernels.tied_embedding(kernel))
                 embedding_rows = partial(kernel.base_rows, 0)
-        self._embedding: tuple[str, MultiLoRAEmbedding] | None = None
+        self._embeddings: dict[str, MultiLoRAEmbedding] = {}
         for name in (name for name, shape in shapes.items() if shape.kind == "embedding"):
-            bypass = kernels.embedding_bypass(shapes[name].in_features, shapes[name].out_features, num_slots + 1)
-            self._embedding = name, MultiLoRAEmbedding(model.get_input_embeddings(), bypass, self._tokens)
-            _replace(model, *self._embedding)
+            base = model.get_input_embeddings()
+            self._embeddings[name] = MultiLoRAEmbedding(base, shapes[name], num_slots + 1, kernels, self._tokens)
+            _replace(model, name, self._embeddings[name])
             self.base_weights.add(name, embedding_rows)
 
     def write(self, slot: int, adapter: Adapter | None) -> None:
@@ -168,14 +157,18 @@ class LoRALayers:
 
         On the CPU the slot shares the host's tensors: a resident adapter is in memory once.
         """
+        self._write(slot, self._weights_of(adapter))
+
+    def _write(self, slot: int, weights: Mapping[str, LayerWeights]) -> None:
         for names, kernel in self.groups:
             for index, name in enumerate(names):
-                weights = adapter.weights.get(name) if adapter is not None else None
-                kernel.set_slot(index, slot, weights and weights.to(self._device))
-        if self._embedding is not None:
-            name, embedding = self._embedding
-            weights = adapter.weights.get(name) if adapter is not None else None
-            embedding.set_slot(slot, weights and weights.to(self._device))
+                kernel.set_slot(index, slot, weights.get(name))
+        for name, embedding in self._embeddings.items():
+            embedding.set_slot(slot, weights.get(name))
+
+    def _weights_of(self, adapter: Adapter | None) -> dict[str, LayerWeights]:
+        """By module path, on the device."""
+        return {name: layer.to(self._device) for name, layer in adapter.weights.items()} if adapter is not None else {}
 
     def merge(self, adapter: Adapter | None) -> None:
         """Adds an adapter to the base's weights, in place of one that is merged; None: the base as it was.
@@ -183,19 +176,19 @@ class LoRALayers:
         Tokens of everybody else take the bypass of `merged_slot` with a factor of −1.
 
         Raises:
-            MergeRefused: the weights are of a kind that takes no sum. After any error nothing is merged.
+            MergeRefused: these weights take no sum, or nobody else could be served. After any error nothing is merged.
         """
-        if adapter is not None and (reason := self.no_merge or adapter.not_additive):
-            raise MergeRefused(f"adapter {adapter.name!r} cannot be merged: {reason}; it is served as a bypass")
         if adapter is None:
             self._unmerge()
             return
+        if reason := self.no_merge or adapter.no_merge:
+            raise MergeRefused(f"adapter {adapter.name!r} cannot be merged: {reason}; it is served as a bypass")
         try:
-            num_bytes = 0
-            for names, kernel in self.groups:
-                weights = [adapter.weights.get(name) for name in names]
-                num_bytes += kernel.merge([layer and layer.to(self._device) for layer in weights])
-            self.write(self.merged_slot, adapter)
+            weights = self._weights_of(adapter)
+            num_bytes = sum(kernel.merge([weights.get(name) for name in names]) for names, kernel in self.groups)
+            for name, embedding in self._embeddings.items():
+                embedding.merge(weights.get(name))
+            self._write(self.merged_slot, {name: layer.inverse() for name, layer in weights.items()})
             self.merged, self.merged_bytes = adapter, num_bytes
         except BaseException:  # no memory, say: half of the layers must not stay behind
             self._unmerge()
@@ -204,6 +197,8 @@ class LoRALayers:
     def _unmerge(self) -> None:
         for _, kernel in self.groups:
             kernel.unmerge()
+        for embedding in self._embeddings.values():
+            embedding.merge(None)
         self.merged, self.merged_bytes = None, 0
         self.write(self.merged_slot, None)
 

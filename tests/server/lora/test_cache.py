@@ -13,7 +13,7 @@ from adapters.tensors import LinearShape
 from server.errors import AdapterExists, AdapterNotFound, IncompatibleAdapter, InvalidAdapter, Overloaded
 from server.lora.adapter import Adapter
 from server.lora.cache import AdapterCache
-from server.lora.layers import FrozenWeights
+from server.lora.base_weights import BaseWeights
 from server.lora.store import AdapterStore
 from server.metrics import Metrics
 
@@ -27,7 +27,7 @@ MakeAdapter = Callable[..., Path]
 def make_cache(root: Path, max_bytes: int = 1 << 30) -> tuple[AdapterCache, list[Adapter]]:
     cache = AdapterCache(
         AdapterStore(root),
-        FrozenWeights(LAYERS, torch.float32),
+        BaseWeights(LAYERS, torch.float32),
         max_rank=8,
         max_bytes=max_bytes,
         metrics=Metrics(CollectorRegistry()),
