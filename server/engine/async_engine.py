@@ -142,18 +142,6 @@ class AsyncEngine:
     ) -> Request:
         if len({part.adapter for part in adapters}) < len(adapters):
             raise InvalidRequest("mix names one adapter twice", field="mix")
-        for adapter, weight in adapters:
-            if adapter.first_token(prompt_token_ids) is None:
-                raise InvalidRequest(
-                    f"adapter {adapter.name!r} would do nothing: the prompt does not hold its invocation tokens "
-                    f"{list(adapter.invocation_tokens)}",
-                    field="adapter",
-                )
-            if not adapter.additive and (len(adapters) > 1 or weight != 1):
-                raise InvalidRequest(
-                    f"adapter {adapter.name!r} cannot be scaled or mixed: {adapter.not_additive}",
-                    field="mix" if len(adapters) > 1 else "adapter_scale",
-                )
         stop = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self.base.eos_token_ids
         return Request(next(self._request_ids), prompt_token_ids, params, adapters, stop, cache_salt)
 

@@ -14,7 +14,13 @@ from server.kernels import Pass, Segment
 from server.lora.adapter import Adapter
 
 Bypass = tuple[int, float]  # an adapter slot, and the factor on its output
-Run = tuple[tuple[Bypass, ...], int]  # how many rows in a row take the same bypasses
+
+
+class Run(NamedTuple):
+    """Rows in a row that take the same bypasses."""
+
+    bypasses: tuple[Bypass, ...]
+    num_rows: int
 
 
 class MergedAdapter(NamedTuple):
@@ -89,8 +95,7 @@ def build_forward_batch(
     slot_mapping += positions % block_size
 
     sampled = [row for row, item in enumerate(scheduled) if item.samples or all_logits]
-    runs = [run for item in scheduled for run in _runs(item, merged)]
-    last_bypasses = [_runs(scheduled[row], merged)[-1][0] for row in sampled]
+    runs = [_runs(item, merged) for item in scheduled]
 
     def to_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -103,8 +108,8 @@ def build_forward_batch(
         context_lens=to_device((computed + query_lens).astype(np.int32)),
         block_tables=to_device(block_tables),
         logits_indices=to_device(starts[1:][sampled] - 1),
-        passes=_passes(runs),
-        logits_passes=_passes([(bypasses, 1) for bypasses in last_bypasses]),
+        passes=_passes(list(chain.from_iterable(runs))),
+        logits_passes=_passes([Run(runs[row][-1].bypasses, 1) for row in sampled]),
         query_lens=tuple(query_lens.tolist()),
         kv_lens=tuple((computed + query_lens).tolist()),
     )
@@ -117,15 +122,15 @@ def _runs(item: ScheduledRequest, merged: MergedAdapter | None) -> list[Run]:
     own = tuple((slot, part.weight) for slot, part in zip(request.adapter_slots, request.adapters, strict=True))
     is_merged = merged is not None and request.sole_adapter is merged.adapter
     num_before = min(item.num_tokens, max(0, request.adapted_from - request.num_computed_tokens))
-    before: Run = (correction, num_before)
-    after: Run = (() if is_merged else (*correction, *own), item.num_tokens - num_before)
-    return [run for run in (before, after) if run[1]]
+    before = Run(correction, num_before)
+    after = Run(() if is_merged else (*correction, *own), item.num_tokens - num_before)
+    return [run for run in (before, after) if run.num_rows]
 
 
 def _passes(runs: Sequence[Run]) -> tuple[Pass, ...]:
     """The n-th pass holds every row's n-th bypass, neighbours with the same one in one segment."""
-    lengths = [length for _, length in runs]
-    return tuple(_segments(nth, lengths) for nth in zip_longest(*(bypasses for bypasses, _ in runs)))
+    lengths = [run.num_rows for run in runs]
+    return tuple(_segments(nth, lengths) for nth in zip_longest(*(run.bypasses for run in runs)))
 
 
 def _segments(bypasses: Sequence[Bypass | None], lengths: Sequence[int]) -> Pass:

@@ -58,13 +58,8 @@ class MergePolicy:
         for request, num_tokens in step:
             tokens[request.sole_adapter] += num_tokens
         if merged is None:
-            self._favour(
-                max(
-                    (adapter for adapter in tokens if adapter and adapter.additive),
-                    key=tokens.__getitem__,
-                    default=None,
-                )
-            )
+            mergeable = (adapter for adapter in tokens if adapter and not adapter.no_merge)
+            self._favour(max(mergeable, key=tokens.__getitem__, default=None))
         favourite, total = self._favourite, tokens.total()
         if favourite is None:
             return

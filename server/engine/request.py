@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from server.engine.block_allocator import IdentityChange
+from server.errors import InvalidRequest
 from server.lora.adapter import Adapter, WeightedAdapter
 
 GREEDY_BELOW = 1e-5
@@ -91,21 +92,26 @@ class Request:
         stop_token_ids: frozenset[int],
         cache_salt: str = "",
     ) -> None:
+        """
+        Raises:
+            InvalidRequest: the adapters cannot be used so, or would do nothing for this prompt.
+        """
         self.request_id = request_id
         self.params = params
         self.adapters = tuple(adapters)  # summed; none: the base model
         self.stop_token_ids = stop_token_ids  # of the model and of the request, as far as they end this one
         self.token_ids = list(prompt_token_ids)  # prompt and output
         self.num_prompt_tokens = len(prompt_token_ids)
-        self.adapted_from = self._adapted_from()  # the token from which on adapters work
+        self.adapted_from = _first_adapted_token(self.adapters, self.token_ids)
         # KV blocks are shared within an identity and never across. Generations are never reused; the adapter itself
-        # would be kept alive by the blocks that remember it. Tokens before the adapter works are the base's.
-        identity = (*((adapter.generation, weight) for adapter, weight in self.adapters), cache_salt)
-        self.cache_identity = identity
+        # would be kept alive by the blocks that remember it. Tokens before the adapters work are the base's.
+        self.cache_identity: tuple[object, ...] = (cache_salt,)
         self.cache_change: IdentityChange | None = None
+        adapted = (*((adapter.generation, weight) for adapter, weight in self.adapters), cache_salt)
         if self.adapted_from:
-            self.cache_identity = (cache_salt,)
-            self.cache_change = IdentityChange(self.adapted_from, identity)
+            self.cache_change = IdentityChange(self.adapted_from, adapted)
+        else:
+            self.cache_identity = adapted
         self.random = random.Random(params.seed)
         self.status = RequestStatus.WAITING
 
@@ -116,11 +122,6 @@ class Request:
         self.adapter_slots: tuple[int, ...] = ()  # one per adapter while it runs
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # of the prompt, taken from the prefix cache
-
-    def _adapted_from(self) -> int:
-        first = self.adapters[0].adapter.first_token(self.token_ids) if self.adapters else 0
-        assert first is not None, "the adapter is not invoked"
-        return first
 
     @property
     def adapter_name(self) -> str:
@@ -156,3 +157,23 @@ class Request:
         if self.num_output_tokens >= self.params.max_tokens or self.num_tokens >= max_model_len:
             return FinishReason.LENGTH
         return None
+
+
+def _first_adapted_token(adapters: Sequence[WeightedAdapter], prompt: Sequence[int]) -> int:
+    """Where in the prompt the adapters begin to work."""
+    first = 0
+    for adapter, weight in adapters:
+        if adapter.no_mix and (len(adapters) > 1 or weight != 1):
+            raise InvalidRequest(
+                f"adapter {adapter.name!r} cannot be scaled or mixed: {adapter.no_mix}",
+                field="mix.adapter" if len(adapters) > 1 else "adapter_scale",
+            )
+        invoked = adapter.first_token(prompt)
+        if invoked is None:
+            raise InvalidRequest(
+                f"adapter {adapter.name!r} would do nothing: the prompt does not hold its invocation tokens "
+                f"{list(adapter.invocation_tokens)}",
+                field="adapter",
+            )
+        first = invoked
+    return first

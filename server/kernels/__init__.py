@@ -49,7 +49,7 @@ class LayerWeights:
     def inverse(self) -> "LayerWeights":
         """Gives the layer's own output back when it follows these weights with a factor of −1:
 
-            y = 1 / output_scale ⊙ (y' − scaling · (x · lora_aᵀ) · (output_scale ⊙ lora_b)) − bias / output_scale
+        y = 1 / output_scale ⊙ (y' − scaling · (x · lora_aᵀ) · (output_scale ⊙ lora_b)) − bias / output_scale
         """
         scale, bias = self.output_scale, self.bias
         if scale is None:

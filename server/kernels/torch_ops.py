@@ -1,7 +1,7 @@
 """The operations of a step in plain torch: the reference for every kernel, and what runs where there is none."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ class MergeableLayers:
     """Frozen layers as they are, whose weights may be swapped for their sums with an adapter."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self._layers = layers
+        self._layers: Sequence[Any] = layers
         self._base = [cast(nn.Parameter, layer.weight) for layer in layers]
         self._biases = [cast(nn.Parameter | None, layer.bias) for layer in layers]
 

@@ -12,6 +12,9 @@ from adapters.format import AdapterFiles
 from server.kernels import LayerWeights
 from server.lora.base_weights import BaseWeights, adapted_norms, check_own
 
+# What a merged adapter makes smaller than this is not exact enough for others when it is made large again.
+MIN_OUTPUT_SCALE = 0.01
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
@@ -26,13 +29,9 @@ class Adapter:
     weights: Mapping[str, LayerWeights] = field(repr=False)  # by module path
     num_bytes: int  # of the weights
     num_bytes_disk: int
-    # Why it is no plain sum of B·A on linear layers, which alone can be scaled, mixed and merged; empty if it is one.
-    not_additive: str = ""
+    no_mix: str = ""  # why it is more than a sum that takes a factor and others beside it; empty: it is not
+    no_merge: str = ""  # why nobody else could be served with it merged; empty: they can
     invocation_tokens: tuple[int, ...] = ()  # aLoRA: it works from their last occurrence in a prompt on
-
-    @property
-    def additive(self) -> bool:
-        return not self.not_additive
 
     @classmethod
     def from_files(cls, files: AdapterFiles, name: str, version: str, generation: int, base: BaseWeights) -> "Adapter":
@@ -60,7 +59,8 @@ class Adapter:
             weights=weights,
             num_bytes=memory.nbytes,
             num_bytes_disk=files.num_bytes,
-            not_additive=_why_not_additive(files, weights, base),
+            no_mix=_why_no_mix(files, weights),
+            no_merge=_why_no_merge(weights),
             invocation_tokens=files.config.invocation_tokens,
         )
 
@@ -123,13 +123,18 @@ def _placed(layers: Mapping[str, LayerWeights], memory: Tensor) -> dict[str, Lay
     }
 
 
-def _why_not_additive(files: AdapterFiles, weights: Mapping[str, LayerWeights], base: BaseWeights) -> str:
+def _why_no_mix(files: AdapterFiles, weights: Mapping[str, LayerWeights]) -> str:
     if files.config.invocation_tokens:
         return "it works on a part of the prompt (aLoRA)"
     if files.config.use_dora:
         return "it rescales outputs (DoRA)"
     if any(layer.bias is not None for layer in weights.values()):
         return "it adds biases"
-    if any(base.shapes[module].kind == "embedding" for module in weights):
-        return "it adapts the embedding"
+    return ""
+
+
+def _why_no_merge(weights: Mapping[str, LayerWeights]) -> str:
+    for module, layer in weights.items():
+        if layer.output_scale is not None and layer.output_scale.abs().min() < MIN_OUTPUT_SCALE:
+            return f"it all but erases an output of {module}, which other requests need"
     return ""

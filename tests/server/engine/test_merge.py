@@ -1,14 +1,17 @@
 """An adapter merged into the base: everybody's tokens stay the same, and the base's weights stay what they were."""
 
 import hashlib
+import shutil
 from concurrent.futures import Future
 from itertools import cycle, islice
 from pathlib import Path
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 
+from adapters.tensors import WEIGHTS_FILE
 from server.engine.core import Evict
 from server.engine.merge_policy import MergeCosts, MergePolicy
 from server.errors import ConfigError, MergeRefused
@@ -19,7 +22,6 @@ from tests.server.engine.conftest import Engine, peft_greedy, peft_mixture
 
 NUM_TOKENS = 12
 NAMES = ["", *ADAPTERS]
-NOT_ADDITIVE = {"embedding": "the embedding", "dora": "DoRA", "dora-ends": "DoRA", "lora-bias": "biases"}
 NUM_CYCLES = 1000
 
 
@@ -54,7 +56,7 @@ def test_everybody_answers_as_before(
     with peft_mixture(reference, {"plain": 0.7, "rslora": -0.5}):
         mixture_expected = peft_greedy(reference, prompts[0], None, NUM_TOKENS)
     mixture = [WeightedAdapter(adapters["plain"], 0.7), WeightedAdapter(adapters["rslora"], -0.5)]
-    for adapter in filter(lambda adapter: adapter.additive, adapters.values()):
+    for adapter in adapters.values():
         assert engine.merge(adapter) > 0
         assert engine.core.merged is adapter
         assert engine.generate([*work, (prompts[0], mixture)]) == [*expected, mixture_expected], adapter.name
@@ -73,8 +75,7 @@ def test_merging_in_the_middle_of_requests(
 
 def test_the_base_is_bit_for_bit_what_it_was(engine: Engine, adapters: dict[str, Adapter]) -> None:
     before = base_digest(engine)
-    additive = [adapter for adapter in adapters.values() if adapter.additive]
-    for adapter in islice(cycle(additive), NUM_CYCLES):
+    for adapter in islice(cycle(adapters.values()), NUM_CYCLES):
         engine.parts.runner.merge(adapter)
         engine.parts.runner.merge(None)
     assert base_digest(engine) == before
@@ -135,19 +136,23 @@ def test_a_quantized_base_says_no(model_dir: Path, adapters_dir: Path, prompts: 
     assert engine.generate([(prompts[0], adapter)]) == bypass
 
 
-def test_what_is_no_sum_is_not_merged(
-    engine: Engine, adapters: dict[str, Adapter], prompts: list[list[int]], expected: list[list[int]]
+def test_what_others_could_not_undo_is_not_merged(
+    engine: Engine, adapters_dir: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    assert {name for name, adapter in adapters.items() if not adapter.additive} == set(NOT_ADDITIVE)
-    for name, reason in NOT_ADDITIVE.items():
-        with pytest.raises(MergeRefused, match=rf"{name}' cannot be merged: .*{reason}"):
-            engine.merge(adapters[name])
+    """Asked or unasked; the adapter is served as a bypass."""
+    shutil.copytree(adapters_dir / "dora", tmp_path / "dora")
+    tensors = safetensors.torch.load_file(tmp_path / "dora" / WEIGHTS_FILE)
+    tensors["base_model.model.model.layers.1.self_attn.o_proj.lora_magnitude_vector"][3] = 0
+    safetensors.torch.save_file(tensors, tmp_path / "dora" / WEIGHTS_FILE)
+    adapter = engine.load(tmp_path / "dora")
+    with pytest.raises(MergeRefused, match=r"'dora' cannot be merged: it all but erases an output of .*o_proj"):
+        engine.merge(adapter)
     policy = MergePolicy(MergeCosts([(1, 1.0), (64, 2.0)], merge_seconds=1e-9, adapter_bytes=1))
     policy._worked = 1.0
     engine.core._merge_policy = policy
-    index = NAMES.index("dora")
-    assert engine.generate([(prompts[index], adapters["dora"])]) == [expected[index]]
+    engine.generate([(prompts[0], adapter)])
     assert engine.core.merged is None
+    assert engine.generate([(prompts[0], None)]) == expected[:1]
 
 
 def test_auto_merges_what_runs_alone(

@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry
 from adapters.tensors import LinearShape
 from server.errors import AdapterExists, AdapterNotFound, IncompatibleAdapter, InvalidAdapter, Overloaded
 from server.lora.adapter import Adapter
-from server.lora.cache import AdapterCache
 from server.lora.base_weights import BaseWeights
+from server.lora.cache import AdapterCache
 from server.lora.store import AdapterStore
 from server.metrics import Metrics
 
