@@ -95,6 +95,7 @@ MIXTURES: list[dict[str, float]] = [
     {"rslora": 2.0},
     {"head": 0.5, "feed-forward": 1.0, "one-layer": -3.0},
     {"attention": 0.3, "plain": 0.7},
+    {"embedding": 0.6, "head": -1.0},
 ]
 
 
