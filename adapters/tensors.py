@@ -66,14 +66,7 @@ def known_tensors(config: AdapterConfig, layers: Mapping[str, LinearShape], max_
         targeted = tied or config.targets(module)
         if targeted:
             known |= _of_target(config, module, shape, max_rank)
-        path = f"{PREFIX}{module}.base_layer" if targeted else f"{PREFIX}{module}"
-        if shape.kind == "embedding" or shape.is_head:
-            rows, columns = shape.out_features, shape.in_features
-            size = (rows, columns) if shape.is_head else (columns, rows)
-            known[f"{path}.weight"] = TensorSpec(module, "weight", size, required=False)
-        trained = config.bias == "all" or (config.bias == "lora_only" and targeted)
-        if (trained and shape.kind != "embedding") or shape.is_head:
-            known[f"{path}.bias"] = TensorSpec(module, "bias", (shape.out_features,), required=False)
+        known |= _of_base_layer(config, module, shape, targeted)
     if not any(spec.required for spec in known.values()):
         targets = config.target_modules
         raise AdapterIncompatibleError(
@@ -149,13 +142,28 @@ def _of_target(config: AdapterConfig, module: str, shape: LinearShape, max_rank:
     return tensors
 
 
+def _of_base_layer(config: AdapterConfig, module: str, shape: LinearShape, targeted: bool) -> dict[str, TensorSpec]:
+    """The base layer's own tensors, which PEFT may have saved: of embedding and head, and biases that it trained."""
+    path = f"{PREFIX}{module}.base_layer" if targeted else f"{PREFIX}{module}"
+    tensors = {}
+    if shape.kind == "embedding":
+        tensors[f"{path}.weight"] = TensorSpec(module, "weight", (shape.in_features, shape.out_features), False)
+    if shape.is_head:
+        tensors[f"{path}.weight"] = TensorSpec(module, "weight", (shape.out_features, shape.in_features), False)
+    is_trained = shape.kind != "embedding" and (config.bias == "all" or (config.bias == "lora_only" and targeted))
+    if shape.is_head or is_trained:
+        tensors[f"{path}.bias"] = TensorSpec(module, "bias", (shape.out_features,), False)
+    return tensors
+
+
 def _check_saved_modules(config: AdapterConfig, layers: Mapping[str, LinearShape]) -> None:
     """Of the modules that were trained whole only head and embedding are read on: their copies may be the base's."""
     whole = [module for module, shape in layers.items() if shape.kind == "embedding" or shape.is_head]
     for name in config.modules_to_save:
         if not any(module == name or module.endswith(f".{name}") for module in whole):
             raise AdapterIncompatibleError(
-                f"modules_to_save={list(config.modules_to_save)!r} is not served: {name} was trained whole",
+                f"modules_to_save={list(config.modules_to_save)!r} is not served: {name} was trained whole, and all "
+                "adapters run on the base model's own",
                 "UNSUPPORTED_ADAPTER",
             )
 

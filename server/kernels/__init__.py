@@ -32,53 +32,42 @@ class LayerWeights:
 
     With them, for the layer's own output y:
 
-        y = output_scale ⊙ (y + scaling · (x · lora_aᵀ) · lora_b) + bias
+        y = gain ⊙ (y + scaling · (x · lora_aᵀ) · lora_b) + bias
     """
 
     lora_a: Tensor  # [rank, in_features]; the rank may be 0
     lora_b: Tensor  # [rank, out_features]: PEFT's B transposed, so that both are read along their rows
     scaling: float
-    output_scale: Tensor | None = None  # [out_features] float32: DoRA's magnitudes over norms; None: ones
+    gain: Tensor | None = None  # [out_features] float32: DoRA's magnitudes over norms; None: ones
     bias: Tensor | None = None  # [out_features] float32; None: zeros
 
     def tensors(self) -> Iterator[Tensor]:
-        for tensor in (self.lora_a, self.lora_b, self.output_scale, self.bias):
+        for tensor in (self.lora_a, self.lora_b, self.gain, self.bias):
             if tensor is not None:
                 yield tensor
 
     def inverse(self) -> "LayerWeights":
-        """Gives the layer's own output back when it follows these weights with a factor of −1:
+        """Weights that give the layer's own output y back from y' of these, when they follow with a factor of −1:
 
-        y = 1 / output_scale ⊙ (y' − scaling · (x · lora_aᵀ) · (output_scale ⊙ lora_b)) − bias / output_scale
+        y = 1 / gain ⊙ (y' − scaling · (x · lora_aᵀ) · (gain ⊙ lora_b)) − bias / gain
         """
-        scale, bias = self.output_scale, self.bias
-        if scale is None:
-            return self if bias is None else replace(self, bias=-bias)
-        return LayerWeights(
-            self.lora_a.float(),
-            self.lora_b.float() * scale,
-            self.scaling,
-            1 / scale,
-            None if bias is None else -bias / scale,
-        )
+        if self.gain is None:
+            return replace(self, bias=None if self.bias is None else -self.bias)
+        bias = None if self.bias is None else -self.bias / self.gain
+        return LayerWeights(self.lora_a.float(), self.lora_b.float() * self.gain, self.scaling, 1 / self.gain, bias)
 
     def merged_bias(self, own: Tensor | None) -> Tensor | None:
-        """The bias of a layer with these weights in its own, whose bias was `own`."""
-        if own is not None and self.output_scale is not None:
-            own = self.output_scale * own
-        return own if self.bias is None else self.bias if own is None else own + self.bias
+        """The bias of a layer into which these weights are merged, whose own is `own`."""
+        if own is not None and self.gain is not None:
+            own = self.gain * own
+        if own is None or self.bias is None:
+            return self.bias if own is None else own
+        return own + self.bias
 
     def to(self, device: torch.device) -> "LayerWeights":
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return LayerWeights(
-            move(self.lora_a),
-            move(self.lora_b),
-            self.scaling,
-            None if self.output_scale is None else move(self.output_scale),
-            None if self.bias is None else move(self.bias),
-        )
+        extras = [None if extra is None else extra.to(device, non_blocking=True) for extra in (self.gain, self.bias)]
+        lora_a, lora_b = (factor.to(device, non_blocking=True) for factor in (self.lora_a, self.lora_b))
+        return LayerWeights(lora_a, lora_b, self.scaling, *extras)
 
 
 class LinearGroup(Protocol):
@@ -102,7 +91,7 @@ class LinearGroup(Protocol):
         First y = base(x), then in every pass, for each of its segments `(s, start, end, scale)` and each layer whose
         slot s holds weights, of the rows start to end:
 
-            y = output_scale ⊙ (y + scale · scaling · (x @ lora_aᵀ) @ lora_b) + bias
+            y = gain ⊙ (y + scale · scaling · (x @ lora_aᵀ) @ lora_b) + bias
 
         A pass comes from `Kernels.prepare_segments`; within one, segments are disjoint. A row that takes several
         bypasses has them in the order of the passes.
@@ -126,7 +115,7 @@ class EmbeddingBypass(Protocol):
 
         Rows of a segment `(s, start, end, scale)` whose slot s holds weights become
 
-            y = output_scale ⊙ (y + scale · scaling · lora_a[:, token_ids]ᵀ @ lora_b) + bias
+            y = gain ⊙ (y + scale · scaling · lora_a[:, token_ids]ᵀ @ lora_b) + bias
         """
 
 

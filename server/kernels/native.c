@@ -818,7 +818,8 @@ static void rescale(const float *gain, const float *bias, float *y, long y_strid
     for (long r = 0; r < rows; r++, y += y_stride)
         for (long o = 0; o < columns; o += LANES) {
             const long n = columns - o;
-            const vfloat g = gain ? load_some(gain + o, n) : splat(1.0f), b = bias ? load_some(bias + o, n) : splat(0.0f);
+            const vfloat g = gain ? load_some(gain + o, n) : splat(1.0f);
+            const vfloat b = bias ? load_some(bias + o, n) : splat(0.0f);
             store_some(y + o, fma(g, load_some(y + o, n), b), n);
         }
 }
@@ -828,10 +829,10 @@ INLINE int is_empty(const lora_slots *layer, long slot) {
 }
 
 /*
- * y_j[t] = gain_j[s] * (y_j[t] + scale * scaling[s] * (x[t] @ A_j[s].T) @ B_j[s]) + bias_j[s] for n layers that read the
- * same x and every row t of a segment with slot s; such a pair of segment and layer is a unit. Two lists of tasks, all
- * shrinks before all expands: (unit, rows, ranks), then (unit, rows, columns), each task some tens of kilobytes of A or
- * B (less when a few units must feed all cores) so that the cores stream evenly when every segment is one row.
+ * y_j[t] = gain_j[s] * (y_j[t] + scale * scaling[s] * (x[t] @ A_j[s].T) @ B_j[s]) + bias_j[s] for n layers that read
+ * the same x and every row t of a segment with slot s; such a pair of segment and layer is a unit. Two lists of tasks,
+ * all shrinks before all expands: (unit, rows, ranks), then (unit, rows, columns), each task some tens of kilobytes of
+ * A or B (less when a few units must feed all cores) so that the cores stream evenly when every segment is one row.
  */
 static int FN(add_lora)(const float *x, long n, const lora_slots *const *slots, float *const *ys,
                         const int64_t *y_strides, long num_segments, const lora_segment *segments) {
@@ -883,8 +884,8 @@ static int FN(add_lora)(const float *x, long n, const lora_slots *const *slots, 
             const lora_segment s = segments[t.segment];
             const long rank = layer->ranks[s.slot], kind = layer->kinds[s.slot];
             shrink(kind, x + t.row0 * in, (const char *)layer->a[s.slot] + t.col0 * in * kind_bytes(kind), in,
-                   layer->scalings[s.slot] * s.scale,
-                   h + offsets[t.segment * n + t.layer] + (t.row0 - s.start) * rank + t.col0, rank, t.row1 - t.row0, t.col1 - t.col0);
+                   layer->scalings[s.slot] * s.scale, h + offsets[t.segment * n + t.layer] + (t.row0 - s.start) * rank + t.col0,
+                   rank, t.row1 - t.row0, t.col1 - t.col0);
         }
 #pragma omp for schedule(dynamic) nowait
         for (long i = shrinks; i < shrinks + expands; i++) {
@@ -1334,7 +1335,7 @@ static void FN(gated)(const float *gates, long gate_stride, const float *up, lon
     }
 }
 
-static const kernel_set FN(kernels) = {FN(linear),   FN(add_lora), FN(add_embedding_lora),  FN(attention), FN(write_kv),
-                                       FN(rms_norm), FN(layer_norm), FN(rotary),    FN(gated)};
+static const kernel_set FN(kernels) = {FN(linear),   FN(add_lora), FN(add_embedding_lora), FN(attention), FN(write_kv),
+                                       FN(rms_norm), FN(layer_norm), FN(rotary),           FN(gated)};
 
 #endif

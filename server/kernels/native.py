@@ -138,8 +138,8 @@ class PackedLinear:
         data = torch.empty_like(self.data) if out is None else out
         total = data if data.dtype == torch.float32 else None
         total = torch.baddbmm(self.data.float(), a, b, alpha=lora.scaling, out=total)
-        if lora.output_scale is not None:
-            total *= _padded(lora.output_scale, panels * PANEL).view(panels, 1, PANEL)
+        if lora.gain is not None:
+            total *= _padded(lora.gain, panels * PANEL).view(panels, 1, PANEL)
         if total is not data:
             data.copy_(total)
         bias = lora.merged_bias(None if self.bias is None else self.bias[: self.out_features])
@@ -246,14 +246,14 @@ class LoRASlots:
             raise ValueError(f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} do not fit the layer")
         if lora_a.dtype != lora_b.dtype or lora_a.dtype not in _KINDS or lora_a.dtype == torch.int8:
             raise ValueError(f"lora_a is {lora_a.dtype}, lora_b is {lora_b.dtype}")
-        for extra in (weights.output_scale, weights.bias):
+        for extra in (weights.gain, weights.bias):
             if extra is not None and (extra.shape != (self.out_features,) or extra.dtype != torch.float32):
                 raise ValueError(f"an extra is {extra.dtype} of shape {tuple(extra.shape)}")
         if not all(tensor.is_contiguous() for tensor in weights.tensors()):
             raise ValueError("adapter weights must be contiguous")
         self.weights[slot] = weights
         self._a[slot], self._b[slot] = lora_a.data_ptr(), lora_b.data_ptr()
-        self._gains[slot], self._biases[slot] = _pointer(weights.output_scale), _pointer(weights.bias)
+        self._gains[slot], self._biases[slot] = _pointer(weights.gain), _pointer(weights.bias)
         self._ranks[slot], self._kinds[slot], self._scalings[slot] = rank, _KINDS[lora_a.dtype], weights.scaling
 
     def clear(self, slot: int) -> None:
@@ -293,7 +293,7 @@ class Segments:
 def add_lora(ys: Sequence[Tensor], x: Tensor, group: LoRAGroup, segments: Segments) -> None:
     """y[t] += scale * scaling[s] * (x[t] @ lora_a[s].T) @ lora_b[s] for each layer's y [..., out], row t of a segment.
 
-    Where the slot has them, y is multiplied by its `output_scale` and gets its `bias` after that.
+    Where the slot has them, y is multiplied by its `gain` and gets its `bias` after that.
     x is [..., in]; ys are contiguous and belong to the group's layers in order. A row outside every segment, or in one
     whose slot is empty, stays as it is.
     """

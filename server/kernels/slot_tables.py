@@ -35,7 +35,7 @@ class SlotTables:
         device = self.ranks.device
         lora_a, lora_b = (matrix.to(device, self._dtype).contiguous() for matrix in (weights.lora_a, weights.lora_b))
         assert lora_a.data_ptr() % 16 == lora_b.data_ptr() % 16 == 0, "the kernels read 16 bytes at once"
-        extras = [None if extra is None else extra.to(device) for extra in (weights.output_scale, weights.bias)]
+        extras = [None if extra is None else extra.to(device) for extra in (weights.gain, weights.bias)]
         self._kept[layer][slot] = LayerWeights(lora_a, lora_b, weights.scaling, *extras)
         tables = self.a_ptrs, self.b_ptrs, self.gain_ptrs, self.bias_ptrs
         for table, tensor in zip(tables, (lora_a, lora_b, *extras), strict=True):

@@ -31,8 +31,8 @@ class MergeableLayers:
                 lora_a, lora_b, is_transposed = lora.lora_a.float(), lora.lora_b.float(), isinstance(layer, Conv1D)
                 factors = (lora_a.T, lora_b) if is_transposed else (lora_b.T, lora_a)
                 merged = torch.addmm(base.float(), *factors, alpha=lora.scaling)
-                if lora.output_scale is not None:
-                    merged *= lora.output_scale if is_transposed else lora.output_scale[:, None]
+                if lora.gain is not None:
+                    merged *= lora.gain if is_transposed else lora.gain[:, None]
                 layer.weight = nn.Parameter(merged.to(base.dtype), requires_grad=False)
                 bias = lora.merged_bias(self.bias(index))
                 layer.bias = None if bias is None else nn.Parameter(bias.to(base.dtype), requires_grad=False)
@@ -114,12 +114,12 @@ def add_lora(y: Tensor, x: Tensor, slots: Sequence[LayerWeights | None], segment
 
     Semantics: for every segment `(s, start, end, scale)` whose slot holds weights, with rank r of its own,
 
-        y = output_scale_s ⊙ (y + scale · scaling_s · (x @ lora_a_sᵀ) @ lora_b_s) + bias_s        for rows start to end
+        y = gain_s ⊙ (y + scale · scaling_s · (x @ lora_a_sᵀ) @ lora_b_s) + bias_s        for rows start to end
 
     Args:
         y: [num_tokens, out_features], changed in place.
         x: [num_tokens, in_features].
-        slots: per slot `lora_a` [r, in_features] and `lora_b` [r, out_features], and `output_scale` and `bias`
+        slots: per slot `lora_a` [r, in_features] and `lora_b` [r, out_features], and `gain` and `bias`
             [out_features] where it has them; None: the adapter skips this layer.
         segments: runs of tokens of one slot, without overlap. Tokens in no segment are left untouched.
     """
@@ -132,9 +132,9 @@ def add_lora(y: Tensor, x: Tensor, slots: Sequence[LayerWeights | None], segment
 
 
 def finish(y: Tensor, weights: LayerWeights) -> None:
-    """y = output_scale ⊙ y + bias, in place."""
-    if weights.output_scale is not None:
-        y *= weights.output_scale.to(y.dtype)
+    """y = gain ⊙ y + bias, in place."""
+    if weights.gain is not None:
+        y *= weights.gain.to(y.dtype)
     if weights.bias is not None:
         y += weights.bias.to(y.dtype)
 

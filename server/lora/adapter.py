@@ -13,7 +13,7 @@ from server.kernels import LayerWeights
 from server.lora.base_weights import BaseWeights, adapted_norms, check_own
 
 # What a merged adapter makes smaller than this is not exact enough for others when it is made large again.
-MIN_OUTPUT_SCALE = 0.01
+MIN_GAIN = 0.01
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +114,7 @@ def _placed(layers: Mapping[str, LayerWeights], memory: Tensor) -> dict[str, Lay
         return placed.copy_(tensor)
 
     extras = {
-        module: [None if extra is None else place(extra) for extra in (layer.output_scale, layer.bias)]
+        module: [None if extra is None else place(extra) for extra in (layer.gain, layer.bias)]
         for module, layer in layers.items()
     }
     return {
@@ -135,6 +135,6 @@ def _why_no_mix(files: AdapterFiles, weights: Mapping[str, LayerWeights]) -> str
 
 def _why_no_merge(weights: Mapping[str, LayerWeights]) -> str:
     for module, layer in weights.items():
-        if layer.output_scale is not None and layer.output_scale.abs().min() < MIN_OUTPUT_SCALE:
+        if layer.gain is not None and layer.gain.abs().min() < MIN_GAIN:
             return f"it all but erases an output of {module}, which other requests need"
     return ""

@@ -9,7 +9,7 @@ from adapters.errors import AdapterIncompatibleError
 from adapters.format import LoRAWeights
 from adapters.tensors import LinearShape
 
-_CHUNK_ELEMENTS = 1 << 20  # of a weight that are looked at together: a few MiB of scratch, whatever its size
+_CHUNK_ELEMENTS = 1 << 23  # of a weight that are looked at together: 32 MiB of scratch, whatever its size
 
 # What storing a value changes at most: a share of the value, and where the steps are even a share of the largest of
 # its row.

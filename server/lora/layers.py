@@ -83,7 +83,7 @@ class MultiLoRAEmbedding(nn.Module):
         self._bypass.set_slot(slot, weights)
 
     def merge(self, weights: LayerWeights | None) -> None:
-        """Gives every token this bypass first, from here on: there is no matrix product that a sum of tables saves."""
+        """Every token takes these weights first from here on: a sum of whole tables would save no matrix product."""
         self.set_slot(self._merged_slot, weights)
         self._is_merged = weights is not None
 
@@ -130,7 +130,7 @@ class LoRALayers:
         self.base_weights = BaseWeights(shapes, kernels.storage or model.dtype)
         embedding = model.get_input_embeddings()
         embedding_rows: Callable[[int, int], Tensor] = partial(_rows, embedding)
-        tied = embedding.weight is model.get_submodule(head).weight
+        tied = shapes[head].kind == "tied head"
         parts = groups if kernels.groups_layers else [[name] for group in groups for name in group]
         for names in parts:
             layers = [model.get_submodule(name) for name in names]
@@ -146,11 +146,12 @@ class LoRALayers:
                 model.set_input_embeddings(kernels.tied_embedding(kernel))
                 embedding_rows = partial(kernel.base_rows, 0)
         self._embeddings: dict[str, MultiLoRAEmbedding] = {}
-        for name in (name for name, shape in shapes.items() if shape.kind == "embedding"):
-            base = model.get_input_embeddings()
-            self._embeddings[name] = MultiLoRAEmbedding(base, shapes[name], num_slots + 1, kernels, self._tokens)
-            _replace(model, name, self._embeddings[name])
-            self.base_weights.add(name, embedding_rows)
+        for name, shape in shapes.items():
+            if shape.kind == "embedding":
+                base = model.get_input_embeddings()
+                self._embeddings[name] = MultiLoRAEmbedding(base, shape, num_slots + 1, kernels, self._tokens)
+                _replace(model, name, self._embeddings[name])
+                self.base_weights.add(name, embedding_rows)
 
     def write(self, slot: int, adapter: Adapter | None) -> None:
         """Puts an adapter's weights into a slot, in place of whatever was there; None empties the slot.

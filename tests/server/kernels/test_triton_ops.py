@@ -54,7 +54,7 @@ def fill(groups: Sequence[LinearGroup], ranks: Sequence[int], in_features: int, 
         for slot in range(len(ranks)):
             weights = random_weights(ranks[(slot + layer) % len(ranks)], in_features, out_features, 0.5 + slot)
             if slot % 2:
-                weights = replace(weights, output_scale=torch.randn(out_features))
+                weights = replace(weights, gain=torch.randn(out_features))
             if slot % 3 == 1:
                 weights = replace(weights, bias=torch.randn(out_features))
             for group in groups:
@@ -132,7 +132,7 @@ def test_embedding_bypass(interpreted: Any, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     bypass, reference = interpreted.TritonEmbeddingBypass(CPU, dtype, 100, 272, 3), TorchEmbeddingBypass(100, 272, 3)
     for slot, rank in enumerate((1, 40)):
-        weights = replace(random_weights(rank, 100, 272, 0.5 + slot), output_scale=torch.randn(272))
+        weights = replace(random_weights(rank, 100, 272, 0.5 + slot), gain=torch.randn(272))
         for filled in (bypass, reference):
             filled.set_slot(slot, weights)
     token_ids, y = torch.randint(100, (30,)), torch.randn(30, 272, dtype=dtype)
