@@ -192,6 +192,13 @@ def test_broken_files(folder: Path, fault: str) -> None:
         ({"lora_dropout": "abc"}, "lora_dropout is 'abc'"),
         ({"lora_dropout": [1]}, "lora_dropout"),
         ({"surprise": 1}, "unknown key 'surprise'"),
+        ({"bias": "some"}, "bias is 'some'; one of none, lora_only, all"),
+        ({"lora_bias": 2}, "lora_bias is 2"),
+        ({"alora_invocation_tokens": ["x"]}, "integers are needed"),
+        ({"alora_invocation_tokens": [-1]}, "token ids are needed"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora goes neither"),
+        ({"use_dora": True, "alora_invocation_tokens": [1]}, "use_dora goes neither"),
+        ({"use_dora": True}, "2 of 6 tensors are missing: .*lora_magnitude_vector"),
     ],
 )
 def test_bad_configurations(folder: Path, changes: dict[str, Any], reason: str) -> None:
@@ -206,10 +213,14 @@ def test_bad_configurations(folder: Path, changes: dict[str, Any], reason: str) 
     [
         ({"peft_type": "LOHA"}, "only LORA"),
         ({"modules_to_save": ["norm", "lm_head"]}, "norm was trained whole"),
+        ({"modules_to_save": ["score"]}, r"modules_to_save=\['score'\] is not served: score was trained whole"),
         ({"task_type": "SEQ_CLS"}, "SEQ_CLS.*generates text"),
+        ({"use_qalora": True}, "use_qalora=True is not served: .*GPTQ"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication.*each layer once"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"target_parameters": ["x"]}, "target_parameters"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*changed base model; save it as plain LoRA"),
+        ({"init_lora_weights": "surprise"}, "surprise.*nobody knows"),
         ({"r": 17}, "--max-lora-rank 17"),
         ({"rank_pattern": {"v_proj": 32}}, "--max-lora-rank 32"),
         ({"target_modules": ["c_attn"]}, "match no linear layer"),
@@ -219,6 +230,15 @@ def test_what_is_not_served_is_named(folder: Path, changes: dict[str, Any], reas
     configure(folder, **changes)
     with pytest.raises(AdapterIncompatibleError, match=reason):
         read(folder)
+
+
+@pytest.mark.parametrize("changes", [{"lora_bias": True}, {"alora_invocation_tokens": [1]}])
+def test_what_an_embedding_cannot_have_is_named(folder: Path, changes: dict[str, Any]) -> None:
+    configure(folder, target_modules=["embed_tokens"], **changes)
+    with pytest.raises(
+        AdapterFormatError, match=rf"embed_tokens is an embedding, which {next(iter(changes))} does not"
+    ):
+        read_adapter(folder, {**LAYERS, "model.embed_tokens": LinearShape(32, 16, "embedding")}, 16)
 
 
 @pytest.mark.parametrize(
