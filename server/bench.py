@@ -91,12 +91,16 @@ def _load_adapters(config: EngineConfig, parts: EngineParts, folder: str | None,
         raise ConfigError(f"--num-adapters {count}: --adapters-dir {folder} holds {len(paths)}")
     base = parts.runner.lora.base_weights
     try:
-        return [
+        adapters = [
             Adapter.from_files(read_adapter(path, base.shapes, config.max_lora_rank), path.name, "1", generation, base)
             for generation, path in enumerate(paths[:count], start=1)
         ]
     except AdapterFormatError as error:
         raise ConfigError(f"--adapters-dir {folder}: {error}") from error
+    for adapter in adapters:
+        if adapter.invocation_tokens:
+            raise ConfigError(f"--adapters-dir {folder}: {adapter.name} waits for its invocation (aLoRA)")
+    return adapters
 
 
 def _read_prompts(path: Path, vocab_size: int) -> list[list[int]]:

@@ -27,11 +27,10 @@ class CpuLinearGroup:
         _fill(self._slots[layer], slot, weights)
 
     def base_rows(self, layer: int, start: int, end: int) -> Tensor:
-        return self._base.layers[layer].rows(start, end)
+        return self._base.layers[layer].unpack(start, end)
 
     def base_bias(self, layer: int) -> Tensor | None:
-        packed = self._base.layers[layer]
-        return None if packed.bias is None else packed.bias[: packed.out_features]
+        return self._base.layers[layer].own_bias
 
     def merge(self, weights: Sequence[LayerWeights | None]) -> int:
         layers, num_bytes = list(self._base.layers), 0

@@ -142,12 +142,17 @@ class PackedLinear:
             total *= _padded(lora.gain, panels * PANEL).view(panels, 1, PANEL)
         if total is not data:
             data.copy_(total)
-        bias = lora.merged_bias(None if self.bias is None else self.bias[: self.out_features])
-        bias = None if bias is None else _padded(bias, panels * PANEL)
-        return PackedLinear(data, None, bias, self.out_features)
+        bias = lora.merged_bias(self.own_bias)
+        return PackedLinear(data, None, None if bias is None else _padded(bias, panels * PANEL), self.out_features)
 
-    def rows(self, start: int, end: int) -> Tensor:
-        """Rows of the weight [out, in] in float32 (int8: as rounded)."""
+    @property
+    def own_bias(self) -> Tensor | None:
+        """[out], without the padding."""
+        return None if self.bias is None else self.bias[: self.out_features]
+
+    def unpack(self, start: int = 0, end: int | None = None) -> Tensor:
+        """Rows `start` to `end` of the weight [out, in] in float32 (int8: as rounded)."""
+        end = self.out_features if end is None else end
         first = start // PANEL
         panels = self.data[first : -(-end // PANEL)].transpose(1, 2).reshape(-1, self.in_features)
         weight = panels[start - first * PANEL : end - first * PANEL].float()

@@ -29,8 +29,8 @@ class Adapter:
     weights: Mapping[str, LayerWeights] = field(repr=False)  # by module path
     num_bytes: int  # of the weights
     num_bytes_disk: int
-    no_mix: str = ""  # why it is more than a sum that takes a factor and others beside it; empty: it is not
-    no_merge: str = ""  # why nobody else could be served with it merged; empty: they can
+    no_mix: str = ""  # why it takes no factor and no other adapter beside it; empty: it does
+    no_merge: str = ""  # why nobody else could be served while it is merged; empty: they can
     invocation_tokens: tuple[int, ...] = ()  # aLoRA: it works from their last occurrence in a prompt on
 
     @classmethod
@@ -38,7 +38,7 @@ class Adapter:
         """Copies the weights into one block of memory, which goes back to the system whole when the adapter goes.
 
         Raises:
-            AdapterIncompatibleError: what the files hold of the base model is not this base model's own.
+            AdapterIncompatibleError: the files do not go with what this base model's weights are.
         """
         for module, weight in files.base_weights.items():
             check_own(base, module, weight)
@@ -89,18 +89,20 @@ def _layer(files: AdapterFiles, module: str, base: BaseWeights) -> LayerWeights 
     own = None if shape.kind == "embedding" else base.bias(module)
     if trained is not None and own is None:
         raise AdapterIncompatibleError(f"the bias of {module} was trained, and the base model has none there")
-    scale = bias = None
+    gain = bias = None
     if lora is not None and lora.magnitude is not None:
-        scale = lora.magnitude.float() / adapted_norms(base, module, lora)
-    if own is not None and (scale is not None or trained is not None):
-        bias = (own if trained is None else trained.float()) - (own if scale is None else scale * own)
+        gain = lora.magnitude.float() / adapted_norms(base, module, lora)
+        if not gain.isfinite().all():
+            raise AdapterIncompatibleError(f"DoRA divides by the norm of {module}'s weights, and some of them are zero")
+    if own is not None and (gain is not None or trained is not None):
+        bias = (own if trained is None else trained.float()) - (own if gain is None else gain * own)
     if lora is None:
         unchanged = bias is None or not bias.any()
-        none = torch.empty(0, shape.in_features), torch.empty(0, shape.out_features)
-        return None if unchanged else LayerWeights(*none, 1.0, scale, bias)
+        no_factors = torch.empty(0, shape.in_features), torch.empty(0, shape.out_features)
+        return None if unchanged else LayerWeights(*no_factors, 1.0, bias=bias)
     if lora.lora_bias is not None:
         bias = lora.scaling * lora.lora_bias.float() + (0.0 if bias is None else bias)
-    return LayerWeights(lora.lora_a, lora.lora_b.T, lora.scaling, scale, bias)
+    return LayerWeights(lora.lora_a, lora.lora_b.T, lora.scaling, gain, bias)
 
 
 def _placed(layers: Mapping[str, LayerWeights], memory: Tensor) -> dict[str, LayerWeights]:
@@ -109,6 +111,8 @@ def _placed(layers: Mapping[str, LayerWeights], memory: Tensor) -> dict[str, Lay
 
     def place(tensor: Tensor) -> Tensor:
         nonlocal used
+        if not tensor.numel():
+            return tensor
         placed = memory[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         used += tensor.nbytes
         return placed.copy_(tensor)

@@ -1,6 +1,6 @@
 """KV blocks over plain ids: taken, shared, kept for later, forgotten in order."""
 
-from server.engine.block_allocator import BlockAllocator
+from server.engine.block_allocator import BlockAllocator, IdentityChange
 
 
 def filled(allocator: BlockAllocator, identity: object, token_ids: list[int]) -> list[int]:
@@ -73,6 +73,20 @@ def test_a_reused_block_never_passes_for_its_old_self() -> None:
     assert allocator.grow(other, 4)  # takes the parent's block
     allocator.publish("a", [7, 7, 7, 7], other, 4)
     assert len(allocator.share("a", [7, 7, 7, 7, 4, 5, 6, 7, 0])) == 1
+
+
+def test_blocks_before_a_change_of_identity_are_shared_under_the_first() -> None:
+    allocator, token_ids = BlockAllocator(16, block_size=4), list(range(16))
+    change = IdentityChange(6, "adapter")  # in the second block
+    table: list[int] = []
+    assert allocator.grow(table, 16)
+    allocator.publish("base", token_ids, table, 8, change)
+    allocator.publish("base", token_ids, table, 16, change)
+    assert allocator.share("base", token_ids, change) == table[:3]
+    for other in (None, IdentityChange(6, "other"), IdentityChange(5, "adapter"), IdentityChange(16, "adapter")):
+        assert allocator.share("base", token_ids, other) == table[:1], other
+    assert allocator.share("base", token_ids, IdentityChange(0, "adapter")) == []
+    assert allocator.share("other", token_ids, change) == []
 
 
 def test_it_can_be_switched_off() -> None:

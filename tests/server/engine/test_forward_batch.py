@@ -2,7 +2,7 @@
 
 import torch
 
-from server.engine.forward_batch import build_forward_batch
+from server.engine.forward_batch import MergedAdapter, build_forward_batch
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import ScheduledRequest
 from server.kernels import Segment
@@ -11,9 +11,16 @@ from server.lora.adapter import Adapter, WeightedAdapter
 ADAPTER = Adapter("one", "1", 1, "", 8, (), {}, 0, 0)
 
 
-def item(tokens: list[int], computed: int, num_tokens: int, blocks: list[int], **slots: float) -> ScheduledRequest:
+def item(
+    tokens: list[int],
+    computed: int,
+    num_tokens: int,
+    blocks: list[int],
+    adapter: Adapter = ADAPTER,
+    **slots: float,
+) -> ScheduledRequest:
     """`slots`: the weights of a request's adapters, by slot."""
-    adapters = [WeightedAdapter(ADAPTER, weight) for weight in slots.values()]
+    adapters = [WeightedAdapter(adapter, weight) for weight in slots.values()]
     request = Request(0, tokens, SamplingParams(), adapters, frozenset())
     request.num_computed_tokens, request.block_table = computed, blocks
     request.adapter_slots = tuple(int(name.removeprefix("slot")) for name in slots)
@@ -59,3 +66,21 @@ def test_mixtures_take_one_pass_an_adapter() -> None:
         (Segment(3, 4, 6, -2.0),),
         (Segment(1, 4, 5),),
     )
+
+
+def test_an_invoked_adapter_works_from_its_invocation_on() -> None:
+    invoked = Adapter("two", "1", 2, "", 8, (), {}, 0, 0, invocation_tokens=(7, 9))
+    tokens = [1, 7, 9, 2, 7, 9, 3]  # the last occurrence counts, at 4
+    chunks = [
+        item(tokens, computed=computed, num_tokens=num_tokens, blocks=[0, 1], adapter=invoked, slot0=1.0)
+        for computed, num_tokens in ((0, 3), (2, 4), (4, 2), (6, 1))
+    ]
+    device = torch.device("cpu")
+    batch = build_forward_batch(chunks, 4, device)
+    assert batch.passes == ((Segment(0, 5, 10),),)
+    assert batch.logits_passes == ((Segment(0, 0, 1),),)
+    beside = build_forward_batch(chunks, 4, device, merged=MergedAdapter(ADAPTER, 8))
+    assert beside.passes == ((Segment(8, 0, 10, -1.0),), (Segment(0, 5, 10),))
+    into = build_forward_batch(chunks, 4, device, merged=MergedAdapter(invoked, 8))
+    assert into.passes == ((Segment(8, 0, 5, -1.0),),)
+    assert into.logits_passes == ()

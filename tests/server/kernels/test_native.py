@@ -48,7 +48,7 @@ def random_split(total: int) -> list[int]:
 def test_linear(out_features: int, in_features: int, storage: Storage) -> None:
     weight, bias = torch.randn(out_features, in_features), torch.randn(out_features)
     packed = native.pack_linear(weight, bias, storage)
-    reference = packed.rows(0, packed.out_features).double()
+    reference = packed.unpack().double()
     tolerance = {"float32": 0.0, "bfloat16": 2**-8, "int8": 0.5 / 127}[storage]
     assert (reference - weight).abs().max() <= tolerance * weight.abs().max() + 1e-12
     for rows in (1, 2, 3, 4, 7, 16, 17, 25, 200):
@@ -60,7 +60,7 @@ def test_linear(out_features: int, in_features: int, storage: Storage) -> None:
 def test_linear_packs_transposed_parameters() -> None:
     weight, bias = torch.nn.Parameter(torch.randn(40, 50)), torch.nn.Parameter(torch.randn(50))
     packed = native.pack_linear(weight.T, bias)
-    assert torch.equal(packed.rows(0, packed.out_features), weight.T)
+    assert torch.equal(packed.unpack(), weight.T)
     x = torch.randn(3, 40)
     y = native.linear(x, packed)
     assert not y.requires_grad
@@ -71,7 +71,7 @@ def test_linear_takes_bfloat16_weights_and_leading_dimensions() -> None:
     weight = torch.randn(48, 64, dtype=torch.bfloat16)
     x = torch.randn(1, 5, 64)
     packed = native.pack_linear(weight, storage="bfloat16")
-    assert torch.equal(packed.rows(0, packed.out_features), weight.float())
+    assert torch.equal(packed.unpack(), weight.float())
     torch.testing.assert_close(native.linear(x, packed), x @ weight.float().T)
 
 

@@ -1,0 +1,62 @@
+"""What becomes of an adapter's files beside the base's weights."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters.config import AdapterConfig
+from adapters.errors import AdapterIncompatibleError
+from adapters.format import AdapterFiles, LoRAWeights
+from adapters.tensors import LinearShape
+from server.lora.adapter import Adapter
+from server.lora.base_weights import BaseWeights
+
+WEIGHT = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+
+
+def made(weights: dict[str, LoRAWeights], biases: dict[str, Tensor] | None = None) -> Adapter:
+    """On a base of two layers, of which the second has a bias of ones."""
+    base = BaseWeights({name: LinearShape(5, 3) for name in "ab"}, torch.float32)
+    base.add("a", lambda start, end: WEIGHT[start:end])
+    base.add("b", lambda start, end: WEIGHT[start:end], torch.ones(3))
+    config = AdapterConfig(rank=1, alpha=2, target_modules=("a", "b"))
+    return Adapter.from_files(AdapterFiles(config, weights, "", 0, {}, biases or {}), "adapter", "1", 1, base)
+
+
+def lora(dtype: torch.dtype = torch.float32, magnitude: Tensor | None = None) -> LoRAWeights:
+    return LoRAWeights(torch.ones(1, 5, dtype=dtype), torch.ones(3, 1, dtype=dtype), 2.0, magnitude=magnitude)
+
+
+def test_factors_of_any_width_lie_beside_float32_extras() -> None:
+    adapter = made({"a": lora(torch.bfloat16)}, {"b": torch.tensor([1.0, 3.0, 1.0])})
+    assert adapter.num_bytes == 2 * (5 + 3) + 4 * 3
+    assert adapter.weights["a"].lora_b.dtype is torch.bfloat16
+    assert adapter.weights["b"].lora_a.shape == (0, 5)
+    assert adapter.weights["b"].bias is not None
+    assert adapter.weights["b"].bias.tolist() == [0.0, 2.0, 0.0]
+    assert adapter.no_mix == "it adds biases"
+
+
+def test_a_bias_that_is_the_bases_own_is_nothing() -> None:
+    adapter = made({"a": lora()}, {"b": torch.ones(3)})
+    assert adapter.weights.keys() == {"a"}
+    assert not adapter.no_mix
+
+
+def test_dora_is_a_gain_on_the_layers_own_output() -> None:
+    magnitude = torch.tensor([1.0, 2.0, -3.0])
+    layer = made({"b": lora(magnitude=magnitude)}).weights["b"]
+    gain = magnitude / (WEIGHT + 2.0).norm(dim=1)
+    torch.testing.assert_close(layer.gain, gain)
+    torch.testing.assert_close(layer.bias, 1 - gain)  # the base's bias is not rescaled
+
+
+def test_what_follows_from_a_layer_that_lacks_something() -> None:
+    with pytest.raises(AdapterIncompatibleError, match="the bias of a was trained, and the base model has none"):
+        made({"b": lora()}, {"a": torch.ones(3)})
+    cancelled = LoRAWeights(torch.ones(1, 5), torch.zeros(3, 1), 1.0, magnitude=torch.zeros(3))
+    base = BaseWeights({"a": LinearShape(5, 3)}, torch.float32)
+    base.add("a", lambda start, end: torch.zeros(end - start, 5))
+    files = AdapterFiles(AdapterConfig(rank=1, alpha=1, target_modules=("a",)), {"a": cancelled}, "", 0)
+    with pytest.raises(AdapterIncompatibleError, match="norm of a's weights, and some of them are zero"):
+        Adapter.from_files(files, "adapter", "1", 1, base)
