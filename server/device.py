@@ -11,7 +11,7 @@ from server.engine.cpu_kv_cache import CpuKVCache
 from server.engine.cuda_kv_cache import CudaKVCache
 from server.engine.kv_cache import KVShape, TorchKVCache
 from server.errors import ConfigError
-from server.kernels import Kernels, Storage, native, onednn
+from server.kernels import Kernels, Storage, native, native_attention, onednn
 from server.kernels.cpu import cpu_kernels
 from server.kernels.torch_ops import torch_kernels
 
@@ -54,7 +54,7 @@ class Device:
     def paged_cache(self, shape: KVShape, num_blocks: int, block_size: int) -> PagedCache:
         if self._pages(shape, block_size):
             return CudaKVCache(shape, num_blocks, block_size, self.dtype, self.torch_device)
-        if self.native and block_size == CpuKVCache.block_size and native.serves_head_dim(shape.head_dim):
+        if self.native and block_size == CpuKVCache.block_size and native_attention.serves_head_dim(shape.head_dim):
             return CpuKVCache(shape, num_blocks)
         return TorchKVCache(shape, num_blocks, block_size, self.dtype, self.torch_device)
 

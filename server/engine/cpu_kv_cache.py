@@ -5,32 +5,33 @@ from torch import Tensor
 from server.engine.attention import AttentionOptions
 from server.engine.forward_batch import ForwardBatch
 from server.engine.kv_cache import KVShape
-from server.kernels import native
+from server.kernels import native_attention
 
 
 class CpuKVCache:
     """Owns K and V of every layer in the kernel's own layout, whose blocks have a fixed size."""
 
-    block_size = native.BLOCK_SIZE
+    block_size = native_attention.BLOCK_SIZE
 
     def __init__(self, shape: KVShape, num_blocks: int) -> None:
         self._layers = [
-            native.KVCacheLayer(num_blocks, shape.num_kv_heads, shape.head_dim) for _ in range(shape.num_layers)
+            native_attention.KVCacheLayer(num_blocks, shape.num_kv_heads, shape.head_dim)
+            for _ in range(shape.num_layers)
         ]
-        self._options: dict[tuple[object, ...], native.AttentionOptions] = {}
+        self._options: dict[tuple[object, ...], native_attention.AttentionOptions] = {}
 
     def step(self, batch: ForwardBatch) -> "CpuAttentionStep":
         return CpuAttentionStep(self, batch)
 
-    def layer(self, layer: int) -> native.KVCacheLayer:
+    def layer(self, layer: int) -> native_attention.KVCacheLayer:
         return self._layers[layer]
 
-    def options(self, layer: int, num_heads: int, options: AttentionOptions) -> native.AttentionOptions:
+    def options(self, layer: int, num_heads: int, options: AttentionOptions) -> native_attention.AttentionOptions:
         """How a layer attends, as the kernel wants it; made once."""
         key = (layer, num_heads, options._replace(sinks=None), options.sinks is None)
         made = self._options.get(key)
         if made is None:
-            made = self._options[key] = native.AttentionOptions(num_heads, **options._asdict())
+            made = self._options[key] = native_attention.AttentionOptions(num_heads, **options._asdict())
         return made
 
 
@@ -40,14 +41,14 @@ class CpuAttentionStep:
     def __init__(self, cache: CpuKVCache, batch: ForwardBatch) -> None:
         self._cache = cache
         self._slot_mapping = batch.slot_mapping
-        self._batch = native.AttentionBatch(batch.block_tables, batch.query_start_loc, batch.position_ids[0])
+        self._batch = native_attention.AttentionBatch(batch.block_tables, batch.query_start_loc, batch.position_ids[0])
 
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         assert layer is not None
         cache = self._cache.layer(layer)
-        native.write_kv(cache, _by_token(key), _by_token(value), self._slot_mapping)
+        native_attention.write_kv(cache, _by_token(key), _by_token(value), self._slot_mapping)
         made = self._cache.options(layer, query.shape[0], options)
-        return native.paged_attention(_by_token(query), cache, made, self._batch)
+        return native_attention.paged_attention(_by_token(query), cache, made, self._batch)
 
 
 def _by_token(heads: Tensor) -> Tensor:

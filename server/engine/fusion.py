@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from server.engine.attention import AttentionOptions, AttentionStep
-from server.kernels import native
+from server.kernels import native_fused
 
 _TOLERANCE = 1e-5  # of the largest output: rounding in another order
 
@@ -105,7 +105,7 @@ def _candidates(module: Any, options: dict[int | None, AttentionOptions]) -> Ite
         for weight in _norm_weights(module):
             yield "RMS norm", _rms_norm(weight, _eps(module))
     elif _has(module, "gate_proj", "up_proj", "down_proj"):
-        for gate in (native.silu_mul, native.gelu_tanh_mul):
+        for gate in (native_fused.silu_mul, native_fused.gelu_tanh_mul):
             yield "gated feed-forward", _gated(module, gate)
     elif _has(module, "q_proj", "k_proj", "v_proj", "o_proj"):
         layer = getattr(module, "layer_idx", None)
@@ -119,14 +119,14 @@ def _candidates(module: Any, options: dict[int | None, AttentionOptions]) -> Ite
 
 def _layer_norm(module: nn.LayerNorm) -> Forward:
     def forward(x: Tensor) -> Tensor:
-        return native.layer_norm(x, module.weight, module.bias, module.eps)
+        return native_fused.layer_norm(x, module.weight, module.bias, module.eps)
 
     return forward
 
 
 def _rms_norm(weight: Tensor, eps: float) -> Forward:
     def forward(x: Tensor) -> Tensor:
-        return native.rms_norm(x, weight, eps)
+        return native_fused.rms_norm(x, weight, eps)
 
     return forward
 
@@ -159,7 +159,7 @@ def _attention(module: Any, layer: int | None, options: AttentionOptions) -> For
         query, key = q_proj(hidden_states).view(heads), k_proj(hidden_states).view(heads)
         value = v_proj(hidden_states).view(heads)
         cos, sin = position_embeddings
-        native.rotary(query, key, cos[0], sin[0])
+        native_fused.rotary(query, key, cos[0], sin[0])
         attended = attention_step.attend(
             layer, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), options
         )
@@ -174,8 +174,8 @@ def _decoder_layer(module: Any, first: Tensor, second: Tensor) -> Forward:
     first_eps, second_eps = _eps(module.input_layernorm), _eps(module.post_attention_layernorm)
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attended, _ = attention(native.rms_norm(hidden_states, first, first_eps), **kwargs)
-        normed = native.rms_norm(attended, second, second_eps, residual=hidden_states)
+        attended, _ = attention(native_fused.rms_norm(hidden_states, first, first_eps), **kwargs)
+        normed = native_fused.rms_norm(attended, second, second_eps, residual=hidden_states)
         return hidden_states.add_(mlp(normed))
 
     return forward

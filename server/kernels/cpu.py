@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from server.kernels import Kernels, LayerWeights, LinearGroup, Storage, native
+from server.kernels import Kernels, LayerWeights, LinearGroup, Storage, native, native_lora
 
 
 class CpuLinearGroup:
@@ -16,8 +16,8 @@ class CpuLinearGroup:
     def __init__(self, storage: Storage, layers: Sequence[nn.Module], num_slots: int) -> None:
         packed = [_pack(layer, storage) for layer in layers]
         self._base = self._linear = native.LinearGroup(packed)
-        self._slots = [native.LoRASlots(layer.in_features, layer.out_features, num_slots) for layer in packed]
-        self._lora = native.LoRAGroup(self._slots)
+        self._slots = [native_lora.LoRASlots(layer.in_features, layer.out_features, num_slots) for layer in packed]
+        self._lora = native_lora.LoRAGroup(self._slots)
 
     @property
     def packed(self) -> Sequence[native.PackedLinear]:
@@ -45,10 +45,10 @@ class CpuLinearGroup:
     def unmerge(self) -> None:
         self._linear = self._base
 
-    def __call__(self, x: Tensor, passes: Sequence[native.Segments]) -> list[Tensor]:
+    def __call__(self, x: Tensor, passes: Sequence[native_lora.Segments]) -> list[Tensor]:
         outputs = native.linear_many(x, self._linear)
         for segments in passes:
-            native.add_lora(outputs, x, self._lora, segments)
+            native_lora.add_lora(outputs, x, self._lora, segments)
         return outputs
 
 
@@ -56,13 +56,13 @@ class CpuEmbeddingBypass:
     """Adapters of the embedding, read where they lie in host memory; bit-identical rows in any batch."""
 
     def __init__(self, vocab_size: int, hidden_size: int, num_slots: int) -> None:
-        self._slots = native.LoRASlots(vocab_size, hidden_size, num_slots)
+        self._slots = native_lora.LoRASlots(vocab_size, hidden_size, num_slots)
 
     def set_slot(self, slot: int, weights: LayerWeights | None) -> None:
         _fill(self._slots, slot, weights)
 
-    def __call__(self, y: Tensor, token_ids: Tensor, segments: native.Segments) -> None:
-        native.add_embedding_lora(y, token_ids, self._slots, segments)
+    def __call__(self, y: Tensor, token_ids: Tensor, segments: native_lora.Segments) -> None:
+        native_lora.add_embedding_lora(y, token_ids, self._slots, segments)
 
 
 class PackedEmbedding(nn.Module):
@@ -82,7 +82,7 @@ def cpu_kernels(storage: Storage) -> Kernels:
     return Kernels(
         f"native {native.isa()}",
         partial(CpuLinearGroup, storage),
-        native.Segments,
+        native_lora.Segments,
         CpuEmbeddingBypass,
         groups_layers=True,
         no_merge="the base is quantized (--quantization int8)" if storage == "int8" else "",
@@ -91,7 +91,7 @@ def cpu_kernels(storage: Storage) -> Kernels:
     )
 
 
-def _fill(slots: native.LoRASlots, slot: int, weights: LayerWeights | None) -> None:
+def _fill(slots: native_lora.LoRASlots, slot: int, weights: LayerWeights | None) -> None:
     if weights is None:
         slots.clear(slot)
     else:

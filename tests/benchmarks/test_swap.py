@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 
 from benchmarks.swap import Observed, report
 from server.cli import main
+from tests.conftest import ADAPTERS
 
 
 def test_report() -> None:
@@ -45,7 +46,7 @@ def test_a_run(model_dir: Path, adapters_dir: Path) -> None:
 
 def test_what_cannot_be_measured_is_said(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
     for arguments, reason in (
-        (["--num-adapters", "8"], "holds 8; one more"),
+        (["--num-adapters", str(len(ADAPTERS))], f"holds {len(ADAPTERS)}; one more"),
         (["--num-adapters", "2", "--output-tokens", "999"], "--max-model-len"),
     ):
         done = run(model_dir, adapters_dir, *arguments)

@@ -18,7 +18,7 @@ from server.engine.model import prepare_base_model
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import ScheduledRequest
 from server.errors import InvalidRequest
-from server.kernels import native
+from server.kernels import native, native_lora
 from server.lora.adapter import Adapter, WeightedAdapter
 from tests.conftest import EOS, VOCAB_SIZE, byte_tokenizer, save_adapter
 from tests.server.engine.conftest import Engine
@@ -232,7 +232,7 @@ def test_whatever_an_adapter_does_takes_the_calls_of_a_plain_one(
         return count
 
     for name in ("add_lora", "add_embedding_lora"):
-        monkeypatch.setattr(native, name, counted(name, getattr(native, name)))
+        monkeypatch.setattr(native_lora, name, counted(name, getattr(native_lora, name)))
     engine, _ = make_engine(base_dir)
     for on in ("", *ADAPTERS):
         adapter = engine.load(folders[on]) if on else None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.kernels import LayerWeights, Segment, Storage, native
+from server.kernels import LayerWeights, Segment, Storage, native, native_attention, native_fused, native_lora
 from server.kernels.torch_ops import TorchEmbeddingBypass, add_lora
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
@@ -113,8 +113,8 @@ class Adapters:
     """Slots of two layers that share x, with a rank of its own in each, and their reference."""
 
     def __init__(self, ranks: list[int], in_features: int, outs: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.layers = [native.LoRASlots(in_features, out, len(ranks)) for out in outs]
-        self.group = native.LoRAGroup(self.layers)
+        self.layers = [native_lora.LoRASlots(in_features, out, len(ranks)) for out in outs]
+        self.group = native_lora.LoRAGroup(self.layers)
         for layer in self.layers:
             for slot, rank in enumerate(ranks):
                 a = torch.randn(rank, in_features).to(dtype) / math.sqrt(in_features)
@@ -147,7 +147,7 @@ def test_add_lora(in_features: int, outs: tuple[int, ...], popularity: str, dtyp
     x = torch.randn(segments[-1].end + 3, in_features)
     before = [torch.randn(len(x), out) for out in outs]
     ys = [y.clone() for y in before]
-    native.add_lora(ys, x, adapters.group, native.Segments(segments))
+    native_lora.add_lora(ys, x, adapters.group, native_lora.Segments(segments))
     for layer, (y, base) in enumerate(zip(ys, before, strict=True)):
         expected = base.double()
         for slot, start, end, scale in segments:
@@ -159,11 +159,13 @@ def test_add_lora(in_features: int, outs: tuple[int, ...], popularity: str, dtyp
 
 def test_add_lora_halves_are_exact() -> None:
     numbers = [1.0, -2.5, 65504.0, 6e-8, -3.0e-5, 0.0, math.inf, math.nan]
-    layer = native.LoRASlots(1, 8, 1)
+    layer = native_lora.LoRASlots(1, 8, 1)
     b = torch.tensor([numbers], dtype=torch.float16)
     layer.set(0, LayerWeights(torch.ones(1, 1, dtype=torch.float16), b, 1.0))
     y = torch.zeros(1, 8)
-    native.add_lora([y], torch.ones(1, 1), native.LoRAGroup([layer]), native.Segments([Segment(0, 0, 1)]))
+    native_lora.add_lora(
+        [y], torch.ones(1, 1), native_lora.LoRAGroup([layer]), native_lora.Segments([Segment(0, 0, 1)])
+    )
     expected = torch.tensor([numbers], dtype=torch.float16).float()
     assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
 
@@ -172,29 +174,29 @@ def test_add_lora_halves_are_exact() -> None:
 @pytest.mark.parametrize("extras", [(True, False), (False, True), (True, True)])
 def test_add_lora_scales_and_shifts_what_comes_out(rank: int, extras: tuple[bool, bool]) -> None:
     """DoRA's output scale and a bias, with and without a bypass, whole and row by row; an emptied slot has neither."""
-    layer = native.LoRASlots(37, 75, 1)
+    layer = native_lora.LoRASlots(37, 75, 1)
     scale, bias = (torch.randn(75) if wanted else None for wanted in extras)
     layer.set(0, LayerWeights(torch.randn(rank, 37), torch.randn(rank, 75), 0.5, scale, bias))
-    group, x, base = native.LoRAGroup([layer]), torch.randn(20, 37), torch.randn(20, 75)
+    group, x, base = native_lora.LoRAGroup([layer]), torch.randn(20, 37), torch.randn(20, 75)
     reference, y, single = base.double(), base.clone(), base.clone()
     weights = layer.weights[0]
     assert weights is not None
     add_lora(reference, x.double(), [weights], [Segment(0, 3, 17, 2.0)])
-    native.add_lora([y], x, group, native.Segments([Segment(0, 3, 17, 2.0)]))
+    native_lora.add_lora([y], x, group, native_lora.Segments([Segment(0, 3, 17, 2.0)]))
     torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=1e-5)
     for row in range(3, 17):
-        native.add_lora([single], x, group, native.Segments([Segment(0, row, row + 1, 2.0)]))
+        native_lora.add_lora([single], x, group, native_lora.Segments([Segment(0, row, row + 1, 2.0)]))
     assert torch.equal(single, y)
     layer.clear(0)
     after = base.clone()
-    native.add_lora([after], x, group, native.Segments([Segment(0, 0, 20)]))
+    native_lora.add_lora([after], x, group, native_lora.Segments([Segment(0, 0, 20)]))
     assert torch.equal(after, base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [0, 1, 16, 21])
 def test_add_embedding_lora(rank: int, dtype: torch.dtype) -> None:
-    slots = native.LoRASlots(50, 40, 2)
+    slots = native_lora.LoRASlots(50, 40, 2)
     weights = LayerWeights(
         torch.randn(rank, 50).to(dtype), torch.randn(rank, 40).to(dtype), 0.5, torch.randn(40), torch.randn(40)
     )
@@ -205,10 +207,10 @@ def test_add_embedding_lora(rank: int, dtype: torch.dtype) -> None:
     bypass.set_slot(1, weights)
     segments = [Segment(0, 0, 2), Segment(1, 2, 9, -1.5)]
     bypass(reference, token_ids, segments)
-    native.add_embedding_lora(y, token_ids, slots, native.Segments(segments))
+    native_lora.add_embedding_lora(y, token_ids, slots, native_lora.Segments(segments))
     torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=1e-5)
     for row in range(2, 9):
-        native.add_embedding_lora(single, token_ids, slots, native.Segments([Segment(1, row, row + 1, -1.5)]))
+        native_lora.add_embedding_lora(single, token_ids, slots, native_lora.Segments([Segment(1, row, row + 1, -1.5)]))
     assert torch.equal(single, y)
 
 
@@ -216,34 +218,34 @@ def test_add_lora_rows_do_not_depend_on_their_segments() -> None:
     adapters = Adapters([13], 100, (90, 33), torch.float32)
     x = torch.randn(200, 100)
     whole = [torch.ones(200, 90), torch.ones(200, 33)]
-    native.add_lora(whole, x, adapters.group, native.Segments([Segment(0, 0, 200)]))
+    native_lora.add_lora(whole, x, adapters.group, native_lora.Segments([Segment(0, 0, 200)]))
     for _ in range(3):
         start, segments = 0, []
         for size in random_split(200):
             segments.append(Segment(0, start, start + size))
             start += size
         ys = [torch.ones(200, 90), torch.ones(200, 33)]
-        native.add_lora(ys, x, adapters.group, native.Segments(segments))
+        native_lora.add_lora(ys, x, adapters.group, native_lora.Segments(segments))
         assert all(torch.equal(y, expected) for y, expected in zip(ys, whole, strict=True))
 
 
 def test_add_lora_nan_stays_in_its_slot_and_empty_slots_add_nothing() -> None:
     adapters = Adapters([8, 8, 8], 32, (48,), torch.float32)
     x = torch.randn(9, 32)
-    segments = native.Segments([Segment(0, 0, 3), Segment(1, 3, 6), Segment(2, 6, 9)])
+    segments = native_lora.Segments([Segment(0, 0, 3), Segment(1, 3, 6), Segment(2, 6, 9)])
     clean = torch.zeros(9, 48)
-    native.add_lora([clean], x, adapters.group, segments)
+    native_lora.add_lora([clean], x, adapters.group, segments)
     weights = adapters.layers[0].weights[1]
     assert weights is not None
     weights.lora_a.fill_(math.nan)
     y = torch.zeros(9, 48)
-    native.add_lora([y], x, adapters.group, segments)
+    native_lora.add_lora([y], x, adapters.group, segments)
     assert y[3:6].isnan().all()
     assert torch.equal(y[:3], clean[:3])
     assert torch.equal(y[6:], clean[6:])
     adapters.layers[0].clear(1)
     y = torch.zeros(9, 48)
-    native.add_lora([y], x, adapters.group, segments)
+    native_lora.add_lora([y], x, adapters.group, segments)
     assert torch.equal(y[3:6], torch.zeros(3, 48))
 
 
@@ -257,9 +259,9 @@ class Sequences:
         self.lengths = lengths
         self.keys = [torch.randn(length, kv_heads, head_dim).to(dtype).float() for length in lengths]
         self.values = [torch.randn(length, kv_heads, head_dim).to(dtype).float() for length in lengths]
-        blocks = [-(-length // native.BLOCK_SIZE) for length in lengths]
+        blocks = [-(-length // native_attention.BLOCK_SIZE) for length in lengths]
         order = torch.randperm(sum(blocks) + 2, dtype=torch.int32)
-        self.cache = native.KVCacheLayer(len(order), kv_heads, head_dim, dtype)
+        self.cache = native_attention.KVCacheLayer(len(order), kv_heads, head_dim, dtype)
         self.cache.keys.fill_(math.nan)
         self.cache.values.fill_(math.nan)
         self.block_tables = torch.full((len(lengths), max(blocks)), -1, dtype=torch.int32)
@@ -270,19 +272,21 @@ class Sequences:
 
     def store(self, sequence: int, start: int, end: int) -> None:
         positions = torch.arange(start, end)
-        blocks = self.block_tables[sequence].long()[positions // native.BLOCK_SIZE]
-        mapping = blocks * native.BLOCK_SIZE + positions % native.BLOCK_SIZE
-        native.write_kv(self.cache, self.keys[sequence][start:end], self.values[sequence][start:end], mapping)
+        blocks = self.block_tables[sequence].long()[positions // native_attention.BLOCK_SIZE]
+        mapping = blocks * native_attention.BLOCK_SIZE + positions % native_attention.BLOCK_SIZE
+        native_attention.write_kv(self.cache, self.keys[sequence][start:end], self.values[sequence][start:end], mapping)
 
-    def attend(self, queries: list[Tensor], starts: list[int], options: native.AttentionOptions) -> list[Tensor]:
+    def attend(
+        self, queries: list[Tensor], starts: list[int], options: native_attention.AttentionOptions
+    ) -> list[Tensor]:
         """The outputs of each sequence's queries [n, heads, head_dim] from position start on, in one call."""
         sizes = [len(query) for query in queries]
-        batch = native.AttentionBatch(
+        batch = native_attention.AttentionBatch(
             self.block_tables,
             torch.tensor([0, *sizes]).cumsum(0).int(),
             torch.cat([torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]),
         )
-        out = native.paged_attention(torch.cat(queries), self.cache, options, batch)
+        out = native_attention.paged_attention(torch.cat(queries), self.cache, options, batch)
         return list(out.split(sizes))
 
     def reference(
@@ -327,7 +331,7 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, variant: str) -> No
         for start, length in zip(starts, sequences.lengths, strict=True)
     ]
     scaling = head_dim**-0.5
-    options = native.AttentionOptions(heads, scaling, softcap=softcap, sliding_window=window, sinks=sinks)
+    options = native_attention.AttentionOptions(heads, scaling, softcap=softcap, sliding_window=window, sinks=sinks)
     for sequence, out in enumerate(sequences.attend(queries, starts, options)):
         expected = sequences.reference(sequence, queries[sequence], starts[sequence], scaling, softcap, window, sinks)
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
@@ -336,7 +340,7 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, variant: str) -> No
 def test_attention_on_a_bfloat16_cache() -> None:
     sequences = Sequences([70, 9], 2, 72, torch.bfloat16)
     queries = [torch.randn(length, 6, 72) for length in sequences.lengths]
-    outs = sequences.attend(queries, [0, 0], native.AttentionOptions(6, 0.1))
+    outs = sequences.attend(queries, [0, 0], native_attention.AttentionOptions(6, 0.1))
     for sequence, out in enumerate(outs):
         torch.testing.assert_close(
             out.double(), sequences.reference(sequence, queries[sequence], 0, 0.1), rtol=1e-5, atol=1e-5
@@ -347,7 +351,7 @@ def test_attention_on_a_bfloat16_cache() -> None:
 def test_attention_rows_do_not_depend_on_chunks_or_batch(window: int | None) -> None:
     heads, head_dim, lengths = 6, 64, [150, 33, 90]
     sequences = Sequences(lengths, 2, head_dim)
-    options = native.AttentionOptions(heads, 0.125, sliding_window=window, sinks=torch.randn(heads))
+    options = native_attention.AttentionOptions(heads, 0.125, sliding_window=window, sinks=torch.randn(heads))
     queries = [torch.randn(length, heads, head_dim) for length in lengths]
     whole = sequences.attend(queries, [0, 0, 0], options)
     for _ in range(4):
@@ -365,7 +369,7 @@ def test_attention_rows_do_not_depend_on_chunks_or_batch(window: int | None) -> 
 def test_attention_does_not_read_past_its_own_position() -> None:
     sequences = Sequences([80], 1, 64)
     queries = [torch.randn(80, 2, 64)]
-    options = native.AttentionOptions(2, 0.125)
+    options = native_attention.AttentionOptions(2, 0.125)
     (clean,) = sequences.attend(queries, [0], options)
     sequences.keys[0][70:], sequences.values[0][70:] = math.nan, math.inf
     sequences.store(0, 70, 80)
@@ -375,9 +379,9 @@ def test_attention_does_not_read_past_its_own_position() -> None:
 
 
 def test_write_kv_skips_negative_positions_and_takes_strides() -> None:
-    cache = native.KVCacheLayer(2, 2, 8)
+    cache = native_attention.KVCacheLayer(2, 2, 8)
     k, v = torch.randn(3, 40)[:, 4:20].unflatten(1, (2, 8)), torch.randn(3, 2, 8)
-    native.write_kv(cache, k, v, torch.tensor([5, -1, 30]))
+    native_attention.write_kv(cache, k, v, torch.tensor([5, -1, 30]))
     assert torch.equal(cache.keys[0, :, :, 5], k[0])
     assert torch.equal(cache.values[1, :, 14, :8], v[2])
     assert int((cache.values != 0).sum()) == 32
@@ -390,18 +394,18 @@ def test_write_kv_skips_negative_positions_and_takes_strides() -> None:
 def test_norms(rows: int, n: int) -> None:
     x, weight, bias, residual = torch.randn(rows, n), torch.randn(n), torch.randn(n), torch.randn(rows, n)
     expected = torch.nn.functional.rms_norm(x, (n,), weight, 1e-5)
-    torch.testing.assert_close(native.rms_norm(x, weight, 1e-5), expected)
+    torch.testing.assert_close(native_fused.rms_norm(x, weight, 1e-5), expected)
     torch.testing.assert_close(
-        native.layer_norm(x, weight, bias, 1e-5), torch.nn.functional.layer_norm(x, (n,), weight, bias, 1e-5)
+        native_fused.layer_norm(x, weight, bias, 1e-5), torch.nn.functional.layer_norm(x, (n,), weight, bias, 1e-5)
     )
     torch.testing.assert_close(
-        native.layer_norm(x, None, None, 1e-5), torch.nn.functional.layer_norm(x, (n,), None, None, 1e-5)
+        native_fused.layer_norm(x, None, None, 1e-5), torch.nn.functional.layer_norm(x, (n,), None, None, 1e-5)
     )
     total = residual + x
-    out = native.rms_norm(x, weight, 1e-5, residual)
+    out = native_fused.rms_norm(x, weight, 1e-5, residual)
     assert torch.equal(residual, total)
-    assert torch.equal(out, native.rms_norm(total, weight, 1e-5))
-    assert torch.equal(native.rms_norm(total[-1:], weight, 1e-5), out[-1:])
+    assert torch.equal(out, native_fused.rms_norm(total, weight, 1e-5))
+    assert torch.equal(native_fused.rms_norm(total[-1:], weight, 1e-5), out[-1:])
 
 
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 32), (24, 24)])
@@ -416,7 +420,7 @@ def test_rotary(head_dim: int, rotary_dim: int) -> None:
         first, second = turned.chunk(2, dim=2)
         turned = turned * cos[:, None] + torch.cat([-second, first], dim=2) * sin[:, None]
         expected.append(torch.cat([turned, rest], dim=2))
-    native.rotary(q, k, cos, sin)
+    native_fused.rotary(q, k, cos, sin)
     torch.testing.assert_close(q, expected[0])
     torch.testing.assert_close(k, expected[1])
 
@@ -428,5 +432,5 @@ def test_gated_activations(rows: int, n: int) -> None:
     gate, up = both.split(n, dim=1)
     silu = torch.nn.functional.silu(gate.double()) * up
     gelu = torch.nn.functional.gelu(gate.double(), approximate="tanh") * up
-    torch.testing.assert_close(native.silu_mul(gate, up).double(), silu, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(native.gelu_tanh_mul(gate, up).double(), gelu, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(native_fused.silu_mul(gate, up).double(), silu, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(native_fused.gelu_tanh_mul(gate, up).double(), gelu, rtol=1e-6, atol=1e-6)

@@ -84,7 +84,7 @@ async def test_bad_loads_change_nobody_elses_tokens(running: Running) -> None:
         (lambda: (broken / "adapter_model.safetensors").write_bytes(b"\0" * 64), grpc.StatusCode.INVALID_ARGUMENT),
         (lambda: (broken / "adapter_model.safetensors").unlink(), grpc.StatusCode.INVALID_ARGUMENT),
         (lambda: _set(broken, '"r": 8', '"r": 65'), grpc.StatusCode.FAILED_PRECONDITION),
-        (lambda: _set(broken, '"use_dora": false', '"use_dora": true'), grpc.StatusCode.FAILED_PRECONDITION),
+        (lambda: _set(broken, '"use_qalora": false', '"use_qalora": true'), grpc.StatusCode.FAILED_PRECONDITION),
     ]
 
     async def bad_loads() -> None:

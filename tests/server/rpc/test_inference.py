@@ -71,11 +71,9 @@ async def test_all_kinds_of_input_are_one(running: Running) -> None:
 
 
 async def test_a_mixed_volley_answers_as_each_alone(running: Running) -> None:
-    names = ["", *ADAPTERS] * 2
+    names = (["", *ADAPTERS] * 2)[: running.engine._max_requests]
     alone = [list((await running.inference.Generate(ask(f"{PROMPT} {name}", name))).token_ids) for name in names]
-    together = await asyncio.gather(
-        *[running.inference.Generate(ask(f"{PROMPT} {name}", name)) for name in names[: running.engine._max_requests]]
-    )
+    together = await asyncio.gather(*[running.inference.Generate(ask(f"{PROMPT} {name}", name)) for name in names])
     assert [list(answer.token_ids) for answer in together] == alone
     shared = running.metrics.registry.get_sample_value("loraplex_adapter_shared_steps_total", {"adapter": "plain"})
     assert shared

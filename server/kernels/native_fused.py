@@ -1,0 +1,61 @@
+"""Norms, rotary embedding and gated activations by the native CPU kernels, each in one call; see `native`."""
+
+import torch
+from torch import Tensor
+
+from server.kernels.native import contiguous, library, pointer
+
+if library is not None:
+    _rms_norm = library.loraplex_rms_norm
+    _layer_norm = library.loraplex_layer_norm
+    _rotary = library.loraplex_rotary
+    _silu_mul = library.loraplex_silu_mul
+    _gelu_tanh_mul = library.loraplex_gelu_tanh_mul
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """weight * r / sqrt(mean(r^2) + eps) with r = x [..., n], or r = residual += x in place if there is a residual."""
+    x = contiguous(x)
+    out = torch.empty(x.shape)
+    n = weight.numel()
+    _rms_norm(x.data_ptr(), pointer(residual), weight.data_ptr(), eps, out.data_ptr(), x.numel() // n, n)
+    return out
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None = None
+) -> Tensor:
+    """weight * (r - mean(r)) / sqrt(var(r) + eps) + bias, r as in rms_norm."""
+    x = contiguous(x)
+    out = torch.empty(x.shape)
+    n = x.shape[-1]
+    _layer_norm(x.data_ptr(), pointer(residual), pointer(weight), pointer(bias), eps, out.data_ptr(), x.numel() // n, n)
+    return out
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """x = x * cos + rotate_half(x) * sin in place for q [num_tokens, heads, head_dim], k [num_tokens, kv_heads, ...].
+
+    Heads lie side by side; cos and sin [num_tokens, rotary_dim] are contiguous; elements past rotary_dim stay as is.
+    """
+    num_tokens, heads, head_dim = q.shape
+    _rotary(
+        q.data_ptr(), q.stride(0), heads, k.data_ptr(), k.stride(0), k.shape[1],
+        cos.data_ptr(), sin.data_ptr(), cos.shape[-1], head_dim, num_tokens,
+    )  # fmt: skip
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both [num_tokens, n] with rows any stride apart."""
+    rows, n = gate.shape
+    out = torch.empty(rows, n)
+    _silu_mul(gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), out.data_ptr(), rows, n)
+    return out
+
+
+def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate, approximate="tanh") * up, both [num_tokens, n] with rows any stride apart."""
+    rows, n = gate.shape
+    out = torch.empty(rows, n)
+    _gelu_tanh_mul(gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), out.data_ptr(), rows, n)
+    return out
