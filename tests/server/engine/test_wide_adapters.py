@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from adapters.errors import AdapterIncompatibleError
 from adapters.format import read_adapter
-from server.engine.forward_batch import build_forward_batch
+from server.engine.forward_batch import MergedAdapter, build_forward_batch
 from server.engine.model import prepare_base_model
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import ScheduledRequest
@@ -302,7 +302,7 @@ ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("model_type", "config"), ARCHITECTURES)
 def test_other_architectures(model_type: str, config: dict[str, Any], tmp_path: Path) -> None:
-    """Transposed weights, embeddings that scale their rows, a head with a bias."""
+    """Transposed weights, embeddings that scale their rows, a head with a bias: as a bypass and merged."""
 
     def base_model() -> Any:
         made = tiny(model_type, SERVED[model_type])
@@ -311,7 +311,7 @@ def test_other_architectures(model_type: str, config: dict[str, Any], tmp_path: 
                 torch.nn.init.normal_(parameter, std=0.3)
         return made.eval()
 
-    save_adapter(base_model(), tmp_path / "adapter", 5, std=0.5, r=3, lora_alpha=6, **config)
+    save_adapter(base_model(), tmp_path / "adapter", 5, std=0.2, r=3, lora_alpha=6, **config)
     prompt = [5, 17, 33, 4, 60, 21, 9]
     with torch.inference_mode():
         expected = peft.PeftModel.from_pretrained(base_model(), str(tmp_path / "adapter"))(
@@ -323,11 +323,19 @@ def test_other_architectures(model_type: str, config: dict[str, Any], tmp_path: 
     base = runner.lora.base_weights
     adapter = Adapter.from_files(read_adapter(tmp_path / "adapter", base.shapes, 8), "a", "1", 1, base)
     runner.lora.write(0, adapter)
-    request = Request(0, prompt, SamplingParams(), [WeightedAdapter(adapter)], frozenset())
-    request.block_table, request.adapter_slots = [0, 1], (0,)
-    logits = runner.forward(build_forward_batch([ScheduledRequest(request, len(prompt))], 4, CPU))[0]
-    torch.testing.assert_close(logits, expected[0, -1], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(logits, plain[0, -1], rtol=0.01, atol=0.01)
+    requests = [
+        Request(row, prompt, SamplingParams(), on, frozenset())
+        for row, on in enumerate(([], [WeightedAdapter(adapter)]))
+    ]
+    requests[0].block_table, requests[1].block_table = [0, 1], [2, 3]
+    requests[1].adapter_slots = (0,)
+    for merged in (None, MergedAdapter(adapter, runner.lora.merged_slot)):
+        runner.merge(merged and merged.adapter)
+        scheduled = [ScheduledRequest(request, len(prompt)) for request in requests]
+        logits = runner.forward(build_forward_batch(scheduled, 4, CPU, merged=merged))
+        torch.testing.assert_close(logits[0], plain[0, -1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[1], expected[0, -1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits[0], logits[1], rtol=0.01, atol=0.01)
 
 
 def test_a_trained_norm_is_refused(tmp_path: Path) -> None:
