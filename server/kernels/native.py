@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from server.kernels import Segment, Storage
 
@@ -23,6 +24,7 @@ MAX_HEAD_DIM = 256
 CACHE_LINE = 64  # bytes
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_LINEAR_KINDS = {torch.float32: 0, torch.bfloat16: 4, torch.int8: 3}
 _STORAGE: dict[Storage, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -70,7 +72,7 @@ def serves_head_dim(head_dim: int) -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "generic"."""
+    """The instruction set in use: "avx512_bf16", "avx512", "avx2" or "generic"."""
     name: bytes = _loaded().loraplex_isa()
     return name.decode()
 
@@ -114,16 +116,27 @@ class _LinearStruct(ctypes.Structure):
 
 
 class PackedLinear:
-    """A frozen weight [out, in] (and bias [out]) as panels [ceil(out / 16), in, 16]; int8 with one scale per output."""
+    """A frozen weight [out, in] (and bias [out]) as panels [ceil(out / 16), in, 16]; int8 with one scale per output.
 
-    def __init__(self, data: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int) -> None:
+    bfloat16 lies in pairs of input features, [ceil(out / 16), ceil(in / 2), 16, 2].
+    """
+
+    def __init__(
+        self, data: Tensor, scale: Tensor | None, bias: Tensor | None, in_features: int, out_features: int
+    ) -> None:
         assert data.is_contiguous()
         self.data, self.scale, self.bias = data, scale, bias
-        self.in_features, self.out_features = data.shape[1], out_features
+        self.in_features, self.out_features = in_features, out_features
         self.struct = _LinearStruct(
-            data.data_ptr(), _pointer(scale), _pointer(bias), self.in_features, out_features, _KINDS[data.dtype]
+            data.data_ptr(), _pointer(scale), _pointer(bias), in_features, out_features, _LINEAR_KINDS[data.dtype]
         )
         self.group = LinearGroup([self])
+
+    def _panels(self) -> Tensor:
+        """[ceil(out / 16), in, 16]: a view of the data, or a copy of what lies in pairs."""
+        if self.data.dtype != torch.bfloat16:
+            return self.data
+        return self.data.transpose(2, 3).flatten(1, 2)[:, : self.in_features]
 
     def merged(self, lora_a: Tensor, lora_b: Tensor, scaling: float, out: Tensor | None = None) -> "PackedLinear":
         """The layer with weight + scaling * (lora_a.T @ lora_b).T, summed in float32, in the memory of `out` if given.
@@ -132,20 +145,26 @@ class PackedLinear:
         """
         assert self.scale is None, "8-bit weights cannot take a sum"
         panels, rank = len(self.data), len(lora_b)
+        weight = self._panels()
         b = torch.zeros(rank, panels * PANEL)
         b[:, : self.out_features] = lora_b
         b = b.view(rank, panels, PANEL).transpose(0, 1)
         data = torch.empty_like(self.data) if out is None else out
         total = data if data.dtype == torch.float32 else None
-        total = torch.baddbmm(self.data.float(), lora_a.float().T.expand(panels, -1, -1), b, alpha=scaling, out=total)
+        total = torch.baddbmm(weight.float(), lora_a.float().T.expand(panels, -1, -1), b, alpha=scaling, out=total)
         if total is not data:
-            data.copy_(total)
-        return PackedLinear(data, None, self.bias, self.out_features)
+            data.copy_(_pairs(total))
+        return PackedLinear(data, None, self.bias, self.in_features, self.out_features)
 
     def unpack(self) -> Tensor:
         """The weight [out, in] in float32 (int8: as rounded)."""
-        weight = self.data.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features].float()
+        weight = self._panels().transpose(1, 2).reshape(-1, self.in_features)[: self.out_features].float()
         return weight if self.scale is None else weight * self.scale[: self.out_features, None]
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """The weights [..., in] of some outputs [...], in float32."""
+        rows = self.data[outputs // PANEL, :, outputs % PANEL].flatten(outputs.dim())[..., : self.in_features].float()
+        return rows if self.scale is None else rows * self.scale[outputs][..., None]
 
 
 class LinearGroup:
@@ -157,6 +176,8 @@ class LinearGroup:
         self.outs = [layer.out_features for layer in self.layers]
         if any(layer.in_features != self.in_features for layer in self.layers):
             raise ValueError(f"layers of a group read the same x: in_features {[a.in_features for a in self.layers]}")
+        if any(layer.data.dtype != self.layers[0].data.dtype for layer in self.layers):
+            raise ValueError(f"layers of a group are stored alike: {[layer.data.dtype for layer in self.layers]}")
         self._structs = (_POINTER * len(self.outs))(*(ctypes.addressof(layer.struct) for layer in self.layers))
         self._strides = (_INT * len(self.outs))(*self.outs)
         self.pointers = ctypes.addressof(self._structs)
@@ -181,7 +202,14 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, storage: Storage = "
     data[:whole] = weight[: whole * PANEL].unflatten(0, (whole, PANEL)).transpose(1, 2)
     if padded > out_features:
         data[whole, :, : out_features - whole * PANEL] = weight[whole * PANEL :].t()
-    return PackedLinear(data, scale, None if bias is None else _padded(bias.detach(), padded), out_features)
+    if storage == "bfloat16":
+        data = _pairs(data).contiguous()
+    return PackedLinear(data, scale, None if bias is None else _padded(bias.detach(), padded), in_features, out_features)
+
+
+def _pairs(panels: Tensor) -> Tensor:
+    """[panels, in, 16] → [panels, ceil(in / 2), 16, 2]"""
+    return functional.pad(panels, (0, 0, 0, panels.shape[1] % 2)).unflatten(1, (-1, 2)).transpose(2, 3)
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
