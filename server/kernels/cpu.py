@@ -74,8 +74,7 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[...] ids → [..., hidden_size] in float32."""
-        rows = self._packed.data[token_ids // native.PANEL, :, token_ids % native.PANEL].float()
-        return rows if self._packed.scale is None else rows * self._packed.scale[token_ids][..., None]
+        return self._packed.rows(token_ids)
 
 
 def cpu_kernels(storage: Storage) -> Kernels:

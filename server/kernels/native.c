@@ -1,16 +1,17 @@
 /*
  * CPU kernels of the server. One call of any of these functions is one OpenMP region at most.
  *
- * The file includes itself once per instruction set (AVX-512, AVX2, generic = SSE2, NEON or plain C); the pass without
- * LORAPLEX_ISA holds the shared types and, after the passes with it, the choice made at load time and the exported
- * functions.
+ * The file includes itself once per instruction set (AVX-512 with and without products of bfloat16 pairs, AVX2, generic
+ * = SSE2, NEON or plain C); the pass without LORAPLEX_ISA holds the shared types and, after the passes with it, the
+ * choice made at load time and the exported functions.
  *
  * Batch invariance: an output row has the same bits whatever other rows share its call. Every output element is reduced
  * in one order that depends on its own row only: input features (or ranks, or keys) ascending, in a fixed number of
  * accumulator chains, FMA at every step where the instruction set has it. Row blocks, column blocks and threads only
  * choose which elements are worked on together. Different instruction sets may differ from each other.
  *
- * Activations are float32. `rows`, `stride` and friends count elements, not bytes.
+ * Activations are float32; where the processor multiplies pairs of bfloat16 (PAIRS), a linear layer with bfloat16
+ * weights rounds its x to bfloat16 and sums in float32. `rows`, `stride` and friends count elements, not bytes.
  */
 #ifndef LORAPLEX_ISA
 
@@ -24,11 +25,12 @@
 #include <arm_neon.h>
 #endif
 
-enum { F32, BF16, F16, I8 }; /* element types of weights and caches */
+enum { F32, BF16, F16, I8, BF16X2 }; /* element types of weights and caches; BF16X2: bfloat16 of two input features */
 
 /*
- * A frozen linear layer, W [out, in], packed as [ceil(out / 16)][in][16] with zeros past `out`. scale (int8: W = data *
- * scale) and bias hold ceil(out / 16) * 16 floats, or are NULL.
+ * A frozen linear layer, W [out, in], packed as [ceil(out / 16)][in][16] with zeros past `out`; bfloat16 as
+ * [ceil(out / 16)][ceil(in / 2)][16][2] with zeros past `in`. scale (int8: W = data * scale) and bias hold
+ * ceil(out / 16) * 16 floats, or are NULL.
  */
 typedef struct {
     const void *data;
@@ -141,6 +143,8 @@ static void *scratch(size_t bytes) {
 }
 
 INLINE long kind_bytes(int kind) { return kind == F32 ? 4 : kind == I8 ? 1 : 2; }
+INLINE long row_features(int kind) { return kind == BF16X2 ? 2 : 1; } /* input features of a packed row */
+INLINE long row_bytes(int kind) { return PANEL * kind_bytes(kind) * row_features(kind); }
 
 /* Piece `i` of `n` nearly equal pieces of `total` starts here. */
 INLINE long part(long total, long n, long i) { return total * i / n; }
@@ -179,6 +183,21 @@ typedef struct {
 #define X86_DISPATCH 1
 #pragma GCC diagnostic ignored "-Wpsabi"
 
+#if __GNUC__ >= 10
+#define X86_PAIRS 1
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#define LORAPLEX_ISA avx512_bf16
+#define LANES 16
+#define PAIRS 1
+#include "native.c"
+#undef LORAPLEX_ISA
+#undef LANES
+#undef PAIRS
+#pragma GCC pop_options
+#endif
+
+#define PAIRS 0
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #define LORAPLEX_ISA avx512
@@ -198,6 +217,8 @@ typedef struct {
 #pragma GCC pop_options
 #endif
 
+#undef PAIRS
+#define PAIRS 0
 #define LORAPLEX_ISA generic
 #define LANES 4
 #include "native.c"
@@ -210,6 +231,9 @@ static const struct {
     const char *name;
     const kernel_set *kernels;
 } sets[] = {
+#ifdef X86_PAIRS
+    {"avx512_bf16", &kernels_avx512_bf16},
+#endif
 #ifdef X86_DISPATCH
     {"avx512", &kernels_avx512},
     {"avx2", &kernels_avx2},
@@ -225,9 +249,14 @@ static int supported(const char *name) {
     const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (!strcmp(name, "avx2"))
         return avx2;
+    const int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!strcmp(name, "avx512"))
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+        return avx512;
+#endif
+#ifdef X86_PAIRS
+    if (!strcmp(name, "avx512_bf16"))
+        return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
     return !strcmp(name, "generic");
 }
@@ -398,6 +427,7 @@ INLINE vfloat select(vint mask, vfloat a, vfloat b) { return (vfloat)((mask & (v
 #define load_tile FN(load_tile)
 #define store_tile FN(store_tile)
 #define rank_one FN(rank_one)
+#define rank_two FN(rank_two)
 
 /* A register tile: R rows of V vectors. Arrays of constant size, or the compiler keeps them in memory. */
 #define TILE(rows) vfloat acc[rows][4 * VECTORS]
@@ -420,6 +450,18 @@ INLINE void rank_one(const int R, const int V, vfloat (*acc)[4 * VECTORS], const
             acc[r][v] = fma(s, row[v], acc[r][v]);
     }
 }
+
+#if PAIRS
+/*
+ * acc[r][j] += x[r] . row[j] with pairs of bfloat16 in the lanes of row and in the 32 bits at x[r]. In assembly, since the
+ * compiler spends an instruction more on each broadcast, and a third of the speed with it.
+ */
+INLINE void rank_two(const int R, const int V, vfloat (*acc)[4 * VECTORS], const float *x, const vfloat *row) {
+    EACH(r, R)
+        EACH(v, V)
+            __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc[r][v]) : "v"(row[v]), "m"(x[r]));
+}
+#endif
 
 #define vexp FN(vexp)
 #define vtanh FN(vtanh)
@@ -491,6 +533,8 @@ INLINE vfloat vtanh(vfloat x) {
 #define tile_fn FN(tile_fn)
 #define tiles FN(tiles)
 #define wide_tiles FN(wide_tiles)
+#define in_pairs FN(in_pairs)
+#define terms FN(terms)
 #define pack_rows FN(pack_rows)
 #define finish FN(finish)
 #define few_rows FN(few_rows)
@@ -499,24 +543,49 @@ INLINE vfloat vtanh(vfloat x) {
 
 /*
  * c[r][16 p + j] (+)= sum_k a[k][r] * w[p][k][j] for R rows and P panels `panel_bytes` apart, the sums held in
- * registers. a is [features][R]; c continues from what it holds when `resume`. Narrow weights leave their float32 in
- * `wide`, unless NULL. `ahead` walks over weights the next tiles need.
+ * registers. a is [features][R], or in pairs of bfloat16 [ceil(features / 2)][R]; c continues from what it holds when
+ * `resume`. Narrow weights leave their float32 in `wide`, unless NULL. `ahead` walks over weights the next tiles need.
  */
 INLINE void tile(const int R, const int P, const int kind, const float *a, const char *w, long panel_bytes,
                  long features, float *c, long c_stride, int resume, float *wide, const char *ahead, long ahead_step) {
     TILE(MAX_ROWS);
     vfloat row[4 * VECTORS];
-    const long row_bytes = PANEL * kind_bytes(kind);
+    const int keep = P == 1 && kind != F32 && wide != NULL;
     load_tile(R, P * VECTORS, acc, resume ? c : NULL, c_stride);
 #pragma GCC unroll 2
-    for (long k = 0; k < features; k++, a += R, w += row_bytes, ahead += ahead_step) {
+    for (long k = 0; k < features; k += row_features(kind), w += row_bytes(kind), ahead += ahead_step) {
         __builtin_prefetch(ahead, 0, 2);
+        if (kind != BF16X2) {
+            EACH(v, P * VECTORS)
+                row[v] = widen(kind, w + v / VECTORS * panel_bytes + v % VECTORS * LANES * kind_bytes(kind));
+            if (keep)
+                EACH(v, VECTORS)
+                    store(wide + k * PANEL + v * LANES, row[v]);
+            rank_one(R, P * VECTORS, acc, a, 1, row);
+            a += R;
+            continue;
+        }
         EACH(v, P * VECTORS)
-            row[v] = widen(kind, w + v / VECTORS * panel_bytes + v % VECTORS * LANES * kind_bytes(kind));
-        if (P == 1 && kind != F32 && wide != NULL)
-            EACH(v, VECTORS)
+            row[v] = load((const float *)(w + v / VECTORS * panel_bytes) + v % VECTORS * LANES);
+#if PAIRS
+        rank_two(R, P * VECTORS, acc, a, row);
+        a += R;
+#else
+        vfloat odd[4 * VECTORS];
+        EACH(v, P * VECTORS) {
+            odd[v] = (vfloat)((vint)row[v] & (int32_t)0xffff0000);
+            row[v] = (vfloat)((vint)row[v] << 16);
+        }
+        if (keep)
+            EACH(v, VECTORS) {
                 store(wide + k * PANEL + v * LANES, row[v]);
+                store(wide + (k + 1) * PANEL + v * LANES, odd[v]);
+            }
         rank_one(R, P * VECTORS, acc, a, 1, row);
+        if (k + 1 < features)
+            rank_one(R, P * VECTORS, acc, a + R, 1, odd);
+        a += 2 * R;
+#endif
     }
     store_tile(R, P * VECTORS, acc, c, c_stride);
 }
@@ -529,8 +598,9 @@ typedef void (*tile_fn)(const float *, const char *, long, long, float *, long, 
                                             long ahead_step) {                                                         \
         tile(R, P, KIND, a, w, panel_bytes, features, c, c_stride, resume, wide, ahead, ahead_step);                   \
     }
-#define DEFINE_TILES(R, P) DEFINE_TILE(R, P, F32) DEFINE_TILE(R, P, BF16) DEFINE_TILE(R, P, I8)
-#define LIST_TILES(R, P) {FN(tile_##R##_##P##_F32), FN(tile_##R##_##P##_BF16), NULL, FN(tile_##R##_##P##_I8)}
+#define DEFINE_TILES(R, P) DEFINE_TILE(R, P, F32) DEFINE_TILE(R, P, BF16X2) DEFINE_TILE(R, P, I8)
+#define LIST_TILES(R, P)                                                                                               \
+    {[F32] = FN(tile_##R##_##P##_F32), [BF16X2] = FN(tile_##R##_##P##_BF16X2), [I8] = FN(tile_##R##_##P##_I8)}
 #if LANES == 16
 #define EACH_ROW_COUNT(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16)
 #else
@@ -543,9 +613,9 @@ DEFINE_TILES(1, 4)
 DEFINE_TILES(2, 2)
 DEFINE_TILES(3, 2)
 
-static const tile_fn tiles[MAX_ROWS + 1][4] = {{NULL}, EACH_ROW_COUNT(LIST_ONE_PANEL)};
+static const tile_fn tiles[MAX_ROWS + 1][BF16X2 + 1] = {{NULL}, EACH_ROW_COUNT(LIST_ONE_PANEL)};
 /* One to three rows leave registers for several panels, whose independent sums hide the latency of FMA. */
-static const tile_fn wide_tiles[4][4] = {{NULL}, LIST_TILES(1, 4), LIST_TILES(2, 2), LIST_TILES(3, 2)};
+static const tile_fn wide_tiles[4][BF16X2 + 1] = {{NULL}, LIST_TILES(1, 4), LIST_TILES(2, 2), LIST_TILES(3, 2)};
 
 #undef DEFINE_TILE
 #undef DEFINE_TILES
@@ -554,8 +624,29 @@ static const tile_fn wide_tiles[4][4] = {{NULL}, LIST_TILES(1, 4), LIST_TILES(2,
 #undef DEFINE_ONE_PANEL
 #undef LIST_ONE_PANEL
 
-/* x [rows, in] -> [in][rows], so that a tile reads its broadcasts from one stream. */
-static void pack_rows(const float *x, long rows, long in, float *packed) {
+/*
+ * How a tile reads x for weights of `kind`: one float a feature, or 32 bits for two features rounded to bfloat16. `terms`
+ * is their number.
+ */
+INLINE int in_pairs(int kind) { return PAIRS && kind == BF16X2; }
+INLINE long terms(int kind, long features) { return in_pairs(kind) ? CEIL_DIV(features, 2) : features; }
+
+/* x [rows, in] -> [terms][rows], so that a tile reads its broadcasts from one stream. */
+static void pack_rows(const float *x, long rows, long in, int kind, float *packed) {
+#if PAIRS
+    for (long k = 0; in_pairs(kind) && k < in; k += 2 * LANES)
+        for (long r = 0; r < rows; r++) {
+            const float *from = x + r * in + k;
+            const vfloat low = load_some(from, in - k);
+            const vfloat high = in - k > LANES ? load_some(from + LANES, in - k - LANES) : splat(0.0f);
+            float pairs[LANES];
+            store(pairs, (vfloat)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+            for (long i = 0; i < MIN(LANES, CEIL_DIV(in - k, 2)); i++)
+                packed[(k / 2 + i) * rows + r] = pairs[i];
+        }
+    if (in_pairs(kind))
+        return;
+#endif
     for (long k = 0; k < in; k++)
         for (long r = 0; r < rows; r++)
             *packed++ = x[r * in + k];
@@ -577,7 +668,7 @@ static void finish(const packed_linear *w, long panel, float *c, long c_stride, 
 /* Panels [panel0, panel1) for so few rows that one tile holds them: the weights are read once, straight through. */
 static void few_rows(const float *a, long rows, const packed_linear *w, float *y, long y_stride, long panel0,
                      long panel1) {
-    const long panel_bytes = w->in * PANEL * kind_bytes(w->kind);
+    const long panel_bytes = CEIL_DIV(w->in, row_features(w->kind)) * row_bytes(w->kind);
     const long whole_panels = w->out / PANEL;
     float edge[MAX_ROWS * PANEL];
     for (long p = panel0; p < panel1;) {
@@ -587,7 +678,7 @@ static void few_rows(const float *a, long rows, const packed_linear *w, float *y
         float *c = p < whole_panels ? y + p * PANEL : edge;
         const long c_stride = p < whole_panels ? y_stride : PANEL;
         const tile_fn run = step > 1 ? wide_tiles[rows][w->kind] : tiles[rows][w->kind];
-        run(a, data, panel_bytes, w->in, c, c_stride, 0, NULL, data + AHEAD_BYTES, PANEL * kind_bytes(w->kind));
+        run(a, data, panel_bytes, w->in, c, c_stride, 0, NULL, data + AHEAD_BYTES, row_bytes(w->kind));
         for (long i = 0; i < step; i++)
             finish(w, p + i, c + i * PANEL, c_stride, y + (p + i) * PANEL, y_stride, rows);
         p += step;
@@ -596,13 +687,15 @@ static void few_rows(const float *a, long rows, const packed_linear *w, float *y
 
 /*
  * Panels [panel0, panel1) for the row blocks [block0, block1) of `blocks`. A sliver of a panel serves all row blocks
- * out of the L1 cache while the tiles prefetch the next sliver; narrow weights are widened once per sliver. A single
+ * out of the L1 cache while the tiles prefetch the next sliver; narrow weights are widened once per sliver, unless in pairs. A single
  * row group walks each panel to its end (one stream of weights), several walk `panel1 - panel0` panels per sliver of
  * rows.
  */
 static void many_rows(const float *packed, long rows, long blocks, long block0, long block1, const packed_linear *w,
                       float *y, long y_stride, long panel0, long panel1) {
-    const long row_bytes = PANEL * kind_bytes(w->kind), panel_bytes = w->in * row_bytes;
+    const int kind = w->kind, narrow = kind != F32 && !in_pairs(kind);
+    const long feature_bytes = PANEL * kind_bytes(kind);
+    const long panel_bytes = CEIL_DIV(w->in, row_features(kind)) * row_bytes(kind);
     const long slivers = CEIL_DIV(w->in, SLIVER), panels = panel1 - panel0;
     const long first = part(rows, blocks, block0), last = part(rows, blocks, block1);
     const int by_panel = block0 == 0 && block1 == blocks;
@@ -616,18 +709,19 @@ static void many_rows(const float *packed, long rows, long blocks, long block0, 
         const char *data = next;
         const long p2 = panel0 + (by_panel ? (i + 1) / slivers : (i + 1) % panels);
         const long k2 = (by_panel ? (i + 1) % slivers : (i + 1) / panels) * SLIVER;
-        next = (const char *)w->data + p2 * panel_bytes + k2 * row_bytes;
+        next = (const char *)w->data + p2 * panel_bytes + k2 * feature_bytes;
         const int whole = (p + 1) * PANEL <= w->out;
         float *c = whole ? y + first * y_stride + p * PANEL : edge;
         const long c_stride = whole ? y_stride : PANEL;
-        const long ahead_step = row_bytes / (block1 - block0);
+        const long ahead_bytes = features * feature_bytes / (block1 - block0); /* of the next sliver, by each tile */
         const char *ahead = next;
-        for (long b = block0; b < block1; b++, ahead += features * ahead_step) {
+        for (long b = block0; b < block1; b++, ahead += ahead_bytes) {
             const long row = part(rows, blocks, b), n = part(rows, blocks, b + 1) - row;
-            tiles[n][b == block0 ? w->kind : F32](packed + row * w->in + k * n, data, 0, features,
-                                                  c + (row - first) * c_stride, c_stride, k > 0, wide, ahead,
-                                                  ahead_step);
-            if (w->kind != F32)
+            const int tile_kind = narrow && b > block0 ? F32 : kind;
+            tiles[n][tile_kind](packed + row * terms(kind, w->in) + terms(kind, k) * n, data, 0, features,
+                                c + (row - first) * c_stride, c_stride, k > 0, wide, ahead,
+                                ahead_bytes * row_features(tile_kind) / features);
+            if (narrow)
                 data = (const char *)wide;
         }
         if (k + features == w->in)
@@ -647,17 +741,19 @@ static int linear_slab(const float *x, long rows, long n, const packed_linear *c
     long chunks = 0;
     for (long j = 0; j < n; j++)
         chunks += CEIL_DIV(CEIL_DIV(weights[j]->out, PANEL), chunk);
+    const int kind = weights[0]->kind, pack = rows > 1 || in_pairs(kind);
+    const long stride = terms(kind, in);
     x += row0 * in;
-    float *packed = rows > 1 ? scratch(rows * in * sizeof(float)) : NULL;
-    if (rows > 1 && packed == NULL)
+    float *packed = pack ? scratch(rows * stride * sizeof(float)) : NULL;
+    if (pack && packed == NULL)
         return -1;
 #pragma omp parallel if (rows * in * panels * PANEL > 4 * SMALL)
     {
-        if (rows > 1) {
+        if (pack) {
 #pragma omp for schedule(static)
             for (long b = 0; b < blocks; b++) {
                 const long row = part(rows, blocks, b);
-                pack_rows(x + row * in, part(rows, blocks, b + 1) - row, in, packed + row * in);
+                pack_rows(x + row * in, part(rows, blocks, b + 1) - row, in, kind, packed + row * stride);
             }
         }
 #pragma omp for schedule(dynamic) nowait
@@ -670,7 +766,7 @@ static int linear_slab(const float *x, long rows, long n, const packed_linear *c
             float *y = ys[j] + row0 * y_strides[j];
             const long panel0 = p * chunk, panel1 = MIN(panel0 + chunk, CEIL_DIV(w->out, PANEL));
             if (blocks == 1)
-                few_rows(rows > 1 ? packed : x, rows, w, y, y_strides[j], panel0, panel1);
+                few_rows(pack ? packed : x, rows, w, y, y_strides[j], panel0, panel1);
             else
                 many_rows(packed, rows, blocks, part(blocks, groups, group), part(blocks, groups, group + 1), w, y,
                           y_strides[j], panel0, panel1);
@@ -679,7 +775,7 @@ static int linear_slab(const float *x, long rows, long n, const packed_linear *c
     return 0;
 }
 
-/* y_j [rows, out_j] = x [rows, in] @ W_j.T (* scale_j) (+ bias_j) for n layers that read the same x. */
+/* y_j [rows, out_j] = x [rows, in] @ W_j.T (* scale_j) (+ bias_j) for n layers of one kind that read the same x. */
 static int FN(linear)(const float *x, long rows, long n, const packed_linear *const *weights, float *const *ys,
                       const int64_t *y_strides) {
     for (long row = 0; row < rows; row += SLAB_ROWS)

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from server.kernels import LayerWeights, Storage
 
 PANEL = 16  # output features of a packed panel
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_LINEAR_KINDS = {torch.float32: 0, torch.bfloat16: 4, torch.int8: 3}
 _STORAGE: dict[Storage, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -62,7 +64,7 @@ def available() -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "generic"."""
+    """The instruction set in use: "avx512_bf16", "avx512", "avx2" or "generic"."""
     name: bytes = _loaded().loraplex_isa()
     return name.decode()
 
@@ -95,16 +97,28 @@ class _LinearStruct(ctypes.Structure):
 
 
 class PackedLinear:
-    """A frozen weight [out, in] (and bias [out]) as panels [ceil(out / 16), in, 16]; int8 with one scale per output."""
+    """A frozen weight [out, in] (and bias [out]) as panels [ceil(out / 16), in, 16]; int8 with one scale per output.
 
-    def __init__(self, data: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int) -> None:
+    bfloat16 lies in pairs of input features, [ceil(out / 16), ceil(in / 2), 16, 2].
+    """
+
+    def __init__(
+        self, data: Tensor, scale: Tensor | None, bias: Tensor | None, in_features: int, out_features: int
+    ) -> None:
         assert data.is_contiguous()
         self.data, self.scale, self.bias = data, scale, bias
-        self.in_features, self.out_features = data.shape[1], out_features
+        self.in_features, self.out_features = in_features, out_features
         self.struct = _LinearStruct(
-            data.data_ptr(), pointer(scale), pointer(bias), self.in_features, out_features, KINDS[data.dtype]
+            data.data_ptr(), pointer(scale), pointer(bias), in_features, out_features, _LINEAR_KINDS[data.dtype]
         )
         self.group = LinearGroup([self])
+
+    def _panels(self, first: int = 0, end: int | None = None) -> Tensor:
+        """Panels `first` to `end`, [n, in, 16]: a view of the data, or a copy of what lies in pairs."""
+        data = self.data[first:end]
+        if data.dtype != torch.bfloat16:
+            return data
+        return data.transpose(2, 3).flatten(1, 2)[:, : self.in_features]
 
     def merged(self, lora: LayerWeights, out: Tensor | None = None) -> "PackedLinear":
         """The layer that gives the outputs of `lora`, summed in float32, in the memory of `out` if given."""
@@ -116,13 +130,14 @@ class PackedLinear:
         a = lora.lora_a.float().T.expand(panels, -1, -1)
         data = torch.empty_like(self.data) if out is None else out
         total = data if data.dtype == torch.float32 else None
-        total = torch.baddbmm(self.data.float(), a, b, alpha=lora.scaling, out=total)
+        total = torch.baddbmm(self._panels().float(), a, b, alpha=lora.scaling, out=total)
         if lora.gain is not None:
             total *= _padded(lora.gain, panels * PANEL).view(panels, 1, PANEL)
         if total is not data:
-            data.copy_(total)
+            data.copy_(_pairs(total))
         bias = lora.merged_bias(self.own_bias)
-        return PackedLinear(data, None, None if bias is None else _padded(bias, panels * PANEL), self.out_features)
+        bias = None if bias is None else _padded(bias, panels * PANEL)
+        return PackedLinear(data, None, bias, self.in_features, self.out_features)
 
     @property
     def own_bias(self) -> Tensor | None:
@@ -133,9 +148,14 @@ class PackedLinear:
         """Rows `start` to `end` of the weight [out, in] in float32 (int8: as rounded)."""
         end = self.out_features if end is None else end
         first = start // PANEL
-        panels = self.data[first : -(-end // PANEL)].transpose(1, 2).reshape(-1, self.in_features)
-        weight = panels[start - first * PANEL : end - first * PANEL].float()
+        rows = self._panels(first, -(-end // PANEL)).transpose(1, 2).reshape(-1, self.in_features)
+        weight = rows[start - first * PANEL : end - first * PANEL].float()
         return weight if self.scale is None else weight * self.scale[start:end, None]
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """The weights [..., in] of some outputs [...], in float32."""
+        rows = self.data[outputs // PANEL, :, outputs % PANEL].flatten(outputs.dim())[..., : self.in_features].float()
+        return rows if self.scale is None else rows * self.scale[outputs][..., None]
 
 
 class LinearGroup:
@@ -147,6 +167,8 @@ class LinearGroup:
         self.outs = [layer.out_features for layer in self.layers]
         if any(layer.in_features != self.in_features for layer in self.layers):
             raise ValueError(f"layers of a group read the same x: in_features {[a.in_features for a in self.layers]}")
+        if any(layer.data.dtype != self.layers[0].data.dtype for layer in self.layers):
+            raise ValueError(f"layers of a group are stored alike: {[layer.data.dtype for layer in self.layers]}")
         self._structs = (POINTER * len(self.outs))(*(ctypes.addressof(layer.struct) for layer in self.layers))
         self._strides = (INT * len(self.outs))(*self.outs)
         self.pointers = ctypes.addressof(self._structs)
@@ -171,7 +193,16 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, storage: Storage = "
     data[:whole] = weight[: whole * PANEL].unflatten(0, (whole, PANEL)).transpose(1, 2)
     if padded > out_features:
         data[whole, :, : out_features - whole * PANEL] = weight[whole * PANEL :].t()
-    return PackedLinear(data, scale, None if bias is None else _padded(bias.detach(), padded), out_features)
+    if storage == "bfloat16":
+        data = _pairs(data).contiguous()
+    return PackedLinear(
+        data, scale, None if bias is None else _padded(bias.detach(), padded), in_features, out_features
+    )
+
+
+def _pairs(panels: Tensor) -> Tensor:
+    """[panels, in, 16] → [panels, ceil(in / 2), 16, 2]"""
+    return functional.pad(panels, (0, 0, 0, panels.shape[1] % 2)).unflatten(1, (-1, 2)).transpose(2, 3)
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
