@@ -7,21 +7,19 @@ that a call is little more than its pointers. The library needs torch imported f
 
 import ctypes
 import importlib.machinery
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from server.kernels import Segment, Storage
+from server.kernels.memory import Arena, lazy_zeros
 
 PANEL = 16  # output features of a packed panel
 BLOCK_SIZE = 16  # positions of a KV block
 MAX_HEAD_DIM = 256
-CACHE_LINE = 64  # bytes
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _LINEAR_KINDS = {torch.float32: 0, torch.bfloat16: 4, torch.int8: 3}
@@ -185,8 +183,13 @@ class LinearGroup:
         self.outputs_type = _POINTER * len(self.outs)
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None, storage: Storage = "float32") -> PackedLinear:
-    """Packs weight [out, in] and bias [out]; int8 rounds symmetrically with scale = absmax / 127 of each output row."""
+def pack_linear(
+    weight: Tensor, bias: Tensor | None = None, storage: Storage = "float32", arena: Arena | None = None
+) -> PackedLinear:
+    """Packs weight [out, in] and bias [out], in memory of `arena` if there is one.
+
+    int8 rounds symmetrically with scale = absmax / 127 of each output row.
+    """
     weight = weight.detach()
     out_features, in_features = weight.shape
     padded = -(-out_features // PANEL) * PANEL
@@ -203,8 +206,11 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, storage: Storage = "
     if padded > out_features:
         data[whole, :, : out_features - whole * PANEL] = weight[whole * PANEL :].t()
     if storage == "bfloat16":
-        data = _pairs(data).contiguous()
-    return PackedLinear(data, scale, None if bias is None else _padded(bias.detach(), padded), in_features, out_features)
+        data = _pairs(data)
+    data = data.contiguous() if arena is None else arena.zeros(data.shape, data.dtype).copy_(data)
+    return PackedLinear(
+        data, scale, None if bias is None else _padded(bias.detach(), padded), in_features, out_features
+    )
 
 
 def _pairs(panels: Tensor) -> Tensor:
@@ -353,8 +359,8 @@ class KVCacheLayer:
             raise ValueError(f"the KV cache is float32 or bfloat16, not {dtype}")
         self.kv_heads, self.head_dim = kv_heads, head_dim
         value_dim = -(-head_dim // PANEL) * PANEL
-        self.keys = _lazy_zeros((num_blocks, kv_heads, head_dim, BLOCK_SIZE), dtype)
-        self.values = _lazy_zeros((num_blocks, kv_heads, BLOCK_SIZE, value_dim), dtype)
+        self.keys = lazy_zeros((num_blocks, kv_heads, head_dim, BLOCK_SIZE), dtype)
+        self.values = lazy_zeros((num_blocks, kv_heads, BLOCK_SIZE, value_dim), dtype)
         self._struct = _CacheStruct(self.keys.data_ptr(), self.values.data_ptr(), _KINDS[dtype], kv_heads, head_dim)
         self.pointer = ctypes.addressof(self._struct)
 
@@ -478,14 +484,6 @@ def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(rows, n)
     _gelu_tanh_mul(gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), out.data_ptr(), rows, n)
     return out
-
-
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory page by page as they are first written, aligned to cache lines."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + CACHE_LINE, dtype=np.uint8)
-    start = -memory.ctypes.data % CACHE_LINE
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
 
 
 def _pointer(tensor: Tensor | None) -> int:
