@@ -150,19 +150,29 @@ async def connects(server: Running, authority: trustme.CA) -> bool:
         return True
 
 
-async def test_our_own_commands_speak_tls(serve: Serve, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_flag", [True, False])
+async def test_our_own_commands_speak_tls(serve: Serve, tmp_path: Path, by_flag: bool) -> None:
     authority = trustme.CA()
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    ca = str(tmp_path / "ca.pem")
+    authority.cert_pem.write_to_path(ca)
     async with serve(**write_certificate(authority, tmp_path)) as server:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", "from server.cli import main; main()"),
-            *("health", "--address", f"https://localhost:{server.server.port}"),
-            env={**os.environ, "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(tmp_path / "ca.pem")},
-            cwd=Path(__file__).parents[3],
-            stdout=asyncio.subprocess.PIPE,
-        )
-        output, _ = await process.communicate()
-        assert (process.returncode, output) == (0, b"SERVING\n")
+        address = ["--address", f"https://localhost:{server.server.port}", *(["--ca", ca] if by_flag else [])]
+        load = ["--num-requests", "4", "--prompt-tokens", "2:8", "--output-tokens", "2:8", "--num-adapters", "4"]
+        for command, input, shown in (
+            (["health"], "", b"SERVING\n"),
+            (["chat", "--max-tokens", "4"], "/adapters", b"plain@1"),
+            (["loadtest", "run", *load, "--processes", "2", "--output", str(tmp_path)], "", b"status codes: OK 4"),
+        ):
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "server.cli", *command, *address),
+                env={**os.environ, **({} if by_flag else {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": ca})},
+                cwd=Path(__file__).parents[3],
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+            output, _ = await process.communicate(input.encode())
+            assert process.returncode == 0, output
+            assert shown in output
 
 
 async def test_a_renewed_certificate_needs_no_restart(serve: Serve, tmp_path: Path) -> None:
