@@ -40,7 +40,7 @@ def _options(command: Command) -> Command:
     options = [
         click.option("--address", default="127.0.0.1:50051", show_default=True, envvar="LORAPLEX_ADDRESS",
                      show_envvar=True, help="Address of the server; https://HOST:PORT speaks TLS."),
-        click.option("--ca", type=click.Path(exists=True, dir_okay=False), default="", envvar="LORAPLEX_CA",
+        click.option("--ca", type=click.Path(exists=True, dir_okay=False), envvar="LORAPLEX_CA",
                      show_envvar=True, help="PEM file of the authorities that sign the server's certificate; left out: "
                      "those that gRPC comes with."),
         click.option("--workload", "workload_name", default="slora-short", show_default=True,
@@ -126,7 +126,7 @@ class _Session:
         output: Path,
         *,
         address: str,
-        ca: str,
+        ca: str | None,
         workload_name: str,
         adapters: str,
         metrics_url: str,
@@ -142,7 +142,7 @@ class _Session:
         name, self.workload = load_workload(workload_name, given)
         self._target = Target(
             address=address,
-            ca=ca,
+            ca=ca or "",
             adapters=tuple(part.strip() for part in adapters.split(",")) if adapters else (),
             metrics_url=metrics_url,
             processes=processes,
