@@ -3,18 +3,13 @@
 import asyncio
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import grpc
-from rich.console import Console
-from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
 
+from server.chat_answers import Answer, shown, stream
 from server.client_channel import endpoint
 from server.client_commands import address_option, ca_file
 from server.conversation import BASE, ChatError, Conversation, Turn
@@ -47,20 +42,6 @@ def chat(address: str, adapters: tuple[str, ...], system: str, max_tokens: int, 
         raise SystemExit(1)
 
 
-@dataclass(slots=True)
-class Answer:
-    """One answer as far as it has come."""
-
-    text: str = ""
-    num_tokens: int = 0
-    seconds: float = 0.0
-    error: str = ""
-
-    @property
-    def figures(self) -> str:
-        return f"{self.num_tokens} tokens in {self.seconds:.1f} s" if self.num_tokens else ""
-
-
 class ChatSession:
     """Owns the connection and the conversation. The event loop runs only while something is asked of the server."""
 
@@ -68,7 +49,6 @@ class ChatSession:
         self._runner = runner
         self._address = address
         self._conversation = conversation
-        self._console = Console()
         self._num_errors = 0
         self._commands: dict[str, tuple[str, Callable[[str], None], str]] = {
             "/adapter": ("NAME", self._adapter, "talk to an adapter"),
@@ -129,53 +109,22 @@ class ChatSession:
         self._commands[name][1](rest.strip())
 
     def _ask(self, prompt: str) -> None:
-        answers = {adapter: Answer() for adapter in self._conversation.adapters}
-        with self._shown(answers):
+        conversation = self._conversation
+        requests = {adapter: conversation.request(adapter, prompt) for adapter in conversation.adapters}
+        answers = {adapter: Answer() for adapter in requests}
+        stopped = False
+        with shown(answers):
             try:
-                self._runner.run(self._stream_all(prompt, answers))
-                stopped = False
+                self._runner.run(stream(self._inference, requests, answers))
             except KeyboardInterrupt:
                 stopped = True
-        if len(answers) == 1:
-            click.echo()
         if stopped:
             click.echo("(stopped)")
         for answer in answers.values():
-            if answer.error:
-                self._complain(answer.error)
+            if answer.failure:
+                self._complain(self._failure(answer.failure))
         if said := {adapter: answer.text for adapter, answer in answers.items() if answer.text}:
-            self._conversation.turns.append(Turn(prompt, said))
-
-    async def _stream_all(self, prompt: str, answers: dict[str, Answer]) -> None:
-        async with asyncio.TaskGroup() as group:
-            for adapter, answer in answers.items():
-                group.create_task(self._stream(adapter, prompt, answer, echo=len(answers) == 1))
-
-    async def _stream(self, adapter: str, prompt: str, answer: Answer, *, echo: bool) -> None:
-        started = time.monotonic()
-        try:
-            async for message in self._inference.GenerateStream(self._conversation.request(adapter, prompt)):
-                answer.text += message.text
-                answer.num_tokens += len(message.token_ids)
-                answer.seconds = time.monotonic() - started
-                if echo:
-                    click.echo(message.text, nl=False)
-        except grpc.aio.AioRpcError as error:
-            answer.error = self._failure(error)
-
-    @contextlib.contextmanager
-    def _shown(self, answers: dict[str, Answer]) -> Iterator[None]:
-        """Shows several answers: in columns while they come, or one after the other where there is no terminal."""
-        if len(answers) == 1:
-            yield
-        elif self._console.is_terminal:
-            with Live(console=self._console, get_renderable=lambda: _columns(answers), refresh_per_second=12):
-                yield
-        else:
-            yield
-            for adapter, answer in answers.items():
-                if answer.text:
-                    click.echo(f"[{adapter}] {answer.text}")
+            conversation.turns.append(Turn(prompt, said))
 
     async def _connect(self, ca: Path | None) -> grpc.aio.Channel:
         target, credentials = endpoint(self._address, ca)
@@ -252,12 +201,3 @@ class ChatSession:
     def _complain(self, text: str) -> None:
         self._num_errors += 1
         click.secho(f"Error: {text}", fg="red", err=True)
-
-
-def _columns(answers: dict[str, Answer]) -> Table:
-    table = Table(expand=True)
-    for adapter, answer in answers.items():
-        table.add_column(escape(adapter), footer=answer.figures, ratio=1)
-    table.add_row(*[escape(answer.text) for answer in answers.values()])
-    table.show_footer = True
-    return table

@@ -70,8 +70,7 @@ def workplace(model_dir: Path, tmp_path: Path) -> Path:
         save_adapter(tiny_llama(), tmp_path / "adapters-store" / name, seed=len(name), r=4, target_modules="all-linear")
     (tmp_path / "cache" / "models").mkdir(parents=True)
     (tmp_path / "cache" / "models" / "smollm2-135m").symlink_to(model_dir)
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / "bin").symlink_to(BIN)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
     (tmp_path / "protos").symlink_to(ROOT / "protos")
     return tmp_path
 

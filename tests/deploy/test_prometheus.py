@@ -1,5 +1,6 @@
 """What Prometheus makes of the server: its lint of the metrics, its answers, its rules."""
 
+import re
 import subprocess
 from collections.abc import Callable
 
@@ -103,6 +104,13 @@ def test_what_it_answers(monitored: Monitored, query: str, expected: dict[tuple[
     """`expected`: the values by label, or only how many there are."""
     answer = monitored.query(query)
     assert (answer if isinstance(expected, dict) else len(answer)) == expected
+
+
+def test_the_metrics_that_the_documents_name_exist(monitored: Monitored) -> None:
+    named = re.findall(r"`((?:loraplex|grpc_server)_\w+)`", (DEPLOY.parent / "docs" / "operations.md").read_text())
+    declared = re.findall(r"^# TYPE (\S+)", monitored.exposition(), re.MULTILINE)
+    assert len(named) > 20
+    assert set(named) <= set(declared)
 
 
 def test_no_alert_of_a_healthy_server_fires(monitored: Monitored) -> None:
