@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tree_sitter
+import tree_sitter_go
 
 from tests.conftest import save_adapter, tiny_llama
 from tests.server.test_serve import Server, free_port
@@ -61,6 +63,14 @@ def test_every_block_says_what_it_is(document: Path) -> None:
             assert any(block.file in text for text in later), f"{where}: no command uses {block.file}"
     outside = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     assert not re.search(r"^\n {4}\S", outside, re.MULTILINE), f"{document.name}: a block without a fence"
+
+
+def test_examples_in_go_are_go() -> None:
+    """Parsed only: Debian's compiler is too old for gRPC."""
+    parser = tree_sitter.Parser(tree_sitter.Language(tree_sitter_go.language()))
+    found = [block for document in DOCUMENTS for block in blocks(document) if block.language == "go"]
+    assert found
+    assert not [block for block in found if parser.parse(block.text.encode()).root_node.has_error]
 
 
 @pytest.fixture
