@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 
 import grpc
 from grpc_health.v1 import _async as health_aio
@@ -31,6 +32,23 @@ MIN_PING_INTERVAL_MS = 10_000
 _MOST_UNREAD_CALLS = 1 << 16  # that have arrived and that the event loop has not taken yet, beside --max-waiting
 # Levels, not algorithms: an algorithm would be sent to clients that do not accept it. The lowest level is gzip.
 _COMPRESSION_LEVELS = {"none": 0, "gzip": 1}
+
+
+def check_address(listen: str) -> None:
+    """Tries --listen before a model is loaded: gRPC would bind it only afterwards, and log lines of its own.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    if listen.startswith("unix"):
+        return
+    host, _, port = listen.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        socket.create_server((address[0], int(port)), family=family).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--listen {listen}: {error}") from error
 
 
 class RpcServer:

@@ -211,7 +211,12 @@ def test_a_second_signal_stops_at_once(model_dir: Path, adapters_dir: Path) -> N
         (["--kv-cache-bytes", "1000"], "raise --kv-cache-bytes or lower --max-model-len"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
         (["--max-num-seqs", "5000"], "--max-num-batched-tokens"),
-        (["--listen", "127.0.0.1:{taken}"], "--listen 127.0.0.1:{taken}"),
+        (
+            ["--listen", "127.0.0.1:{taken}", "--model", "/nowhere"],
+            "--listen 127.0.0.1:{taken}: [Errno",
+        ),
+        (["--listen", "nonsense"], "--listen nonsense: "),
+        (["--listen", "127.0.0.1:99999"], "--listen 127.0.0.1:99999: "),
         (["--metrics-listen", "127.0.0.1:{taken}"], "--metrics-listen 127.0.0.1:{taken}"),
         (["--metrics-listen", "nonsense"], "--metrics-listen nonsense"),
         (["--config", "/nowhere.yaml"], "--config"),
