@@ -64,7 +64,9 @@ class ChatSession:
             "/reset": ("", self._reset, "forget what was said"),
             "/help": ("", self._help, "list these commands"),
         }
-        self._channel: grpc.aio.Channel = runner.run(self._connect(ca))
+        self._channel = runner.run(_connect(address, ca))
+        self._inference = InferenceStub(self._channel)
+        self._adapters = AdaptersStub(self._channel)
 
     def run(self) -> int:
         """Until the input ends; gives the number of errors.
@@ -126,12 +128,6 @@ class ChatSession:
         if said := {adapter: answer.text for adapter, answer in answers.items() if answer.text}:
             conversation.turns.append(Turn(prompt, said))
 
-    async def _connect(self, ca: Path | None) -> grpc.aio.Channel:
-        target, credentials = endpoint(self._address, ca)
-        channel = grpc.aio.secure_channel(target, credentials) if credentials else grpc.aio.insecure_channel(target)
-        self._inference, self._adapters = InferenceStub(channel), AdaptersStub(channel)
-        return channel
-
     async def _model(self) -> inference_pb2.ModelInfo:
         model: inference_pb2.ModelInfo = await self._inference.GetModelInfo(inference_pb2.GetModelInfoRequest())
         return model
@@ -174,8 +170,8 @@ class ChatSession:
         if name:
             self._conversation.set(name, value.strip())
         else:
-            for key, shown in self._conversation.settings().items():
-                click.echo(f"{key} {shown}")
+            for key, current in self._conversation.settings().items():
+                click.echo(f"{key} {current}")
 
     def _reset(self, _: str) -> None:
         self._conversation.turns.clear()
@@ -201,3 +197,9 @@ class ChatSession:
     def _complain(self, text: str) -> None:
         self._num_errors += 1
         click.secho(f"Error: {text}", fg="red", err=True)
+
+
+async def _connect(address: str, ca: Path | None) -> grpc.aio.Channel:
+    """On the runner's event loop, which a channel is bound to."""
+    target, credentials = endpoint(address, ca)
+    return grpc.aio.secure_channel(target, credentials) if credentials else grpc.aio.insecure_channel(target)
