@@ -46,7 +46,9 @@ def check_address(listen: str) -> None:
     try:
         found = socket.getaddrinfo(host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
-        socket.create_server((address[0], int(port)), family=family).close()
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC binds
+            probe.bind((address[0], int(port)))
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--listen {listen}: {error}") from error
 
