@@ -15,7 +15,7 @@ from benchmarks.agreement import Agreement, agreement
 from benchmarks.compare import Results
 from benchmarks.contenders import BASELINE, OWN, PEERS, Contender
 from benchmarks.workload import Workload
-from server.environment import processor
+from loadtest.environment import processor
 
 NOTHING = "–"
 _TABLE_WIDTH = 160  # where the output is a file

@@ -39,7 +39,10 @@ def _options(command: Command) -> Command:
     """What a run and a sweep share: the server, the limits, the report, and every field of a workload."""
     options = [
         click.option("--address", default="127.0.0.1:50051", show_default=True, envvar="LORAPLEX_ADDRESS",
-                     show_envvar=True, help="Address of the server."),
+                     show_envvar=True, help="Address of the server; https://HOST:PORT speaks TLS."),
+        click.option("--ca", type=click.Path(exists=True, dir_okay=False), envvar="LORAPLEX_CA",
+                     show_envvar=True, help="PEM file of the authorities that sign the server's certificate; left out: "
+                     "those that gRPC comes with."),
         click.option("--workload", "workload_name", default="slora-short", show_default=True,
                      help="A named workload or a YAML file; the flags below that are its keys go over both."),
         click.option("--adapters", default="", help="Names with commas between, the most popular first. "
@@ -47,7 +50,8 @@ def _options(command: Command) -> Command:
         click.option("--metrics-url", default="", help="The server's Prometheus endpoint: its memory and queue."),
         click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True,
                      help="Split the load over this many processes."),
-        click.option("--timeout", type=_POSITIVE, default=300.0, show_default=True, help="Deadline of a request."),
+        click.option("--timeout", type=_POSITIVE, default=300.0, show_default=True,
+                     help="Deadline of a request in seconds."),
         click.option("--slo-first-token", type=_POSITIVE, default=_DEFAULT_SLO.first_token, show_default=True,
                      help="Limit in seconds."),
         click.option("--slo-inter-token", type=_POSITIVE, default=_DEFAULT_SLO.inter_token, show_default=True,
@@ -122,6 +126,7 @@ class _Session:
         output: Path,
         *,
         address: str,
+        ca: str | None,
         workload_name: str,
         adapters: str,
         metrics_url: str,
@@ -137,6 +142,7 @@ class _Session:
         name, self.workload = load_workload(workload_name, given)
         self._target = Target(
             address=address,
+            ca=ca or "",
             adapters=tuple(part.strip() for part in adapters.split(",")) if adapters else (),
             metrics_url=metrics_url,
             processes=processes,

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -16,13 +17,13 @@ def client_environment() -> dict[str, str]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["loraplex", *sys.argv[1:]]),
-        "processor": f"{_processor()}, {os.cpu_count()} CPUs",
+        "processor": f"{processor()}, {os.cpu_count()} CPUs",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "grpcio": version("grpcio"),
         "loraplex": version("loraplex"),
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parent),
     }
 
 
@@ -37,18 +38,17 @@ def server_environment(model: ModelInfo) -> dict[str, str]:
     }
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def processor() -> str:
+    """As the system names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file() and (found := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)):
+        return found.group(1)
+    return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    """The commit of the source tree that runs, with a + if it has changes; empty outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+def commit(folder: Path) -> str:
+    """The commit of a source tree, with a + if it has changes; empty outside a git checkout."""
+    git = ["git", "-C", str(folder)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)

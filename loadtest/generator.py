@@ -5,10 +5,9 @@ import contextlib
 import time
 from dataclasses import dataclass
 
-import grpc
 import numpy as np
 
-from loadtest.client import CallResult, call
+from loadtest.client import CallResult, call, connect
 from loadtest.schedule import Arrival
 from server.pb.loraplex.v1.inference_pb2 import GenerateRequest, SamplingParams, TokenIds
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
@@ -27,6 +26,7 @@ class Share:
     seed: int
     vocab_size: int
     timeout: float  # seconds, of every call
+    ca: str = ""  # see `connect`
 
 
 @dataclass(slots=True)
@@ -90,7 +90,7 @@ class LoadGenerator:
             start: second 0 of the schedule, by time.monotonic().
         """
         self._start = start
-        async with grpc.aio.insecure_channel(self._share.address) as channel:
+        async with connect(self._share.address, self._share.ca) as channel:
             stub = InferenceStub(channel)
             await asyncio.sleep(start - time.monotonic())
             started, cpu = time.monotonic(), time.process_time()

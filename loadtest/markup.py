@@ -6,6 +6,8 @@ from typing import Any
 
 from loadtest.chart import format_seconds
 
+TITLES = {"first_token": "Time to first token", "inter_token": "Inter-token latency", "end_to_end": "End to end"}
+
 
 def section(title: str, content: str) -> str:
     return f"<h2>{escape(title)}</h2>{content}" if content else ""
@@ -40,3 +42,8 @@ def percent(value: float | None) -> str:
 
 def index(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def offered(run: dict[str, Any]) -> str:
+    """The rate of a run, or its label where it had none."""
+    return f"{run['offered_requests_s']:.3g} /s" if run["offered_requests_s"] else run["label"]

@@ -5,20 +5,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from loadtest.chart import Axis, Series, chart, format_seconds
 from loadtest.histogram import PERCENTILES
-from loadtest.markup import facts, index, percent, seconds, section, table
+from loadtest.markup import TITLES, facts, offered, percent, seconds, section, table
+from loadtest.page_plots import (
+    MOST_ROWS,
+    adapters_section,
+    distributions_section,
+    memory_section,
+    sweep_section,
+    tiers_section,
+)
 from loadtest.report import METRICS
-
-_TITLES = {"first_token": "Time to first token", "inter_token": "Inter-token latency", "end_to_end": "End to end"}
-_TIERS = {
-    "disk": "adapters on disk (cold)",
-    "host": "adapters in host memory",
-    "device": "adapters on the device (hot)",
-    "later": "their later requests",
-}
-_MOST_LINES = 6  # distributions in one chart
-_MOST_ROWS = 20  # adapters in the table
 
 _STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
@@ -31,14 +28,14 @@ def render(document: dict[str, Any]) -> str:
     sections = [
         _notes(runs),
         _tiles(shown, sweep),
-        _sweep_charts(runs, sweep) if sweep else "",
-        section("Distributions", f'<div class="charts">{_distributions(runs)}</div>'),
+        sweep_section(runs, sweep) if sweep else "",
+        distributions_section(runs),
         section("Percentiles", _percentiles(shown)),
         section("Runs", _runs_table(runs)) if len(runs) > 1 else "",
         section("Status codes", _codes(runs)),
-        _adapters(shown),
-        _tiers(shown),
-        _memory(runs),
+        adapters_section(shown),
+        tiers_section(shown),
+        memory_section(runs),
         _churn(shown),
         section("The load test's own punctuality", _client(runs)),
         section("Settings", _settings(document)),
@@ -46,7 +43,7 @@ def render(document: dict[str, Any]) -> str:
     server = document["server"]
     subtitle = f"{server.get('model', '')} on {server.get('device', '')} · {document['client']['date']}"
     if len(runs) > 1:
-        subtitle += f" · details below are of the run at {_rate(shown)}"
+        subtitle += f" · details below are of the run at {offered(shown)}"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
@@ -89,7 +86,7 @@ def _notes(runs: Sequence[dict[str, Any]]) -> str:
 def _tiles(run: dict[str, Any], sweep: dict[str, Any] | None) -> str:
     spreads = run["seconds"]
     tiles = [
-        (_rate(run), "offered" if run["offered_requests_s"] else "closed loop"),
+        (offered(run), "offered" if run["offered_requests_s"] else "closed loop"),
         (f"{run['requests_s']:.3g} /s", "requests completed"),
         (f"{run['output_tokens_s']:,.4g} /s", "output tokens"),
         (_both(spreads["first_token"]), "first token, p50 / p99"),
@@ -113,52 +110,10 @@ def _until(rate: float | None, highest_rate: float) -> str:
     return f"{'≥ ' if rate == highest_rate else ''}{rate:g} /s"
 
 
-def _sweep_charts(runs: Sequence[dict[str, Any]], sweep: dict[str, Any]) -> str:
-    ordered = sorted(zip(sweep["rates"], runs, strict=True), key=lambda pair: pair[0])
-    x = Axis("offered requests per second", "{:g}".format, log=True)
-    marks = [(sweep["goodput"], "goodput")] if sweep["goodput"] else []
-    charts = [
-        chart(
-            f"{_TITLES[name]} against offered rate",
-            x,
-            Axis("", format_seconds, log=True),
-            [
-                Series(f"p{percent}", [(rate, run["seconds"][name][f"p{percent}"] or 0.0) for rate, run in ordered])
-                for percent in PERCENTILES
-            ],
-            marks,
-        )
-        for name in METRICS
-    ]
-    rates = Axis("per second", "{:g}".format, from_zero=True)
-    series = [
-        Series("completed", [(rate, run["requests_s"]) for rate, run in ordered]),
-        Series("within every limit", [(rate, run["goodput_requests_s"]) for rate, run in ordered]),
-    ]
-    charts.append(chart("Requests completed, and within limits", x, rates, series, marks))
-    return section("Against offered rate", f'<div class="charts">{"".join(charts)}</div>')
-
-
-def _distributions(runs: Sequence[dict[str, Any]]) -> str:
-    step = max(1, -(-len(runs) // _MOST_LINES))
-    picked = sorted(runs, key=lambda run: run["offered_requests_s"] or 0.0)[::step]
-    share = Axis("share of all", "{:.0%}".format, from_zero=True)
-    return "".join(
-        chart(
-            _TITLES[name],
-            Axis("seconds, logarithmic", format_seconds, log=True),
-            share,
-            [Series(_rate(run), run["cumulative"][name]) for run in picked],
-            [(runs[0]["slo"][name], f"limit {format_seconds(runs[0]['slo'][name])}")],
-        )
-        for name in METRICS
-    )
-
-
 def _percentiles(run: dict[str, Any]) -> str:
     keys = ["mean", *(f"p{percent}" for percent in PERCENTILES), "max"]
     rows = [
-        [_TITLES[name], *[seconds(run["seconds"][name][key]) for key in keys], percent(run["attainment"][name])]
+        [TITLES[name], *[seconds(run["seconds"][name][key]) for key in keys], percent(run["attainment"][name])]
         for name in METRICS
     ]
     per_token = run["seconds_per_output_token"]
@@ -194,76 +149,6 @@ def _codes(runs: Sequence[dict[str, Any]]) -> str:
     return table(["run", *codes], [[run["label"], *[str(run["codes"].get(code, 0)) for code in codes]] for run in runs])
 
 
-def _adapters(run: dict[str, Any]) -> str:
-    rows = run["adapters"]
-    if len(rows) < 2:
-        return ""
-    fairness = run["fairness"]
-    known = [row for row in rows if row["first_token"]["p50"] is not None]
-    dots = Series(
-        "adapter",
-        [(row["requests"], row["first_token"]["p50"]) for row in known],
-        dots=True,
-        tips=[f"{row['name']}: {row['requests']} requests, p50 {seconds(row['first_token']['p50'])}" for row in known],
-    )
-    figure = chart(
-        "Median first token of every adapter, by its requests",
-        Axis("requests of the adapter", "{:g}".format),
-        Axis("", format_seconds, from_zero=True),
-        [dots],
-    )
-    listed = table(
-        ["adapter", "requests", "failed", "tokens", "first token p50", "p99"],
-        [
-            [
-                row["name"],
-                str(row["requests"]),
-                str(row["failed"]),
-                f"{row['tokens']:,}",
-                seconds(row["first_token"]["p50"]),
-                seconds(row["first_token"]["p99"]),
-            ]
-            for row in rows[:_MOST_ROWS]
-        ],
-    )
-    more = f'<p class="soft">and {len(rows) - _MOST_ROWS} more in report.json</p>' if len(rows) > _MOST_ROWS else ""
-    text = (
-        f"Jain's index over {len(rows)} adapters: {index(fairness['first_token'])} of mean first-token times, "
-        f"{index(fairness['per_output_token'])} of mean times per output token (1: all alike)."
-    )
-    return section(
-        "Fairness between adapters",
-        f'<p>{escape(text)}</p><div class="two"><div>{figure}</div><div>{listed}{more}</div></div>',
-    )
-
-
-def _tiers(run: dict[str, Any]) -> str:
-    if set(run["tiers"]) <= {"later"}:
-        return ""
-    figure = chart(
-        "Time to first token by tier",
-        Axis("seconds, logarithmic", format_seconds, log=True),
-        Axis("share of all", "{:.0%}".format, from_zero=True),
-        [Series(_TIERS[tier], spread["cumulative"]) for tier, spread in run["tiers"].items()],
-    )
-    rows = [
-        [_TIERS[tier], str(spread["count"]), *[seconds(spread[key]) for key in ("p50", "p99", "max")]]
-        for tier, spread in run["tiers"].items()
-    ]
-    listed = table(["first token of", "requests", "p50", "p99", "max"], rows)
-    return section("First token by where the adapter was", f'<div class="two"><div>{figure}</div>{listed}</div>')
-
-
-def _memory(runs: Sequence[dict[str, Any]]) -> str:
-    figure = chart(
-        "Resident memory of the server",
-        Axis("seconds into the run", "{:g}".format),
-        Axis("MiB", "{:,.0f}".format),
-        [Series(run["label"], [(at, size / 2**20) for at, size in run["memory"]]) for run in runs[-_MOST_LINES:]],
-    )
-    return section("Memory", f'<div class="two">{figure}</div>') if figure else ""
-
-
 def _churn(run: dict[str, Any]) -> str:
     churn = run["churn"]
     if not churn:
@@ -273,7 +158,7 @@ def _churn(run: dict[str, Any]) -> str:
         f"{churn['checked']} requests to adapters that came and went: {len(churn['faults'])} faults, "
         f"{churn['refused_while_unloaded']} rightly refused while their adapter was unloaded."
     )
-    faults = "".join(f"<li>{escape(fault)}</li>" for fault in churn["faults"][:_MOST_ROWS])
+    faults = "".join(f"<li>{escape(fault)}</li>" for fault in churn["faults"][:MOST_ROWS])
     listed = table(
         ["operation", "count", "p50", "max"],
         [
@@ -313,10 +198,6 @@ def _settings(document: dict[str, Any]) -> str:
 def _balance(run: dict[str, Any]) -> str:
     counts = run["balance"]
     return f"{counts['completed']} / {counts['arrived']}" if counts else "–"
-
-
-def _rate(run: dict[str, Any]) -> str:
-    return f"{run['offered_requests_s']:.3g} /s" if run["offered_requests_s"] else run["label"]
 
 
 def _both(spread: dict[str, Any]) -> str:

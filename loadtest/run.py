@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import grpc
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from loadtest.churn import Churn
+from loadtest.client import connect
 from loadtest.environment import server_environment
 from loadtest.generator import Share
 from loadtest.observer import MetricsWatch, ServerFacts, ServerUnreachable, ask_server
@@ -28,6 +28,7 @@ class Target:
     """The server under test, and how to reach it."""
 
     address: str
+    ca: str = ""  # see `connect`
     adapters: tuple[str, ...] = ()  # names of adapters 0, 1, …; empty: as many as needed of those the server lists
     metrics_url: str = ""
     processes: int = 1
@@ -43,7 +44,7 @@ async def measure(
         ServerUnreachable, WorkloadError, LoadProcessError.
         grpc.aio.AioRpcError: the server refuses the adapters of a churn.
     """
-    async with grpc.aio.insecure_channel(target.address) as channel:
+    async with connect(target.address, target.ca) as channel:
         facts = await ask_server(channel, target.address)
         churn = Churn.of(workload.churn_adapters, facts.versions, workload.seed) if workload.churn_seconds else None
         schedule = make_schedule(workload, _adapter_names(workload, target, facts, churn), facts.model.max_model_len)
@@ -52,7 +53,13 @@ async def measure(
             arrivals = churn.shape(arrivals)
             await churn.prepare(channel, arrivals, facts.model.vocab_size)
         share = Share(
-            target.address, arrivals, workload.concurrency, workload.seed, facts.model.vocab_size, target.timeout
+            target.address,
+            arrivals,
+            workload.concurrency,
+            workload.seed,
+            facts.model.vocab_size,
+            target.timeout,
+            target.ca,
         )
         load = Load(share, target.processes, stop)
         watch = MetricsWatch(target.metrics_url)

@@ -12,6 +12,7 @@ from adapters.cli import train_command
 from benchmarks.cli import adapters_command, compare_command, swap_command
 from loadtest.cli import loadtest_command
 from server.base_models import EMBEDDED, resolve
+from server.chat import chat
 from server.client_commands import adapters, generate, health
 from server.config import EngineConfig, ServerConfig, options, take
 from server.errors import ConfigError
@@ -37,6 +38,7 @@ def main() -> None:
 
 main.add_command(train_command(resolve))
 main.add_command(generate)
+main.add_command(chat)
 main.add_command(health)
 main.add_command(adapters)
 main.add_command(loadtest_command)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -9,14 +10,27 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
+from server.client_channel import endpoint
 from server.pb.loraplex.v1 import adapters_pb2, inference_pb2
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_CA = "loraplex.ca"  # key of the command's context
+
 
 def address_option(command: Command) -> Command:
+    """`--address`, and `--ca`, which `ca_file` gives."""
+    command = click.option(
+        "--ca",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        envvar="LORAPLEX_CA",
+        show_envvar=True,
+        expose_value=False,
+        callback=lambda context, _, path: context.meta.__setitem__(_CA, path),
+        help="PEM file of the authorities that sign the server's certificate; left out: those that gRPC comes with.",
+    )(command)
     return click.option(
         "--address",
         default="127.0.0.1:50051",
@@ -27,21 +41,21 @@ def address_option(command: Command) -> Command:
     )(command)
 
 
+def ca_file() -> Path | None:
+    """What `--ca` of the running command names."""
+    path: Path | None = click.get_current_context().meta[_CA]
+    return path
+
+
 @contextmanager
 def connected(address: str) -> Iterator[grpc.Channel]:
     """A channel whose failures end the command in one line: the status and what the server says."""
-    with _channel(address) as channel:
+    target, credentials = endpoint(address, ca_file())
+    with grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target) as channel:
         try:
             yield channel
         except grpc.RpcError as error:  # of a channel it is a grpc.Call as well
             raise click.ClickException(f"{error.code().name} from {address}: {error.details()}") from error
-
-
-def _channel(address: str) -> grpc.Channel:
-    """Over TLS the authorities are gRPC's own, or those in the file of GRPC_DEFAULT_SSL_ROOTS_FILE_PATH."""
-    if address.startswith("https://"):
-        return grpc.secure_channel(address.removeprefix("https://"), grpc.ssl_channel_credentials())
-    return grpc.insecure_channel(address)
 
 
 @click.command()

@@ -13,6 +13,7 @@ from server.engine.kv_cache import KVShape, TorchKVCache
 from server.errors import ConfigError
 from server.kernels import Kernels, Storage, native, native_attention, onednn
 from server.kernels.cpu import cpu_kernels
+from server.kernels.memory import keep_freed_memory
 from server.kernels.torch_ops import torch_kernels
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ def _cuda(config: EngineConfig) -> Device:
 
 
 def _cpu(config: EngineConfig) -> Device:
+    keep_freed_memory()
     device = torch.device("cpu")
     dtype = torch.float32 if config.dtype == "auto" else DTYPES[config.dtype]
     if config.kernels == "auto" and native.available() and dtype != torch.float16:

@@ -5,10 +5,10 @@ import platform
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
+from loadtest.environment import processor
 from server.kernels import native
 
 _PACKAGES = (
@@ -46,14 +46,6 @@ def environment() -> Iterator[tuple[str, str]]:
     for name, value in sorted(os.environ.items()):
         if _VARIABLES.fullmatch(name):
             yield name, "(set)" if _SECRET.search(name) else value
-
-
-def processor() -> str:
-    """As the system names it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file() and (found := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)):
-        return found.group(1)
-    return platform.processor() or "unknown"
 
 
 def _version(package: str) -> str:

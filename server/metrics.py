@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)  # seconds
 FINISH_REASONS = ("stop", "length", "abort", "error")  # of `FinishReason`; the client went away; our failure
 FAILURES = ("STEP_FAILED", "NON_FINITE_LOGITS")
+MERGED = ("adapter", "base")  # what the served weights become
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -69,6 +70,8 @@ class Metrics:
             self.requests.labels(finish_reason=reason)
         for reason in FAILURES:
             self.failed_requests.labels(reason=reason)
+        for merged in MERGED:
+            self.merge_switches.labels(to=merged)
 
     def watch(self, scheduler: Scheduler) -> None:
         """Gauges read the scheduler at a scrape, so that a step does not have to set them."""

@@ -24,7 +24,7 @@ from server.lora.cache import AdapterCache
 from server.lora.store import AdapterStore
 from server.metrics import Metrics
 from server.pb.loraplex.v1.inference_pb2 import ModelInfo
-from server.rpc.server import RpcServer
+from server.rpc.server import RpcServer, check_address
 from server.throughput_log import ThroughputLog
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     Raises:
         ConfigError: it cannot start as asked.
     """
+    check_address(config.listen)
     disable_created_metrics()
     metrics = Metrics(CollectorRegistry(), config.metrics_adapters)
     ProcessCollector(registry=metrics.registry)

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from server.kernels import Kernels, LayerWeights, LinearGroup, Storage, native, native_lora
+from server.kernels.memory import Arena
 
 
 class CpuLinearGroup:
-    """Packs its layers, whose own weights can go after that; bit-identical rows in any batch."""
+    """Packs its layers into `arena`, their own weights can go after that; bit-identical rows in any batch."""
 
-    def __init__(self, storage: Storage, layers: Sequence[nn.Module], num_slots: int) -> None:
-        packed = [_pack(layer, storage) for layer in layers]
+    def __init__(self, storage: Storage, arena: Arena, layers: Sequence[nn.Module], num_slots: int) -> None:
+        packed = [_pack(layer, storage, arena) for layer in layers]
         self._base = self._linear = native.LinearGroup(packed)
         self._slots = [native_lora.LoRASlots(layer.in_features, layer.out_features, num_slots) for layer in packed]
         self._lora = native_lora.LoRAGroup(self._slots)
@@ -80,7 +81,7 @@ class PackedEmbedding(nn.Module):
 def cpu_kernels(storage: Storage) -> Kernels:
     return Kernels(
         f"native {native.isa()}",
-        partial(CpuLinearGroup, storage),
+        partial(CpuLinearGroup, storage, Arena()),
         native_lora.Segments,
         CpuEmbeddingBypass,
         groups_layers=True,
@@ -102,8 +103,8 @@ def _tied_embedding(head: LinearGroup) -> nn.Module:
     return PackedEmbedding(head.packed[0])
 
 
-def _pack(layer: nn.Module, storage: Storage) -> native.PackedLinear:
+def _pack(layer: nn.Module, storage: Storage, arena: Arena) -> native.PackedLinear:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    return native.pack_linear(weight.T if isinstance(layer, Conv1D) else weight, bias, storage)
+    return native.pack_linear(weight.T if isinstance(layer, Conv1D) else weight, bias, storage, arena)

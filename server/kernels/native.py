@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.kernels import LayerWeights, Storage
+from server.kernels.memory import Arena
 
 PANEL = 16  # output features of a packed panel
 
@@ -176,8 +177,13 @@ class LinearGroup:
         self.outputs_type = POINTER * len(self.outs)
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None, storage: Storage = "float32") -> PackedLinear:
-    """Packs weight [out, in] and bias [out]; int8 rounds symmetrically with scale = absmax / 127 of each output row."""
+def pack_linear(
+    weight: Tensor, bias: Tensor | None = None, storage: Storage = "float32", arena: Arena | None = None
+) -> PackedLinear:
+    """Packs weight [out, in] and bias [out], in memory of `arena` if there is one.
+
+    int8 rounds symmetrically with scale = absmax / 127 of each output row.
+    """
     weight = weight.detach()
     out_features, in_features = weight.shape
     padded = -(-out_features // PANEL) * PANEL
@@ -194,7 +200,8 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, storage: Storage = "
     if padded > out_features:
         data[whole, :, : out_features - whole * PANEL] = weight[whole * PANEL :].t()
     if storage == "bfloat16":
-        data = _pairs(data).contiguous()
+        data = _pairs(data)
+    data = data.contiguous() if arena is None else arena.zeros(data.shape, data.dtype).copy_(data)
     return PackedLinear(
         data, scale, None if bias is None else _padded(bias.detach(), padded), in_features, out_features
     )

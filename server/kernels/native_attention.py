@@ -1,17 +1,15 @@
 """Paged attention by the native CPU kernels; see `native`."""
 
 import ctypes
-import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from server.kernels.memory import lazy_zeros
 from server.kernels.native import FLOAT, INT, KINDS, PANEL, POINTER, library, pointer
 
 BLOCK_SIZE = 16  # positions of a KV block
 MAX_HEAD_DIM = 256
-CACHE_LINE = 64  # bytes
 
 
 if library is not None:
@@ -58,8 +56,8 @@ class KVCacheLayer:
             raise ValueError(f"the KV cache is float32 or bfloat16, not {dtype}")
         self.kv_heads, self.head_dim = kv_heads, head_dim
         value_dim = -(-head_dim // PANEL) * PANEL
-        self.keys = _lazy_zeros((num_blocks, kv_heads, head_dim, BLOCK_SIZE), dtype)
-        self.values = _lazy_zeros((num_blocks, kv_heads, BLOCK_SIZE, value_dim), dtype)
+        self.keys = lazy_zeros((num_blocks, kv_heads, head_dim, BLOCK_SIZE), dtype)
+        self.values = lazy_zeros((num_blocks, kv_heads, BLOCK_SIZE, value_dim), dtype)
         self._struct = _CacheStruct(self.keys.data_ptr(), self.values.data_ptr(), KINDS[dtype], kv_heads, head_dim)
         self.pointer = ctypes.addressof(self._struct)
 
@@ -130,11 +128,3 @@ def paged_attention(q: Tensor, cache: KVCacheLayer, options: AttentionOptions, b
     if failed:
         raise MemoryError(f"no scratch memory for the attention of {q.shape[0]} tokens")
     return out
-
-
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory page by page as they are first written, aligned to cache lines."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + CACHE_LINE, dtype=np.uint8)
-    start = -memory.ctypes.data % CACHE_LINE
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 
 import grpc
 from grpc_health.v1 import _async as health_aio
@@ -28,8 +29,28 @@ SERVICES = (
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
 MIN_PING_INTERVAL_MS = 10_000
+_MOST_UNREAD_CALLS = 1 << 16  # that have arrived and that the event loop has not taken yet, beside --max-waiting
 # Levels, not algorithms: an algorithm would be sent to clients that do not accept it. The lowest level is gzip.
 _COMPRESSION_LEVELS = {"none": 0, "gzip": 1}
+
+
+def check_address(listen: str) -> None:
+    """Tries --listen before a model is loaded: gRPC would bind it only afterwards, and log lines of its own.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    if listen.startswith("unix"):
+        return
+    host, _, port = listen.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC binds
+            probe.bind((address[0], int(port)))
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--listen {listen}: {error}") from error
 
 
 class RpcServer:
@@ -42,6 +63,7 @@ class RpcServer:
             ConfigError: the address cannot be had, or a certificate not be read.
         """
         self._engine = engine
+        most_unread = config.max_waiting + _MOST_UNREAD_CALLS
         tracing = [engine.tracer.interceptor()] if engine.tracer else []
         self._server = grpc.aio.server(
             interceptors=[CallMetricsInterceptor(engine.metrics.registry), *tracing, ErrorInterceptor()],
@@ -52,6 +74,10 @@ class RpcServer:
                 # Clients may ping often and while idle: a long unary answer must survive their keepalive.
                 ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
+                # From the first limit on, by default 1,000, gRPC cancels calls at random, from the second on all of
+                # them. Calls in a burst are read long before that: it is the queue that says RESOURCE_EXHAUSTED.
+                ("grpc.server.max_pending_requests", most_unread),
+                ("grpc.server.max_pending_requests_hard_limit", most_unread),
             ],
         )
         self._health = health_aio.HealthServicer()

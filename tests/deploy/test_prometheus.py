@@ -1,5 +1,6 @@
 """What Prometheus makes of the server: its lint of the metrics, its answers, its rules."""
 
+import re
 import subprocess
 from collections.abc import Callable
 
@@ -86,6 +87,8 @@ def test_every_alert_has_a_test() -> None:
         ("loraplex_adapter_load_time_seconds_total > 0", 3),
         ("loraplex_adapter_load_seconds_count", {(): 4}),
         ("loraplex_adapter_load_failures_total", {(): 0}),
+        ("loraplex_adapter_merge_switches_total", {("adapter",): 0, ("base",): 0}),
+        ("loraplex_adapter_merged_bytes", {(): 0}),
         ("sum by (grpc_code) (grpc_server_handled_total)", {("OK",): NUM_REQUESTS, ("NOT_FOUND",): 1}),
         ("sum(grpc_server_started_total)", {(): NUM_REQUESTS + 1}),
         ("sum(grpc_server_msg_received_total)", {(): NUM_REQUESTS + 1}),
@@ -101,6 +104,13 @@ def test_what_it_answers(monitored: Monitored, query: str, expected: dict[tuple[
     """`expected`: the values by label, or only how many there are."""
     answer = monitored.query(query)
     assert (answer if isinstance(expected, dict) else len(answer)) == expected
+
+
+def test_the_metrics_that_the_documents_name_exist(monitored: Monitored) -> None:
+    named = re.findall(r"`((?:loraplex|grpc_server)_\w+)`", (DEPLOY.parent / "docs" / "operations.md").read_text())
+    declared = re.findall(r"^# TYPE (\S+)", monitored.exposition(), re.MULTILINE)
+    assert len(named) > 20
+    assert set(named) <= set(declared)
 
 
 def test_no_alert_of_a_healthy_server_fires(monitored: Monitored) -> None:

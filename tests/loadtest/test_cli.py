@@ -120,6 +120,29 @@ def test_wrong_settings(loadtest: Callable[..., Result], scripted: Start, argume
     assert message in error_line(failed)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rate: [", "workload.yaml is not YAML: "),
+        ("- rate", "a workload is a mapping of keys to values"),
+        ("speed: 3", "workload.yaml: unknown key 'speed'; keys: like, rate, "),
+        ("like: best", "workload.yaml: like is 'best'; named workloads: slora, "),
+        ("rate: fast", "workload.yaml: rate is 'fast': it takes a number"),
+        ("prompt_tokens: [9, 3]", "workload.yaml: prompt_tokens is 9:3: LOW must be at least 1 and less than HIGH"),
+        (None, "cannot read workload "),
+    ],
+)
+def test_wrong_workload_files(
+    loadtest: Callable[..., Result], scripted: Start, tmp_path: Path, text: str | None, message: str
+) -> None:
+    file = tmp_path / "workload.yaml"
+    if text is not None:
+        file.write_text(text)
+    failed = loadtest("run", scripted().address, "--workload", str(file))
+    assert failed.exit_code == 1
+    assert message in error_line(failed)
+
+
 @pytest.mark.parametrize("rates", ["fast", "1,,2", "0", "inf", "-3"])
 def test_wrong_rates(loadtest: Callable[..., Result], scripted: Start, rates: str) -> None:
     failed = loadtest("sweep", scripted().address, "--rates", rates)

@@ -17,7 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 from server.cli import main
+from server.pb.loraplex.v1 import adapters_pb2
 from server.pb.loraplex.v1 import inference_pb2 as pb
+from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 from tests.conftest import ADAPTERS
 
@@ -104,6 +106,31 @@ def test_load_test(server: Server, tmp_path: Path) -> None:
     assert "12 requests failed, the first with NOT_FOUND" in failed.stderr
 
 
+def test_a_load_test_whose_server_is_killed(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
+    """Also where adapters come and go; what was measured until then is kept."""
+    server = Server(model_dir, adapters_dir)
+    lengths = ["--prompt-tokens", "2:8", "--output-tokens", "2:8", "--output", str(tmp_path)]
+    command = [str(LORAPLEX), "loadtest", "run", "--address", server.address, "--workload", "churn", *lengths]
+    with (
+        subprocess.Popen(
+            [*command, "--num-adapters", "4", "--rate", "40"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as load,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        request = adapters_pb2.ListAdaptersRequest()
+        while not any(
+            one.name.startswith("loadtest-churn") for one in AdaptersStub(channel).ListAdapters(request).adapters
+        ):
+            time.sleep(0.05)
+        time.sleep(2)
+        server.process.kill()
+        _, error = load.communicate(timeout=60)
+    server.wait()
+    assert load.returncode == 1
+    assert re.fullmatch(r"Error: the server was lost \S+ s into the run: .*\n", error)
+    assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["codes"]["OK"] > 0
+
+
 def test_metrics(server: Server) -> None:
     with grpc.insecure_channel(server.address) as channel:
         request = pb.GenerateRequest(prompt="x", adapter="head", sampling=pb.SamplingParams(max_tokens=3))
@@ -184,7 +211,12 @@ def test_a_second_signal_stops_at_once(model_dir: Path, adapters_dir: Path) -> N
         (["--kv-cache-bytes", "1000"], "raise --kv-cache-bytes or lower --max-model-len"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
         (["--max-num-seqs", "5000"], "--max-num-batched-tokens"),
-        (["--listen", "127.0.0.1:{taken}"], "--listen 127.0.0.1:{taken}"),
+        (
+            ["--listen", "127.0.0.1:{taken}", "--model", "/nowhere"],
+            "--listen 127.0.0.1:{taken}: [Errno",
+        ),
+        (["--listen", "nonsense"], "--listen nonsense: "),
+        (["--listen", "127.0.0.1:99999"], "--listen 127.0.0.1:99999: "),
         (["--metrics-listen", "127.0.0.1:{taken}"], "--metrics-listen 127.0.0.1:{taken}"),
         (["--metrics-listen", "nonsense"], "--metrics-listen nonsense"),
         (["--config", "/nowhere.yaml"], "--config"),

@@ -4,6 +4,7 @@ import asyncio
 import os
 import struct
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ import grpc
 import pytest
 import trustme
 from click.testing import CliRunner
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from server.cli import main
 from server.pb.inference import grpc_service_pb2 as open_pb
@@ -150,19 +153,29 @@ async def connects(server: Running, authority: trustme.CA) -> bool:
         return True
 
 
-async def test_our_own_commands_speak_tls(serve: Serve, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_flag", [True, False])
+async def test_our_own_commands_speak_tls(serve: Serve, tmp_path: Path, by_flag: bool) -> None:
     authority = trustme.CA()
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    ca = str(tmp_path / "ca.pem")
+    authority.cert_pem.write_to_path(ca)
     async with serve(**write_certificate(authority, tmp_path)) as server:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", "from server.cli import main; main()"),
-            *("health", "--address", f"https://localhost:{server.server.port}"),
-            env={**os.environ, "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(tmp_path / "ca.pem")},
-            cwd=Path(__file__).parents[3],
-            stdout=asyncio.subprocess.PIPE,
-        )
-        output, _ = await process.communicate()
-        assert (process.returncode, output) == (0, b"SERVING\n")
+        address = ["--address", f"https://localhost:{server.server.port}", *(["--ca", ca] if by_flag else [])]
+        load = ["--num-requests", "4", "--prompt-tokens", "2:8", "--output-tokens", "2:8", "--num-adapters", "4"]
+        for command, input, shown in (
+            (["health"], "", b"SERVING\n"),
+            (["chat", "--max-tokens", "4"], "/adapters", b"plain@1"),
+            (["loadtest", "run", *load, "--processes", "2", "--output", str(tmp_path)], "", b"status codes: OK 4"),
+        ):
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "server.cli", *command, *address),
+                env={**os.environ, **({} if by_flag else {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": ca})},
+                cwd=Path(__file__).parents[3],
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+            output, _ = await process.communicate(input.encode())
+            assert process.returncode == 0, output
+            assert shown in output
 
 
 async def test_a_renewed_certificate_needs_no_restart(serve: Serve, tmp_path: Path) -> None:
@@ -191,3 +204,26 @@ def test_certificates_that_cannot_be_used(model_dir: Path, arguments: list[str],
     done = CliRunner().invoke(main, ["serve", *defaults, *arguments])
     assert done.exit_code == 2, done.output
     assert reason in done.output.splitlines()[-1]
+
+
+async def test_a_burst_beyond_the_queue_is_refused_by_the_queue(serve: Serve) -> None:
+    """More calls at once than gRPC lets wait by default, 1,000: it would cancel some of them at random."""
+    places, burst = 16 + 8, 4_000  # max_num_seqs and max_waiting
+    async with serve({"max_num_seqs": 16}) as server:
+        calls = [server.inference.Generate(ask()) for _ in range(burst)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert (await server.inference.Generate(ask())).token_ids
+    refused = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+    assert Counter((error.code(), reason(error)) for error in refused) == {
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"): len(refused)
+    }
+    assert len(refused) <= burst - places
+    assert sum(isinstance(answer, pb.GenerateResponse) for answer in answers) == burst - len(refused)
+
+
+def reason(error: grpc.aio.AioRpcError) -> str:
+    info = error_details_pb2.ErrorInfo()
+    status = rpc_status.from_call(error)
+    assert status is not None, error
+    assert any(detail.Unpack(info) for detail in status.details)
+    return info.reason
