@@ -161,7 +161,9 @@ class PackedLinear:
 
     def rows(self, outputs: Tensor) -> Tensor:
         """The weights [..., in] of some outputs [...], in float32."""
-        rows = self.data[outputs // PANEL, :, outputs % PANEL].flatten(outputs.dim())[..., : self.in_features].float()
+        rows: Tensor = (
+            self.data[outputs // PANEL, :, outputs % PANEL].flatten(outputs.dim())[..., : self.in_features].float()
+        )
         return rows if self.scale is None else rows * self.scale[outputs][..., None]
 
 
