@@ -217,7 +217,8 @@ def pack_linear(
 
 def _pairs(panels: Tensor) -> Tensor:
     """[panels, in, 16] → [panels, ceil(in / 2), 16, 2]"""
-    return functional.pad(panels, (0, 0, 0, panels.shape[1] % 2)).unflatten(1, (-1, 2)).transpose(2, 3)
+    even: Tensor = functional.pad(panels, (0, 0, 0, panels.shape[1] % 2))
+    return even.unflatten(1, (-1, 2)).transpose(2, 3)
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
