@@ -218,7 +218,7 @@ def pack_linear(
 def _pairs(panels: Tensor) -> Tensor:
     """[panels, in, 16] → [panels, ceil(in / 2), 16, 2]"""
     even: Tensor = functional.pad(panels, (0, 0, 0, panels.shape[1] % 2))
-    return even.unflatten(1, (-1, 2)).transpose(2, 3)
+    return even.view(len(even), -1, 2, PANEL).transpose(2, 3)
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
