@@ -6,6 +6,11 @@ ServingError
 ├── IncompatibleAdapter     FAILED_PRECONDITION   a good adapter, but not for this server
 ├── AdapterNotFound         NOT_FOUND
 ├── AdapterExists           ALREADY_EXISTS
+├── AdapterInUse            FAILED_PRECONDITION   unload if idle, and it is not
+├── AdapterChanged          ABORTED               a lost compare-and-swap, or files that changed while they were read
+├── AdapterUnloaded         ABORTED               a forced unload ended the request
+├── DamagedAdapter          DATA_LOSS             a published adapter is not what was published
+├── StoreNotWritable        FAILED_PRECONDITION
 ├── Overloaded              RESOURCE_EXHAUSTED
 ├── Unavailable             UNAVAILABLE           draining, or the engine is down
 └── InternalFailure         INTERNAL              the client sees only the incident id
@@ -65,6 +70,31 @@ class AdapterNotFound(ServingError):
 class AdapterExists(ServingError):
     code = grpc.StatusCode.ALREADY_EXISTS
     reason = "ADAPTER_EXISTS"
+
+
+class AdapterInUse(ServingError):
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "ADAPTER_IN_USE"
+
+
+class AdapterChanged(ServingError):
+    code = grpc.StatusCode.ABORTED
+    reason = "ADAPTER_CHANGED"
+
+
+class AdapterUnloaded(ServingError):
+    code = grpc.StatusCode.ABORTED
+    reason = "ADAPTER_UNLOADED"
+
+
+class DamagedAdapter(ServingError):
+    code = grpc.StatusCode.DATA_LOSS
+    reason = "DAMAGED_ADAPTER"
+
+
+class StoreNotWritable(ServingError):
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "STORE_NOT_WRITABLE"
 
 
 class Overloaded(ServingError):

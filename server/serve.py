@@ -7,6 +7,7 @@ import platform
 import signal
 from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from prometheus_client import CollectorRegistry, start_http_server
@@ -19,7 +20,9 @@ from server.engine.core import EngineCore
 from server.engine.model import load_tokenizer
 from server.errors import ConfigError
 from server.lora.cache import AdapterCache
+from server.lora.publish import remove_leftovers
 from server.lora.store import AdapterStore
+from server.lora.watcher import StoreWatcher
 from server.metrics import Metrics
 from server.pb.loraplex.v1.inference_pb2 import ModelInfo
 from server.rpc.server import RpcServer
@@ -50,7 +53,7 @@ async def running_engine(
 ) -> AsyncIterator[AsyncEngine]:
     """An engine thread with its adapters, stopped at the end."""
     adapters = AdapterCache(
-        AdapterStore(config.adapters_dir),
+        _open_store(config.adapters_dir, parts.base.name),
         parts.base.linear_layers,
         max_rank=engine_config.max_lora_rank,
         max_bytes=config.adapter_host_bytes,
@@ -67,10 +70,21 @@ async def running_engine(
         max_requests=engine_config.max_num_seqs + config.max_waiting,
     )
     engine.start()
+    watching = asyncio.create_task(StoreWatcher(adapters, config.adapter_poll_seconds).run())
     try:
         yield engine
     finally:
+        watching.cancel()
         await engine.stop()
+
+
+def _open_store(folder: Path, base_model: str) -> AdapterStore:
+    store = AdapterStore(folder, reserved=frozenset({base_model}))
+    try:
+        remove_leftovers(store)
+    except OSError as error:
+        log.warning("what interrupted uploads left in %s stays there: %s", folder, error)
+    return store
 
 
 def model_info(config: EngineConfig, parts: EngineParts) -> ModelInfo:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from server.engine.core import Abort, EngineCore, Evict, Stop, Submit
+from server.engine.core import Abort, EngineCore, Evict, Revoke, Stop, Submit
 from server.engine.detokenizer import TextStream
 from server.engine.model import BaseModel
 from server.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
-from server.errors import Overloaded, Unavailable
+from server.errors import AdapterUnloaded, Overloaded, Unavailable
 from server.lora.adapter import Adapter
 from server.lora.cache import AdapterCache
 from server.metrics import Metrics, RequestTimer
@@ -67,7 +67,7 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run_core, name="loraplex-engine", daemon=True)
         core.connect(self._emit)
-        adapters.connect(self._evict)
+        adapters.connect(self._evict, self._revoke)
 
     def start(self) -> None:
         self._thread.start()
@@ -88,11 +88,12 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join)
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, adapter: str, cache_salt: str = ""
+        self, prompt_token_ids: list[int], params: SamplingParams, adapter: str, cache_salt: str = "", label: str = ""
     ) -> AsyncGenerator[GenerationOutput, None]:
         """Runs one request and yields what is new as it comes; whatever ends the iteration also ends the request.
 
-        A reader that is slow gets several tokens at once; it never holds up the engine.
+        `label` decides which share of the adapter's traffic the request is part of. A reader that is slow gets several
+        tokens at once; it never holds up the engine.
 
         Raises:
             ServingError: see `AdapterCache.acquire`; Overloaded when the queue is full; Unavailable.
@@ -100,7 +101,7 @@ class AsyncEngine:
         self._enter()
         try:
             timer = RequestTimer(self._metrics)
-            async with self.adapters.acquire(adapter) as acquired:
+            async with self.adapters.acquire(adapter, label) as acquired:
                 request = self._new_request(prompt_token_ids, params, acquired, cache_salt)
                 label = self._metrics.adapter_label(acquired.name if acquired else "")
                 self._metrics.prompt_tokens.labels(adapter=label).inc(len(prompt_token_ids))
@@ -188,6 +189,10 @@ class AsyncEngine:
         freed: Future[int] = Future()
         self._core.put(Evict(adapter, freed))
         return await asyncio.wrap_future(freed)
+
+    def _revoke(self, adapter: Adapter) -> None:
+        text = f"adapter {adapter.name}@{adapter.version} was unloaded by force"
+        self._core.put(Revoke(adapter, AdapterUnloaded(text)))
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         """Hands a step's outputs to their streams; one whose client has gone is dropped."""

@@ -13,7 +13,7 @@ import torch
 from server.engine.model_runner import ModelRunner
 from server.engine.request import Request, TokenOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler
-from server.errors import InternalFailure
+from server.errors import InternalFailure, ServingError
 from server.lora.adapter import Adapter
 from server.lora.layers import bytes_on_device
 from server.metrics import Metrics
@@ -42,11 +42,19 @@ class Evict:
 
 
 @dataclass(frozen=True, slots=True)
+class Revoke:
+    """End every request on an adapter with an error, and those that still come; until its `Evict`."""
+
+    adapter: Adapter
+    error: ServingError
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     pass
 
 
-Command = Submit | Abort | Evict | Stop
+Command = Submit | Abort | Evict | Revoke | Stop
 
 
 class EngineCore:
@@ -59,6 +67,7 @@ class EngineCore:
         self._emit: Emit = _drop
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
+        self._revoked: dict[Adapter, ServingError] = {}
         # Adapters in device slots: a snapshot for other threads to read, replaced whole and never changed.
         self.resident: frozenset[Adapter] = frozenset()
 
@@ -124,10 +133,18 @@ class EngineCore:
     def _obey(self, command: Command) -> None:
         match command:
             case Submit(request):
-                self.scheduler.add(request)
+                if request.adapter in self._revoked:
+                    self._emit([TokenOutput(request.request_id, None, error=self._revoked[request.adapter])])
+                else:
+                    self.scheduler.add(request)
             case Abort(request_id):
                 self.scheduler.abort(request_id)
+            case Revoke(adapter, error):
+                self._revoked[adapter] = error
+                revoked = self.scheduler.abort_users(adapter)
+                self._emit([TokenOutput(request_id, None, error=error) for request_id in revoked])
             case Evict(adapter, freed):
+                self._revoked.pop(adapter, None)
                 slot = self.scheduler.slots.remove(adapter)
                 if slot is not None:
                     self.runner.lora.write(slot, None)

@@ -77,6 +77,13 @@ class Scheduler:
         if request is not None:
             self._finish(request)
 
+    def abort_users(self, adapter: Adapter) -> list[int]:
+        """Ends every request on an adapter; returns their ids."""
+        users = [request for request in self._requests.values() if request.adapter is adapter]
+        for request in users:
+            self._finish(request)
+        return [request.request_id for request in users]
+
     def schedule(self) -> ScheduledBatch:
         batch = ScheduledBatch()
         preemptions = self.num_preemptions

@@ -66,10 +66,10 @@ class InferenceService(pb_grpc.InferenceServicer):
         engine = self._engine
         params = sampling_params(request.sampling, len(prompt), engine.max_model_len, engine.base.vocab_size)
         if request.sampling.n <= 1:
-            streams = [engine.generate(prompt, params, request.adapter, request.cache_salt)]
+            streams = [engine.generate(prompt, params, request.adapter, request.cache_salt, request.request_id)]
         else:
             streams = [
-                engine.generate(prompt, _nth(params, index), request.adapter, request.cache_salt)
+                engine.generate(prompt, _nth(params, index), request.adapter, request.cache_salt, request.request_id)
                 for index in range(request.sampling.n)
             ]
         async with aclosing(_merge(streams)) as outputs:

@@ -45,6 +45,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(
                 _unary(handler.unary_unary, parse), response_serializer=serialize
             )
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(
+                _unary_of_stream(handler.stream_unary, parse), response_serializer=serialize
+            )
         return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, parse), response_serializer=serialize)
 
 
@@ -52,6 +56,20 @@ def _unary(behavior: Callable[[Any, Context], Awaitable[Any]], parse: Parse) -> 
     async def call(data: bytes, context: Context) -> Any:
         try:
             return await behavior(_parsed(parse, data), context)
+        except Exception as error:
+            await context.abort_with_status(_status(error))
+
+    return call
+
+
+def _unary_of_stream(behavior: Callable[[Any, Context], Awaitable[Any]], parse: Parse) -> Any:
+    async def messages(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in requests:
+            yield _parsed(parse, data)
+
+    async def call(requests: AsyncIterator[bytes], context: Context) -> Any:
+        try:
+            return await behavior(messages(requests), context)
         except Exception as error:
             await context.abort_with_status(_status(error))
 

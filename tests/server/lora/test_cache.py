@@ -32,7 +32,7 @@ def make_cache(root: Path, max_bytes: int = 1 << 30) -> tuple[AdapterCache, list
         evicted.append(adapter)
         return 5
 
-    cache.connect(evict)
+    cache.connect(evict, lambda adapter: None)
     return cache, evicted
 
 

@@ -24,29 +24,61 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$server/pb/loraplex/v1/adapters.proto\x12\x0bloraplex.v1\"C\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"M\n\x15UnloadAdapterResponse\x12\x1a\n\x12\x66reed_bytes_device\x18\x01 \x01(\x04\x12\x18\n\x10\x66reed_bytes_host\x18\x02 \x01(\x04\"\x15\n\x13ListAdaptersRequest\">\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\"\xab\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.AdapterState\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12\x12\n\nbytes_disk\x18\x08 \x01(\x04\x12\x12\n\nbytes_host\x18\t \x01(\x04\x12\x14\n\x0c\x62ytes_device\x18\n \x01(\x04\x12&\n\x04tier\x18\x0b \x01(\x0e\x32\x18.loraplex.v1.AdapterTier\x12\x18\n\x10requests_running\x18\x0c \x01(\r\x12\r\n\x05\x65rror\x18\r \x01(\t*S\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\r\n\tAVAILABLE\x10\x01\x12\t\n\x05READY\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03*K\n\x0b\x41\x64\x61pterTier\x12\x1c\n\x18\x41\x44\x41PTER_TIER_UNSPECIFIED\x10\x00\x12\x08\n\x04\x44ISK\x10\x01\x12\x08\n\x04HOST\x10\x02\x12\n\n\x06\x44\x45VICE\x10\x03\x32\xfd\x01\n\x08\x41\x64\x61pters\x12\x44\n\x0bLoadAdapter\x12\x1f.loraplex.v1.LoadAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12V\n\rUnloadAdapter\x12!.loraplex.v1.UnloadAdapterRequest\x1a\".loraplex.v1.UnloadAdapterResponse\x12S\n\x0cListAdapters\x12 .loraplex.v1.ListAdaptersRequest\x1a!.loraplex.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$server/pb/loraplex/v1/adapters.proto\x12\x0bloraplex.v1\"\x8a\x01\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07replace\x18\x03 \x01(\x08\x12 \n\x13\x65xpected_generation\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0b\n\x03pin\x18\x05 \x01(\x08\x42\x16\n\x14_expected_generation\"y\n\x14UploadAdapterRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.UploadHeaderH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.loraplex.v1.UploadChunkH\x00\x42\t\n\x07message\"\x9c\x01\n\x0cUploadHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x17.loraplex.v1.UploadFile\x12\x0f\n\x07replace\x18\x03 \x01(\x08\x12 \n\x13\x65xpected_generation\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0b\n\x03pin\x18\x05 \x01(\x08\x42\x16\n\x14_expected_generation\"8\n\nUploadFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"9\n\x0bUploadChunk\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"K\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x04mode\x18\x02 \x01(\x0e\x32\x17.loraplex.v1.UnloadMode\"M\n\x15UnloadAdapterResponse\x12\x1a\n\x12\x66reed_bytes_device\x18\x01 \x01(\x04\x12\x18\n\x10\x66reed_bytes_host\x18\x02 \x01(\x04\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"\xa0\x01\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\nbytes_host\x18\x03 \x01(\x04\x12\x19\n\x11\x62ytes_host_pinned\x18\x04 \x01(\x04\x12\x18\n\x10\x62ytes_host_limit\x18\x05 \x01(\x04\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"!\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x13UnpinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xac\x01\n\x11SetTrafficRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12P\n\x12percent_by_version\x18\x02 \x03(\x0b\x32\x34.loraplex.v1.SetTrafficRequest.PercentByVersionEntry\x1a\x37\n\x15PercentByVersionEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"<\n\x12SetTrafficResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\"6\n\x15PromoteVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x16\n\x14WatchAdaptersRequest\"\x82\x02\n\x0c\x41\x64\x61pterEvent\x12,\n\x04type\x18\x01 \x01(\x0e\x32\x1e.loraplex.v1.AdapterEvent.Type\x12%\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"\x9c\x01\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\x0c\n\x08SNAPSHOT\x10\x01\x12\n\n\x06SYNCED\x10\x02\x12\t\n\x05\x41\x44\x44\x45\x44\x10\x03\x12\n\n\x06LOADED\x10\x04\x12\x0c\n\x08REPLACED\x10\x05\x12\x0c\n\x08UNLOADED\x10\x06\x12\x0b\n\x07\x45VICTED\x10\x07\x12\x0b\n\x07REMOVED\x10\x08\x12\n\n\x06\x46\x41ILED\x10\t\x12\x0b\n\x07UPDATED\x10\n\"\x8f\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.AdapterState\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12\x12\n\nbytes_disk\x18\x08 \x01(\x04\x12\x12\n\nbytes_host\x18\t \x01(\x04\x12\x14\n\x0c\x62ytes_device\x18\n \x01(\x04\x12&\n\x04tier\x18\x0b \x01(\x0e\x32\x18.loraplex.v1.AdapterTier\x12\x18\n\x10requests_running\x18\x0c \x01(\r\x12\r\n\x05\x65rror\x18\r \x01(\t\x12\x0e\n\x06pinned\x18\x0e \x01(\x08\x12\x0e\n\x06merged\x18\x0f \x01(\x08\x12\x18\n\x10requests_waiting\x18\x10 \x01(\r\x12\x0f\n\x07\x63urrent\x18\x11 \x01(\x08\x12\x17\n\x0ftraffic_percent\x18\x12 \x01(\r*L\n\nUnloadMode\x12\x1b\n\x17UNLOAD_MODE_UNSPECIFIED\x10\x00\x12\t\n\x05\x44RAIN\x10\x01\x12\t\n\x05\x46ORCE\x10\x02\x12\x0b\n\x07IF_IDLE\x10\x03*S\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\r\n\tAVAILABLE\x10\x01\x12\t\n\x05READY\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03*K\n\x0b\x41\x64\x61pterTier\x12\x1c\n\x18\x41\x44\x41PTER_TIER_UNSPECIFIED\x10\x00\x12\x08\n\x04\x44ISK\x10\x01\x12\x08\n\x04HOST\x10\x02\x12\n\n\x06\x44\x45VICE\x10\x03\x32\x85\x06\n\x08\x41\x64\x61pters\x12\x44\n\x0bLoadAdapter\x12\x1f.loraplex.v1.LoadAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12J\n\rUploadAdapter\x12!.loraplex.v1.UploadAdapterRequest\x1a\x14.loraplex.v1.Adapter(\x01\x12V\n\rUnloadAdapter\x12!.loraplex.v1.UnloadAdapterRequest\x1a\".loraplex.v1.UnloadAdapterResponse\x12S\n\x0cListAdapters\x12 .loraplex.v1.ListAdaptersRequest\x1a!.loraplex.v1.ListAdaptersResponse\x12\x42\n\nGetAdapter\x12\x1e.loraplex.v1.GetAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12\x42\n\nPinAdapter\x12\x1e.loraplex.v1.PinAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12\x46\n\x0cUnpinAdapter\x12 .loraplex.v1.UnpinAdapterRequest\x1a\x14.loraplex.v1.Adapter\x12M\n\nSetTraffic\x12\x1e.loraplex.v1.SetTrafficRequest\x1a\x1f.loraplex.v1.SetTrafficResponse\x12J\n\x0ePromoteVersion\x12\".loraplex.v1.PromoteVersionRequest\x1a\x14.loraplex.v1.Adapter\x12O\n\rWatchAdapters\x12!.loraplex.v1.WatchAdaptersRequest\x1a\x19.loraplex.v1.AdapterEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'server.pb.loraplex.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=628
-  _globals['_ADAPTERSTATE']._serialized_end=711
-  _globals['_ADAPTERTIER']._serialized_start=713
-  _globals['_ADAPTERTIER']._serialized_end=788
-  _globals['_LOADADAPTERREQUEST']._serialized_start=53
-  _globals['_LOADADAPTERREQUEST']._serialized_end=120
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=122
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=158
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=160
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=237
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=239
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=260
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=262
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=324
-  _globals['_ADAPTER']._serialized_start=327
-  _globals['_ADAPTER']._serialized_end=626
-  _globals['_ADAPTERS']._serialized_start=791
-  _globals['_ADAPTERS']._serialized_end=1044
+  _globals['_SETTRAFFICREQUEST_PERCENTBYVERSIONENTRY']._loaded_options = None
+  _globals['_SETTRAFFICREQUEST_PERCENTBYVERSIONENTRY']._serialized_options = b'8\001'
+  _globals['_UNLOADMODE']._serialized_start=2061
+  _globals['_UNLOADMODE']._serialized_end=2137
+  _globals['_ADAPTERSTATE']._serialized_start=2139
+  _globals['_ADAPTERSTATE']._serialized_end=2222
+  _globals['_ADAPTERTIER']._serialized_start=2224
+  _globals['_ADAPTERTIER']._serialized_end=2299
+  _globals['_LOADADAPTERREQUEST']._serialized_start=54
+  _globals['_LOADADAPTERREQUEST']._serialized_end=192
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=194
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=315
+  _globals['_UPLOADHEADER']._serialized_start=318
+  _globals['_UPLOADHEADER']._serialized_end=474
+  _globals['_UPLOADFILE']._serialized_start=476
+  _globals['_UPLOADFILE']._serialized_end=532
+  _globals['_UPLOADCHUNK']._serialized_start=534
+  _globals['_UPLOADCHUNK']._serialized_end=591
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=593
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=668
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=670
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=747
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=749
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=809
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=812
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=972
+  _globals['_GETADAPTERREQUEST']._serialized_start=974
+  _globals['_GETADAPTERREQUEST']._serialized_end=1007
+  _globals['_PINADAPTERREQUEST']._serialized_start=1009
+  _globals['_PINADAPTERREQUEST']._serialized_end=1042
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=1044
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=1079
+  _globals['_SETTRAFFICREQUEST']._serialized_start=1082
+  _globals['_SETTRAFFICREQUEST']._serialized_end=1254
+  _globals['_SETTRAFFICREQUEST_PERCENTBYVERSIONENTRY']._serialized_start=1199
+  _globals['_SETTRAFFICREQUEST_PERCENTBYVERSIONENTRY']._serialized_end=1254
+  _globals['_SETTRAFFICRESPONSE']._serialized_start=1256
+  _globals['_SETTRAFFICRESPONSE']._serialized_end=1316
+  _globals['_PROMOTEVERSIONREQUEST']._serialized_start=1318
+  _globals['_PROMOTEVERSIONREQUEST']._serialized_end=1372
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1374
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1396
+  _globals['_ADAPTEREVENT']._serialized_start=1399
+  _globals['_ADAPTEREVENT']._serialized_end=1657
+  _globals['_ADAPTEREVENT_TYPE']._serialized_start=1501
+  _globals['_ADAPTEREVENT_TYPE']._serialized_end=1657
+  _globals['_ADAPTER']._serialized_start=1660
+  _globals['_ADAPTER']._serialized_end=2059
+  _globals['_ADAPTERS']._serialized_start=2302
+  _globals['_ADAPTERS']._serialized_end=3075
 # @@protoc_insertion_point(module_scope)

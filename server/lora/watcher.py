@@ -1,0 +1,61 @@
+"""Looks through the adapters folder from time to time, so that changes count without a restart. Event loop.
+
+By polling, since notifications do not reach across network file systems and one watch per folder runs into the system's
+limits at some thousands of adapters.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+
+from server.lora.cache import AdapterCache
+from server.lora.store import StoredName
+
+log = logging.getLogger(__name__)
+
+_REST_PER_SCAN = 20  # seconds of rest per second of scanning: a large or slow store is looked at more rarely
+
+Names = Mapping[str, StoredName]
+
+
+class StoreWatcher:
+    """Brings what happens on disk to the cache.
+
+    A difference counts once two looks in a row have seen it alike, so that a folder which is being copied or swapped
+    is not taken half-way.
+    """
+
+    def __init__(self, adapters: AdapterCache, interval: float) -> None:
+        """`interval`: seconds between two looks; 0: there are none."""
+        self._adapters = adapters
+        self._interval = interval
+        self._last: Names = {}
+        self._failed = False
+
+    async def run(self) -> None:
+        """Watches until it is cancelled."""
+        seconds = 0.0
+        while self._interval:
+            await asyncio.sleep(max(self._interval, _REST_PER_SCAN * seconds))
+            started = time.monotonic()
+            try:
+                settled = await self._adapters.disk.run(self._look, self._adapters.catalog.stored())
+            except OSError as error:  # the whole store is away: better the adapters of before than none
+                if not self._failed:
+                    log.error("the adapters folder cannot be read, nothing changes until it can: %s", error)
+                self._failed = True
+                continue
+            self._failed = False
+            seconds = time.monotonic() - started
+            await self._adapters.apply(settled)
+
+    def _look(self, known: Names) -> dict[str, StoredName | None]:
+        """What has settled and is not known yet. Worker thread."""
+        found = self._adapters.store.scan()
+        last, self._last = self._last, found
+        return {
+            name: found.get(name)
+            for name in found.keys() | known.keys()
+            if found.get(name) != known.get(name) and found.get(name) == last.get(name)
+        }
