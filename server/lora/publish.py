@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from adapters.config import CONFIG_FILE
-from adapters.format import WEIGHTS_FILE
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from server.errors import AdapterExists, InvalidRequest, Overloaded, StoreNotWritable
 from server.lora.digests import write_sums
 from server.lora.store import AdapterRef, AdapterStore, disk_errors, fsync_folder

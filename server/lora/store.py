@@ -19,8 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.config import CONFIG_FILE
-from adapters.format import WEIGHTS_FILE
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from server.errors import InvalidRequest, Overloaded, StoreNotWritable
 from server.lora.routing import Routing
 
