@@ -82,6 +82,10 @@ class AdapterEvents:
         self._watches: set[Watch] = set()
         self._closed = False
 
+    @property
+    def num_watchers(self) -> int:
+        return len(self._watches)
+
     @contextmanager
     def watch(self) -> Iterator[Watch]:
         """Hears of everything from now on.
@@ -91,7 +95,7 @@ class AdapterEvents:
         """
         if self._closed:
             raise Unavailable("the server is draining", reason="DRAINING")
-        if len(self._watches) >= MAX_WATCHERS:
+        if self.num_watchers >= MAX_WATCHERS:
             raise Overloaded(f"{MAX_WATCHERS} clients are watching already", reason="TOO_MANY_WATCHERS")
         watch = Watch()
         self._watches.add(watch)
