@@ -106,6 +106,7 @@ class HostMemory:
 
     def remove(self, ref: AdapterRef) -> "asyncio.Task[FreedBytes] | None":
         """Takes the name from a copy; the task ends when its last request is done and its memory is free."""
+        self._pinned.discard(ref)
         copy = self._copies.pop(ref, None)
         return None if copy is None else self._retire(ref, copy)
 
