@@ -7,18 +7,16 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 from adapters.format import LinearShape
 from server.errors import (
-    AdapterChanged,
-    AdapterExists,
     AdapterInUse,
     AdapterNotFound,
     ServingError,
 )
 from server.lora.adapter import Adapter
 from server.lora.catalog import AdapterCatalog
+from server.lora.claims import NameClaims
 from server.lora.disk_workers import DiskWorkers
 from server.lora.events import AdapterStatus, EventKind
 from server.lora.host_memory import EvictFromDevice, FreedBytes, HostCopy, HostMemory, RevokeFromRequests
@@ -59,10 +57,10 @@ class AdapterCache:
         self.memory = HostMemory(max_bytes, self._evicted)
         self.disk = DiskWorkers()
         self.loader = AdapterLoader(layers, max_rank, self.disk, self.memory)
+        self.claims = NameClaims(store.reserved, self.loader)
         self.board = StatusBoard(self.catalog, self.memory, self.loader)
         self._metrics = metrics
         self._loading: dict[AdapterRef, asyncio.Task[None]] = {}
-        self._changes: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by name
         metrics.adapters_resident.labels(tier="host").set_function(lambda: len(self.memory))
 
     def connect(self, evict_from_device: EvictFromDevice, revoke: RevokeFromRequests) -> None:
@@ -108,8 +106,8 @@ class AdapterCache:
             InvalidRequest, AdapterNotFound, AdapterExists, InvalidAdapter, IncompatibleAdapter, DamagedAdapter,
             AdapterChanged, Overloaded.
         """
-        bare_name, version = self.free_name(name)
-        async with self.changing(bare_name):
+        bare_name, version = self.claims.parse(name)
+        async with self.claims.changing(bare_name):
             if source:
                 folder = await self.disk.run(self.store.source, source)
                 ref = self.catalog.source_ref(bare_name, version)
@@ -118,7 +116,7 @@ class AdapterCache:
                 ref = self.catalog.find(bare_name, version)
                 folder = self.catalog.stored_path(ref) if self.catalog.is_stored(ref) else self.catalog.path(ref)
             taken = self.memory.get(ref) is not None
-            self.check_claim(ref, taken=taken, replace=replace, expected_generation=expected_generation)
+            self.claims.check(ref, taken=taken, replace=replace, expected_generation=expected_generation)
             copy = await self._load(ref, folder, same_if_unchanged=False)
             self.catalog.restore(ref, folder if source or not self.catalog.is_stored(ref) else None)
             self.put(ref, copy, EventKind.REPLACED if taken else EventKind.LOADED, pin=pin)
@@ -197,31 +195,6 @@ class AdapterCache:
             await self._reload(ref)
 
     # For changes of a name, by this class and by `AdapterRouter` and `AdapterUploads`.
-
-    def changing(self, name: str) -> asyncio.Lock:
-        """Held while a name changes: one change after the other."""
-        return self._changes.setdefault(name, asyncio.Lock())
-
-    def free_name(self, name: str) -> tuple[str, str | None]:
-        """Raises InvalidRequest for what is no name, AdapterExists for one that no adapter may have."""
-        bare_name, version = parse_reference(name, "name")
-        if bare_name in self.store.reserved:
-            raise AdapterExists(f"{bare_name!r} is the base model's name", field="name")
-        return bare_name, version
-
-    def check_claim(self, ref: AdapterRef, *, taken: bool, replace: bool, expected_generation: int | None) -> None:
-        """Raises AdapterExists or AdapterChanged unless the claimant may have the name."""
-        generation = self.loader.generation(ref)
-        if expected_generation is not None:
-            if generation != expected_generation:
-                raise AdapterChanged(
-                    f"adapter {ref.name!r} is at generation {generation}, not {expected_generation}: somebody else "
-                    "changed it",
-                    field="expected_generation",
-                    reason="GENERATION_MISMATCH",
-                )
-        elif taken and not replace:
-            raise AdapterExists(f"adapter {ref.name!r} is there already; set replace to take its place", field="name")
 
     async def look(self, name: str) -> None:
         """Learns what has appeared on disk under a name."""
@@ -315,7 +288,7 @@ class AdapterCache:
 
     async def _reload(self, ref: AdapterRef) -> None:
         """Takes changed files as a new generation, if anybody has the old ones in memory."""
-        async with self.changing(ref.name):
+        async with self.claims.changing(ref.name):
             old = self.memory.get(ref)
             if old is None or self.catalog.fingerprint(ref) in (None, old.source):
                 return

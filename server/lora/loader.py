@@ -1,16 +1,22 @@
 """Disk → checked adapter → host copy, with its generation. Event loop; the disk is read in worker threads."""
 
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from adapters.config import AdapterFormatError, AdapterIncompatibleError
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError, AdapterIncompatibleError
 from adapters.format import AdapterFiles, LinearShape, read_adapter
 from server.errors import AdapterChanged, AdapterNotFound, IncompatibleAdapter, InvalidAdapter, Overloaded
 from server.lora.adapter import Adapter
-from server.lora.digests import check_sums
+from server.lora.digests import SUMS_FILE, check_sums
 from server.lora.disk_workers import DiskWorkers
 from server.lora.host_memory import HostCopy, HostMemory
 from server.lora.store import AdapterRef, Fingerprint, fingerprint
+
+log = logging.getLogger(__name__)
+
+_MAX_NAMES = 10  # files that one line of the log tells of
 
 
 class AdapterLoader:
@@ -87,6 +93,8 @@ class AdapterLoader:
         if fingerprint(folder) != before:
             raise AdapterChanged(f"the files of adapter {name!r} changed while they were read; try again")
         check_sums(folder)
+        if ignored := sorted(set(os.listdir(folder)) - {CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE}):
+            log.info("adapter %s: never opened: %s", name, ", ".join(map(repr, ignored[:_MAX_NAMES])))
         if fault is not None:
             kind = IncompatibleAdapter if isinstance(fault, AdapterIncompatibleError) else InvalidAdapter
             raise kind(f"adapter {name!r}: {fault}", reason=fault.reason) from fault

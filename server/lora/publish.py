@@ -56,30 +56,39 @@ def check_declaration(files: Sequence[DeclaredFile], max_bytes: int) -> None:
 
 
 class Publication:
-    """One adapter on its way into the store. Owns its scratch folder, which a lock marks as in use.
+    """One adapter on its way into the store. Owns its scratch folder, from `open` to `close`.
 
-    Every method blocks; calls come one after the other.
+    These and all between block; calls come one after the other.
     """
 
+    folder: Path
+
     def __init__(self, store: AdapterStore, files: Sequence[DeclaredFile]) -> None:
-        """Raises Overloaded or StoreNotWritable."""
         self._store = store
         self._declared = {file.name: file for file in files}
         self._digests = {file.name: hashlib.sha256() for file in files}
         self._num_bytes = dict.fromkeys(self._declared, 0)
+        self._open: dict[str, BinaryIO] = {}
+        self._cleanup = contextlib.ExitStack()
+
+    def open(self) -> None:
+        """Makes the scratch folder, and locks it: the mark by which others see that it is in use.
+
+        Raises:
+            Overloaded, StoreNotWritable.
+        """
         with contextlib.ExitStack() as undo, disk_errors():
-            scratch = store.scratch()
-            with store.lock():
+            scratch = self._store.scratch()
+            with self._store.lock():
                 self.folder = Path(tempfile.mkdtemp(dir=scratch))
                 undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
-                self._in_use = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
-                undo.callback(os.close, self._in_use)
-                fcntl.flock(self._in_use, fcntl.LOCK_EX)
+                in_use = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+                undo.callback(os.close, in_use)
+                fcntl.flock(in_use, fcntl.LOCK_EX)
             self.folder.chmod(0o755)
-            self._open: dict[str, BinaryIO] = {}
             undo.callback(self._close_files)
             for name in self._declared:
-                self._open[name] = open(self.folder / name, "xb")  # noqa: SIM115
+                self._open[name] = (self.folder / name).open("xb")
             self._cleanup = undo.pop_all()
 
     def write(self, name: str, offset: int, data: bytes) -> None:

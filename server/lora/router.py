@@ -25,7 +25,7 @@ class AdapterRouter:
             Those of `AdapterCache.acquire`; StoreNotWritable.
         """
         adapters, name = self._adapters, _bare(name)
-        async with adapters.changing(name):
+        async with adapters.claims.changing(name):
             if version:
                 await adapters.copy(await self._stored(name, version))
             await self._write(name, Routing(version))
@@ -42,7 +42,7 @@ class AdapterRouter:
         adapters, name = self._adapters, _bare(name)
         if sum(percent_by_version.values()) > 100:
             raise InvalidRequest("the shares come to more than 100 per cent", field="percent_by_version")
-        async with adapters.changing(name):
+        async with adapters.claims.changing(name):
             for version in percent_by_version:
                 await self._stored(name, version)
             shares = {version: percent for version, percent in percent_by_version.items() if percent}

@@ -31,11 +31,11 @@ class Upload:
             Those of `AdapterCache.load`; StoreNotWritable.
         """
         adapters, publication = self._adapters, self._publication
-        name, version = adapters.free_name(self._name)
-        async with adapters.changing(name):
+        name, version = adapters.claims.parse(self._name)
+        async with adapters.claims.changing(name):
             await adapters.look(name)
             current = adapters.catalog.current(name)
-            adapters.check_claim(
+            adapters.claims.check(
                 AdapterRef(name, current or ""),
                 taken=current is not None,
                 replace=replace,
@@ -67,16 +67,15 @@ class AdapterUploads:
         Raises:
             InvalidRequest, AdapterExists, Overloaded, StoreNotWritable.
         """
-        self._adapters.free_name(name)
+        self._adapters.claims.parse(name)
         check_declaration(files, self._max_bytes)
         if self._num_uploads >= MAX_UPLOADS:
             raise Overloaded(f"{MAX_UPLOADS} uploads are on their way already", reason="TOO_MANY_UPLOADS")
         self._num_uploads += 1
-        publication = None
+        publication = Publication(self._adapters.store, files)
         try:
-            publication = Publication(self._adapters.store, files)
+            await self._adapters.disk.run(publication.open)
             yield Upload(self._adapters, publication, name)
         finally:
             self._num_uploads -= 1
-            if publication is not None:
-                await self._adapters.disk.run(publication.close)
+            await self._adapters.disk.run(publication.close)

@@ -48,7 +48,10 @@ class StoreWatcher:
                 continue
             self._failed = False
             seconds = time.monotonic() - started
-            await self._adapters.apply(settled)
+            try:
+                await self._adapters.apply(settled)
+            except Exception:  # a bug of ours must not end the watch
+                log.exception("what changed in the adapters folder was not taken")
 
     def _look(self, known: Names) -> dict[str, StoredName | None]:
         """What has settled and is not known yet. Worker thread."""

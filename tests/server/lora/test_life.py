@@ -22,13 +22,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from adapters.format import read_adapter
 from server.errors import AdapterExists, AdapterInUse, AdapterNotFound, InvalidAdapter, Overloaded
 from server.lora.adapter import Adapter
 from server.lora.cache import UnloadMode
 from server.lora.store import AdapterRef
 from server.lora.watcher import StoreWatcher
 from tests.conftest import save_adapter, tiny_llama
-from tests.server.lora.conftest import ADAPTER_BYTES, make_cache
+from tests.server.lora.conftest import ADAPTER_BYTES, LAYERS, make_cache
 
 NAMES = ("a", "b", "c")
 ROOM = 2  # adapters in host memory
@@ -60,7 +61,6 @@ class Lives(RuleBasedStateMachine):
         self.revoked: set[Adapter] = set()
         # The model.
         self.disk: dict[str, str] = {}  # name → content
-        self.known: dict[str, str] = {}  # the same as of the last look
         self.unloaded: set[str] = set()
         self.pinned: set[str] = set()
         self.generation: dict[str, tuple[str, int]] = {}  # name → digest and generation of its last load
@@ -96,7 +96,7 @@ class Lives(RuleBasedStateMachine):
 
     def _look(self) -> None:
         """What the watch does, with its two looks."""
-        before = {name: self.cache.memory.get(AdapterRef(name, "1")) for name in NAMES}
+        before = {name: copy.adapter.digest for name in NAMES if (copy := self.cache.memory.get(AdapterRef(name, "1")))}
 
         async def look_twice() -> None:
             for _ in range(2):
@@ -109,9 +109,9 @@ class Lives(RuleBasedStateMachine):
                 self.unloaded.discard(name)
                 self.pinned.discard(name)
                 self.generation.pop(name, None)
-            elif before[name] is not None and self.disk[name] != BROKEN:
+            elif name in before and self.disk[name] != BROKEN:
                 copy = self.cache.memory.get(AdapterRef(name, "1"))
-                if copy is not None and copy.adapter.digest != before[name].adapter.digest:
+                if copy is not None and copy.adapter.digest != before[name]:
                     self._loaded(name, copy.adapter, fresh=True)
 
     @rule(name=names, replace=st.booleans(), pin=st.booleans())
@@ -287,9 +287,6 @@ class Lives(RuleBasedStateMachine):
 
 
 def test_random_lives(tmp_path: Path) -> None:
-    from adapters.format import read_adapter
-    from tests.server.lora.conftest import LAYERS
-
     Lives.contents, Lives.digests = {}, {}
     for seed, content in enumerate(("one", "two")):
         folder = tmp_path / content
@@ -299,7 +296,7 @@ def test_random_lives(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "one", tmp_path / BROKEN)
     (tmp_path / BROKEN / "adapter_model.safetensors").write_bytes(b"\0" * 100)
     Lives.contents[BROKEN] = tmp_path / BROKEN
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Lives,
         settings=settings(
             max_examples=40,

@@ -29,6 +29,7 @@ def declared(content: dict[str, bytes]) -> list[DeclaredFile]:
 def publish(store: AdapterStore, name: str, version: str | None = None) -> AdapterRef:
     publication = Publication(store, declared(CONTENT))
     try:
+        publication.open()
         for file, data in CONTENT.items():
             publication.write(file, 0, data[:10])
             publication.write(file, 10, data[10:])
@@ -113,6 +114,7 @@ def _send(publication: Publication, chunks: list[tuple[str, int, bytes]]) -> Non
 def test_chunks_that_are_wrong(tmp_path: Path, chunks: list[tuple[str, int, bytes]], reason: str) -> None:
     store = AdapterStore(tmp_path)
     publication = Publication(store, declared(CONTENT))
+    publication.open()
     with contextlib.closing(publication), pytest.raises(InvalidRequest, match=reason):
         _send(publication, chunks)
     assert scratch(store) == []
@@ -143,6 +145,7 @@ def test_a_declaration_over_the_limit() -> None:
 def test_a_full_disk(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path)
     publication = Publication(store, declared({CONFIG: b"{}", WEIGHTS: b"x" * (1 << 20)}))
+    publication.open()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # to write more fails, as on a disk that is full
     try:
@@ -158,7 +161,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_a_store_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("")
     with pytest.raises(StoreNotWritable):
-        Publication(AdapterStore(tmp_path / "store"), declared(CONTENT))
+        Publication(AdapterStore(tmp_path / "store"), declared(CONTENT)).open()
 
 
 def test_a_name_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
@@ -227,6 +230,7 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path)
     living = Publication(store, declared(CONTENT))
+    living.open()
     dead = store.scratch() / "dead"
     dead.mkdir()
     (dead / WEIGHTS).write_bytes(b"half")
