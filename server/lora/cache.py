@@ -12,6 +12,7 @@ from adapters.format import LinearShape
 from server.errors import (
     AdapterInUse,
     AdapterNotFound,
+    Overloaded,
     ServingError,
 )
 from server.lora.adapter import Adapter
@@ -61,6 +62,7 @@ class AdapterCache:
         self.board = StatusBoard(self.catalog, self.memory, self.loader)
         self._metrics = metrics
         self._loading: dict[AdapterRef, asyncio.Task[None]] = {}
+        self._outdated: set[AdapterRef] = set()  # changed on disk, and there was no room yet for the new content
         metrics.adapters_resident.labels(tier="host").set_function(lambda: len(self.memory))
 
     def connect(self, evict_from_device: EvictFromDevice, revoke: RevokeFromRequests) -> None:
@@ -182,7 +184,8 @@ class AdapterCache:
     async def apply(self, names: Mapping[str, StoredName | None]) -> None:
         """Takes what is on disk now: new names appear, vanished ones go, changed ones become a new generation.
 
-        What changed to something that cannot be served is reported, and the copy in memory stays.
+        What changed to something that cannot be served is reported, and the copy in memory stays; so does one whose
+        new content finds no room, until a later call finds some.
         """
         changes = self.catalog.update(names)
         self.board.publish(EventKind.ADDED, *changes.added)
@@ -192,6 +195,7 @@ class AdapterCache:
         self.board.publish(EventKind.UPDATED, *changes.rerouted)
         for ref in changes.changed:
             self.board.clear(ref)
+        for ref in {*changes.changed, *self._outdated}:
             await self._reload(ref)
 
     # For changes of a name, by this class and by `AdapterRouter` and `AdapterUploads`.
@@ -289,17 +293,25 @@ class AdapterCache:
     async def _reload(self, ref: AdapterRef) -> None:
         """Takes changed files as a new generation, if anybody has the old ones in memory."""
         async with self.claims.changing(ref.name):
+            self._outdated.discard(ref)
             old = self.memory.get(ref)
             if old is None or self.catalog.fingerprint(ref) in (None, old.source):
                 return
-            with contextlib.suppress(ServingError):  # shown in the listing; the old copy stays
+            try:
                 fresh = await self._load(ref, self.catalog.stored_path(ref), same_if_unchanged=True)
-                if self.memory.get(ref) is not old:
-                    return
-                if fresh.adapter.generation == old.adapter.generation:
-                    old.source = fresh.source
-                else:
-                    self.put(ref, fresh, EventKind.REPLACED)
+            except Overloaded:
+                self._outdated.add(ref)
+                return
+            except ServingError:  # shown in the listing; the old copy stays
+                return
+            now = self.memory.get(ref)  # None: it went to make room, maybe for its own successor
+            if now not in (old, None) or not self.catalog.has(ref):
+                return
+            if now is old and fresh.adapter.generation == old.adapter.generation:
+                old.source = fresh.source
+                self.board.clear(ref)
+            else:
+                self.put(ref, fresh, EventKind.REPLACED)
 
     def _evicted(self, ref: AdapterRef) -> None:
         self._metrics.adapter_evictions.labels(tier="host").inc()

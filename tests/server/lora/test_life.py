@@ -104,15 +104,18 @@ class Lives(RuleBasedStateMachine):
                 await self.cache.apply(settled)
 
         self.run(look_twice())
+        reloaded = []
         for name in NAMES:
             if name not in self.disk:
                 self.unloaded.discard(name)
                 self.pinned.discard(name)
                 self.generation.pop(name, None)
-            elif name in before and self.disk[name] != BROKEN:
+            elif name in before:
                 copy = self.cache.memory.get(AdapterRef(name, "1"))
                 if copy is not None and copy.adapter.digest != before[name]:
-                    self._loaded(name, copy.adapter, fresh=True)
+                    reloaded.append((name, copy.adapter))
+        for name, adapter in sorted(reloaded, key=lambda pair: pair[1].generation):
+            self._loaded(name, adapter, fresh=True)
 
     @rule(name=names, replace=st.booleans(), pin=st.booleans())
     def load(self, name: str, replace: bool, pin: bool) -> None:
@@ -271,7 +274,7 @@ class Lives(RuleBasedStateMachine):
             assert status.pinned == (name in self.pinned)
             assert status.adapter is not None or not status.pinned
             assert status.num_users == sum(request.adapter is status.adapter for request in self.running)
-            if status.adapter is not None and self.disk[name] != BROKEN:
+            if status.adapter is not None and not status.error:
                 assert status.adapter.digest == self.digests[self.disk[name]]
                 assert (status.adapter.digest, status.generation) == self.generation[name]
 

@@ -17,8 +17,8 @@ from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
 
 @asynccontextmanager
-async def watched(root: Path) -> AsyncIterator[AdapterCache]:
-    cache, _ = make_cache(root)
+async def watched(root: Path, max_bytes: int = 1 << 30) -> AsyncIterator[AdapterCache]:
+    cache, _ = make_cache(root, max_bytes)
     watching = asyncio.create_task(StoreWatcher(cache, interval=0.01).run())
     try:
         yield cache
@@ -174,3 +174,18 @@ async def test_a_slow_watcher_is_sent_away(
     with pytest.raises(Overloaded, match="fresh snapshot"):
         await _read_to_the_end(stream)
     assert (await anext(cache.board.watch())).kind is EventKind.SNAPSHOT
+
+
+async def test_a_change_waits_for_room(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("a", seed=1)
+    make_adapter("fresh", seed=2, root=tmp_path / "elsewhere")
+    async with watched(tmp_path, max_bytes=ADAPTER_BYTES + 5000) as cache:
+        async with cache.acquire("a") as old:
+            shutil.copytree(tmp_path / "elsewhere" / "fresh", tmp_path / "a", dirs_exist_ok=True)
+            await eventually(lambda: "--adapter-host-bytes" in cache.statuses()[0].error)
+            assert cache.statuses()[0].adapter is old
+        await eventually(lambda: not cache.statuses()[0].error)
+        async with cache.acquire("a") as new:
+            assert old is not None
+            assert new is not None
+            assert new.digest != old.digest
