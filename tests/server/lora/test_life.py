@@ -302,8 +302,8 @@ def test_random_lives(tmp_path: Path) -> None:
     run_state_machine_as_test(
         Lives,
         settings=settings(
-            max_examples=40,
-            stateful_step_count=30,
+            max_examples=100,
+            stateful_step_count=40,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
