@@ -22,6 +22,7 @@ from torch import Tensor
 
 from adapters.config import (
     CONFIG_FILE,
+    WEIGHTS_FILE,
     AdapterConfig,
     AdapterFormatError,
     AdapterIncompatibleError,
@@ -29,8 +30,6 @@ from adapters.config import (
     parse_json,
     to_peft,
 )
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 4 << 20
