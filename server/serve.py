@@ -21,6 +21,7 @@ from server.engine.core import EngineCore
 from server.engine.model import load_tokenizer
 from server.errors import ConfigError
 from server.lora.cache import AdapterCache
+from server.lora.loader import ServedBase
 from server.lora.publish import remove_leftovers
 from server.lora.store import AdapterStore
 from server.lora.watcher import StoreWatcher
@@ -76,8 +77,12 @@ async def running_engine(
     """An engine thread with its adapters, stopped at the end."""
     adapters = AdapterCache(
         _open_store(config.adapters_dir, parts.base.name),
-        parts.base.linear_layers,
-        max_rank=engine_config.max_lora_rank,
+        ServedBase(
+            layers=parts.base.linear_layers,
+            max_rank=engine_config.max_lora_rank,
+            name=parts.base.name,
+            fingerprint=parts.base.fingerprint,
+        ),
         max_bytes=config.adapter_host_bytes,
         metrics=metrics,
     )

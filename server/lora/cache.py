@@ -5,10 +5,9 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from adapters.format import LinearShape
 from server.errors import (
     AdapterInUse,
     AdapterNotFound,
@@ -20,7 +19,7 @@ from server.lora.claims import NameClaims
 from server.lora.disk_workers import DiskWorkers
 from server.lora.events import AdapterStatus, EventKind
 from server.lora.host_memory import EvictFromDevice, FreedBytes, HostCopy, HostMemory, RevokeFromRequests
-from server.lora.loader import AdapterLoader
+from server.lora.loader import AdapterLoader, ServedBase
 from server.lora.status_board import StatusBoard
 from server.lora.store import AdapterRef, AdapterStore, fingerprint, num_bytes, parse_reference
 from server.metrics import Metrics
@@ -46,9 +45,8 @@ class AdapterCache:
     def __init__(
         self,
         store: AdapterStore,
-        layers: Mapping[str, LinearShape],
+        served: ServedBase,
         *,
-        max_rank: int,
         max_bytes: int,
         metrics: Metrics,
     ) -> None:
@@ -56,7 +54,7 @@ class AdapterCache:
         self.catalog = AdapterCatalog(store)
         self.memory = HostMemory(max_bytes, self._evicted)
         self.disk = DiskWorkers()
-        self.loader = AdapterLoader(layers, max_rank, self.disk, self.memory)
+        self.loader = AdapterLoader(served, self.disk, self.memory)
         self.claims = NameClaims(store.reserved, self.loader)
         self.board = StatusBoard(self.catalog, self.memory, self.loader)
         self.metrics = metrics

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError, AdapterIncompatibleError
@@ -19,15 +20,24 @@ log = logging.getLogger(__name__)
 _MAX_NAMES = 10  # files that one line of the log tells of
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedBase:
+    """What an adapter must fit to be served here."""
+
+    layers: Mapping[str, LinearShape]
+    max_rank: int
+    name: str = ""
+    fingerprint: str = ""  # see `adapters.base_fingerprint`; empty: any base will do whose layers fit
+
+
 class AdapterLoader:
-    """Knows what an adapter must be like to be served here, and owns the count of generations.
+    """Reads and checks adapters for one base, and owns the count of generations.
 
     A generation is one content under one name: what was evicted and comes back unchanged is the same generation.
     """
 
-    def __init__(self, layers: Mapping[str, LinearShape], max_rank: int, disk: DiskWorkers, memory: HostMemory) -> None:
-        self._layers = layers
-        self._max_rank = max_rank
+    def __init__(self, served: ServedBase, disk: DiskWorkers, memory: HostMemory) -> None:
+        self._served = served
         self._disk = disk
         self._memory = memory
         self._num_generations = 0
@@ -98,7 +108,8 @@ class AdapterLoader:
             raise AdapterNotFound(name)
         fault: AdapterFormatError | None = None
         try:
-            files = read_adapter(folder, self._layers, self._max_rank)
+            files = read_adapter(folder, self._served.layers, self._served.max_rank)
+            self._check_base(files)
         except AdapterFormatError as error:
             fault = error
         except MemoryError as error:
@@ -112,3 +123,12 @@ class AdapterLoader:
             kind = IncompatibleAdapter if isinstance(fault, AdapterIncompatibleError) else InvalidAdapter
             raise kind(f"adapter {name!r}: {fault}", reason=fault.reason) from fault
         return files, before
+
+    def _check_base(self, files: AdapterFiles) -> None:
+        theirs, ours = files.base_fingerprint, self._served.fingerprint
+        if theirs and ours and theirs != ours:
+            raise AdapterIncompatibleError(
+                f"it was trained on {files.config.base_model or 'a base model'} with fingerprint {theirs[:12]!r}; "
+                f"served is {self._served.name} with fingerprint {ours[:12]!r}",
+                "WRONG_BASE",
+            )

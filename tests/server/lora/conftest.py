@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 from adapters.format import LinearShape
 from server.lora.adapter import Adapter
 from server.lora.cache import AdapterCache
+from server.lora.loader import ServedBase
 from server.lora.store import AdapterStore
 from server.metrics import Metrics
 
@@ -26,7 +27,10 @@ def make_cache(
 ) -> tuple[AdapterCache, list[Adapter]]:
     """The cache, and the adapters that were taken off the device, in order."""
     cache = AdapterCache(
-        AdapterStore(root, reserved), LAYERS, max_rank=8, max_bytes=max_bytes, metrics=Metrics(CollectorRegistry())
+        AdapterStore(root, reserved),
+        ServedBase(layers=LAYERS, max_rank=8, name="tiny", fingerprint="0123" * 16),
+        max_bytes=max_bytes,
+        metrics=Metrics(CollectorRegistry()),
     )
     evicted: list[Adapter] = []
 

@@ -3,14 +3,17 @@
 import json
 import logging
 import os
+import shutil
 import struct
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from adapters.format import read_adapter, write_adapter
 from server.errors import AdapterNotFound, IncompatibleAdapter, InvalidAdapter
-from tests.server.lora.conftest import MakeAdapter, make_cache
+from tests.server.lora.conftest import LAYERS, MakeAdapter, make_cache
 
 
 async def test_a_header_of_three_hundred_thousand_tensors_is_refused_at_once(
@@ -61,6 +64,19 @@ async def test_another_base_model_is_named(tmp_path: Path, make_adapter: MakeAda
     cache, _ = make_cache(tmp_path)
     with pytest.raises(IncompatibleAdapter, match="match no linear layer"):
         await cache.load("a")
+
+
+async def test_a_recorded_base_must_be_ours(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for name, fingerprint in (("ours", "0123" * 16), ("other", "4567" * 16)):
+        files = read_adapter(make_adapter(name), LAYERS, max_rank=8)
+        shutil.rmtree(tmp_path / name)
+        config = replace(files.config, base_model="sibling")
+        write_adapter(tmp_path / name, config, files.weights, fingerprint)
+    cache, _ = make_cache(tmp_path)
+    await cache.load("ours")
+    with pytest.raises(IncompatibleAdapter, match="sibling with fingerprint '456745674567'; served is tiny") as caught:
+        await cache.load("other")
+    assert caught.value.reason == "WRONG_BASE"
 
 
 async def test_a_folder_without_an_adapter_is_no_source(tmp_path: Path) -> None:

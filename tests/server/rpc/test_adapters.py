@@ -5,6 +5,7 @@ import gc
 import hashlib
 import resource
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 import grpc
 import pytest
 
+from server.lora.adapter import Adapter
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1.inference_pb2 import GenerateResponse
 from server.rpc import adapters as service
 from tests.conftest import ADAPTERS
 from tests.server.rpc.conftest import Running, Serve
-from tests.server.rpc.test_inference import ask, failure
+from tests.server.rpc.test_inference import ask, failure, mix
 
 STORM_ROUNDS = 100
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -159,6 +161,60 @@ async def test_a_merged_adapter_is_replaced_and_unloaded(running: Running) -> No
     await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
     assert running.engine.merging.num_bytes == 0
     assert (await running.inference.Generate(ask())).token_ids != expected.token_ids
+
+
+async def test_a_merge_fails_with_the_engine(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for an answer of the engine's thread hears when it dies, and so does who asks later."""
+    await running.inference.Generate(ask(adapter="plain"))
+    reached, die = threading.Event(), threading.Event()
+
+    def stop_here(adapter: object) -> float:
+        reached.set()
+        die.wait()
+        raise SystemExit("the weights are broken")
+
+    monkeypatch.setattr(running.parts.runner, "merge", stop_here)
+    calls = [
+        running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="attention")),
+        running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain")),
+    ]
+    failures = [asyncio.create_task(failure(call)) for call in calls]
+    async with asyncio.timeout(5):
+        await asyncio.to_thread(reached.wait)
+        while (await listed(running)).keys() & {"plain"}:
+            await asyncio.sleep(0.01)
+        die.set()
+        for error in await asyncio.gather(*failures):
+            assert error.code() == grpc.StatusCode.UNAVAILABLE
+            assert error.details() == "the engine is down"
+    error = await failure(running.adapters.UnmergeAdapter(pb.UnmergeAdapterRequest()))
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_client_that_leaves_a_merge_leaves_the_engine_alive(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    merge = running.parts.runner.merge
+
+    def slow(adapter: Adapter | None) -> float:
+        reached.set()
+        go_on.wait()
+        return merge(adapter)
+
+    monkeypatch.setattr(running.parts.runner, "merge", slow)
+    call = running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
+    other = asyncio.create_task(running.engine.merging.merge("attention"))  # and one that has not begun
+    async with asyncio.timeout(5):
+        await asyncio.to_thread(reached.wait)
+        while not (await listed(running))["attention"].requests_running:
+            await asyncio.sleep(0.01)
+        call.cancel()
+        other.cancel()
+        await asyncio.wait([other])
+        go_on.set()
+        assert (await running.inference.Generate(ask(adapter="plain"))).token_ids
+    assert not running.engine.died.is_set()
 
 
 async def test_merging_on_request_needs_its_policy(serve: Serve) -> None:
@@ -355,6 +411,44 @@ async def test_unload_modes(running: Running) -> None:
     assert (await running.adapters.UnloadAdapter(idle)).freed_bytes_host > 0
     error = await failure(running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="head", mode=7)))  # type: ignore[arg-type]
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_force_ends_mixtures_too(running: Running) -> None:
+    """A request that sums several adapters uses every one of them."""
+    request = mix({"plain": 0.5, "attention": 0.5})
+    request.sampling.max_tokens = 200
+    streams = [aiter(running.inference.GenerateStream(request)) for _ in range(2)]
+    for stream in streams:
+        await anext(stream)
+    idle = pb.UnloadAdapterRequest(name="attention", mode=pb.IF_IDLE)
+    error = await failure(running.adapters.UnloadAdapter(idle))
+    assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
+    await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="attention", mode=pb.FORCE))
+    for stream in streams:
+        assert (await failure(_rest(stream))).code() == grpc.StatusCode.ABORTED
+    assert (await listed(running))["plain"].requests_running == 0
+    assert (await failure(running.inference.Generate(request))).code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_the_label_of_a_mixture_draws_its_versions(running: Running) -> None:
+    for source in ("plain", "attention"):
+        await _publish(running, "mail", source)
+    await running.adapters.SetTraffic(pb.SetTrafficRequest(name="mail", percent_by_version={"1": 50}))
+    drawn = set()
+    for number in range(12):
+        request = mix({"mail": 0.5, "head": 1}, request_id=f"user-{number}")
+        answers = [await running.inference.Generate(request) for _ in range(2)]
+        versions = {answer.mix[0].version for answer in answers}
+        assert len(versions) == 1
+        drawn |= versions
+    assert drawn == {"1", "2"}
+
+
+async def _publish(running: Running, name: str, source: str) -> None:
+    folder = running.adapters_dir / name
+    version = len(list(folder.glob("*"))) + 1
+    shutil.copytree(running.adapters_dir / source, folder / str(version))
+    await running.engine.adapters.look(name)
 
 
 async def _rest(stream: Any) -> list[GenerateResponse]:
