@@ -21,7 +21,7 @@ def base_fingerprint(model: nn.Module) -> str:
         if parameter.dtype not in (torch.float32, torch.bfloat16):
             return ""
         values = parameter.detach().reshape(-1)
-        sample = values[:: max(1, len(values) // _SAMPLES)].to("cpu", torch.bfloat16)
+        sample = values[:: max(1, len(values) // _SAMPLES)].to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -37,6 +37,6 @@ def test_an_adapter_carries_it_and_peft_reads_past_it(tmp_path: Path) -> None:
     fingerprint = base_fingerprint(model)
     layers = inject_lora(model, "q_proj", rank=2, alpha=4)
     save_adapter(tmp_path / "adapter", model, layers, TrainConfig(rank=2, alpha=4), "tiny", fingerprint)
-    shapes = {name: LinearShape(layer.base.in_features, layer.base.out_features) for name, layer in layers.items()}
+    shapes = {name: LinearShape(layer.lora_a.in_features, layer.lora_b.out_features) for name, layer in layers.items()}
     assert read_adapter(tmp_path / "adapter", shapes, max_rank=2).base_fingerprint == fingerprint
     peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))

@@ -10,7 +10,7 @@ from server.lora.catalog import AdapterCatalog
 from server.lora.routing import Routing
 from server.lora.store import AdapterRef, AdapterStore, fingerprint, parse_reference
 
-MANY = 1000  # adapters; a real store may have ten times as many
+MANY = 10_000
 
 
 def put(folder: Path) -> None:
