@@ -60,13 +60,18 @@ class LoRAWeights:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """A checked adapter: what it is, its weights by module path, and the digest of its content."""
+    """A checked adapter: what it is, its weights by module path, and the digests of its content."""
 
     config: AdapterConfig
     weights: Mapping[str, LoRAWeights]
-    digest: str  # sha256 over both files, hex
+    file_digests: Mapping[str, str]  # sha256 of each file by its name, hex
     base_fingerprint: str  # of the model that it was trained on; empty: not recorded
     num_bytes: int  # of both files
+
+    @property
+    def digest(self) -> str:
+        """One for both files, hex."""
+        return hashlib.sha256("".join(self.file_digests.values()).encode()).hexdigest()
 
 
 def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int) -> AdapterFiles:
@@ -90,8 +95,7 @@ def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
         low, high = torch.aminmax(tensor)  # one pass, and what is not finite shows in it
         if not (math.isfinite(low) and math.isfinite(high)):
             raise AdapterFormatError(f"{WEIGHTS_FILE}: {name} has values that are not finite", "NON_FINITE_WEIGHTS")
-    digest = hashlib.sha256(struct.pack("<Q", len(config_bytes)) + config_bytes)
-    digest.update(weights_bytes)
+    files = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weights_bytes}
     modules = sorted({_split_name(name)[0] for name in tensors})
     weights = {
         module: LoRAWeights(
@@ -104,7 +108,7 @@ def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
     return AdapterFiles(
         config,
         weights,
-        digest.hexdigest(),
+        {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         str(metadata.get(METADATA_KEY, "")),
         len(config_bytes) + len(weights_bytes),
     )

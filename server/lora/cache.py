@@ -3,28 +3,23 @@
 import asyncio
 import contextlib
 import enum
-import logging
-import time
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 
 from server.errors import (
     AdapterInUse,
     AdapterNotFound,
-    ServingError,
 )
 from server.lora.adapter import Adapter
 from server.lora.catalog import AdapterCatalog
 from server.lora.claims import NameClaims
 from server.lora.disk_workers import DiskWorkers
 from server.lora.events import AdapterStatus, EventKind
-from server.lora.host_memory import EvictFromDevice, FreedBytes, HostCopy, HostMemory, RevokeFromRequests
+from server.lora.host_memory import EvictFromDevice, FreedBytes, HostMemory, RevokeFromRequests
 from server.lora.loader import AdapterLoader, ServedBase
+from server.lora.loads import AdapterLoads
 from server.lora.status_board import StatusBoard
-from server.lora.store import AdapterRef, AdapterStore, fingerprint, num_bytes, parse_reference
+from server.lora.store import AdapterRef, AdapterStore, parse_reference
 from server.metrics import Metrics
-
-log = logging.getLogger(__name__)
 
 
 class UnloadMode(enum.Enum):
@@ -58,7 +53,8 @@ class AdapterCache:
         self.claims = NameClaims(store.reserved, self.loader)
         self.board = StatusBoard(self.catalog, self.memory, self.loader)
         self.metrics = metrics
-        self._loading: dict[AdapterRef, asyncio.Task[None]] = {}
+        self._mixing = asyncio.Lock()  # held while the parts of a mixture come into memory
+        self.loads = AdapterLoads(self.catalog, self.memory, self.loader, self.board, self.disk, metrics)
         metrics.adapters.watch("host", self.memory.adapters)
 
     def connect(self, evict_from_device: EvictFromDevice, revoke: RevokeFromRequests) -> None:
@@ -75,7 +71,7 @@ class AdapterCache:
     async def acquire_all(self, references: Sequence[str], label: str = "") -> AsyncIterator[Sequence[Adapter]]:
         """Holds the adapters of a request in host memory while it runs; those that are not there wait for room.
 
-        A request that waits holds nothing, so no two can wait for each other.
+        One that waits holds nothing, but for a mixture whose turn it is; so no two wait for each other.
 
         Args:
             label: requests with the same one are always part of the same share of a name's traffic.
@@ -89,13 +85,14 @@ class AdapterCache:
         for ref in refs:
             if ref not in missing:
                 self.metrics.adapters.found(ref.name, "host")
-        if missing and len(refs) > 1:
-            self.memory.check_fits({ref: await self._num_bytes(ref) for ref in refs})
-        while missing:
-            await asyncio.gather(*[self.copy(ref, beside=refs) for ref in missing])
-            missing = [ref for ref in refs if self.memory.get(ref) is None]
         with contextlib.ExitStack() as held:
-            yield [held.enter_context(self.memory.using(ref)) for ref in refs]
+            if missing and len(refs) > 1:
+                async with self._mixing:
+                    with self.memory.keeping({ref: await self.loads.num_bytes(ref) for ref in refs}):
+                        adapters = await self._hold(refs, held)
+            else:
+                adapters = await self._hold(refs, held)
+            yield adapters
 
     async def load(
         self,
@@ -126,9 +123,9 @@ class AdapterCache:
                 folder = self.catalog.stored_path(ref) if self.catalog.is_stored(ref) else self.catalog.path(ref)
             taken = self.memory.get(ref) is not None
             self.claims.check(ref, taken=taken, replace=replace, expected_generation=expected_generation)
-            copy = await self.read(ref, folder, same_if_unchanged=False)
+            copy = await self.loads.read(ref, folder, same_if_unchanged=False)
             self.catalog.restore(ref, folder if source or not self.catalog.is_stored(ref) else None)
-            self.put(ref, copy, EventKind.REPLACED if taken else EventKind.LOADED, pin=pin)
+            self.loads.put(ref, copy, EventKind.REPLACED if taken else EventKind.LOADED, pin=pin)
         return copy.adapter
 
     async def unload(self, name: str, mode: UnloadMode = UnloadMode.DRAIN) -> FreedBytes:
@@ -163,7 +160,7 @@ class AdapterCache:
             Those of `acquire`.
         """
         ref = await self.named(name)
-        await self.copy(ref)
+        await self.loads.copy(ref)
         self.memory.pin(ref)
         self.board.publish(EventKind.UPDATED, ref)
         return self.board.status(ref)
@@ -206,64 +203,6 @@ class AdapterCache:
             name = f"{bare_name}@{current}"
         return await self._resolve(name)
 
-    async def read(
-        self,
-        ref: AdapterRef,
-        folder: Path,
-        *,
-        same_if_unchanged: bool,
-        wait: bool = False,
-        beside: Sequence[AdapterRef] = (),
-    ) -> HostCopy:
-        """`AdapterLoader.load`, counted; a refusal is shown in listings."""
-        started = time.monotonic()
-        try:
-            copy = await self.loader.load(ref, folder, same_if_unchanged=same_if_unchanged, wait=wait, beside=beside)
-        except ServingError as error:
-            log.warning("adapter %s refused: %s", ref, error.message)
-            self.metrics.adapter_load_failures.inc()
-            self.board.refused(ref, error.message)
-            raise
-        self.metrics.adapter_loaded(ref.name, time.monotonic() - started)
-        return copy
-
-    async def copy(self, ref: AdapterRef, beside: Sequence[AdapterRef] = ()) -> HostCopy:
-        """The copy in memory, loaded as soon as there is room if it is only on disk.
-
-        Args:
-            beside: those that do not go to make room.
-
-        Raises:
-            Those of `acquire_all`.
-        """
-        while (copy := self.memory.get(ref)) is None:
-            if not self.catalog.has(ref):
-                raise AdapterNotFound(str(ref))
-            if ref not in self._loading:
-                self._loading[ref] = asyncio.create_task(self._load_missing(ref, beside))
-                self._loading[ref].add_done_callback(lambda task: task.cancelled() or task.exception())
-            with self.board.waiting(ref):
-                # Shielded: a request that stops waiting does not stop the load that others wait for too.
-                await asyncio.shield(self._loading[ref])
-        return copy
-
-    def put(self, ref: AdapterRef, copy: HostCopy, kind: EventKind, *, pin: bool = False) -> None:
-        """Gives the name to a copy."""
-        self.memory.put(ref, copy)
-        if pin:
-            self.memory.pin(ref)
-        self.loader.remember(ref, copy.adapter)
-        self.board.clear(ref)
-        adapter = copy.adapter
-        log.info(
-            "adapter %s loaded: generation %d, rank %d, %d bytes",
-            ref,
-            adapter.generation,
-            adapter.rank,
-            adapter.num_bytes,
-        )
-        self.board.publish(kind, ref)
-
     def forget(self, ref: AdapterRef, kind: EventKind) -> "asyncio.Task[FreedBytes] | None":
         """Takes the name from its copy, if there is one; the task ends when that is free."""
         self.board.clear(ref)
@@ -272,6 +211,11 @@ class AdapterCache:
         self.board.publish(kind, ref)
         return task
 
+    async def _hold(self, refs: Sequence[AdapterRef], held: contextlib.ExitStack) -> Sequence[Adapter]:
+        while missing := [ref for ref in refs if self.memory.get(ref) is None]:
+            await asyncio.gather(*[self.loads.copy(ref) for ref in missing])
+        return [held.enter_context(self.memory.using(ref)) for ref in refs]
+
     async def _resolve(self, reference: str, label: str = "") -> AdapterRef:
         """The version that is meant; a name that is not known may have appeared on disk just now."""
         try:
@@ -279,25 +223,6 @@ class AdapterCache:
         except AdapterNotFound:
             await self.look(parse_reference(reference)[0])
             return self.catalog.resolve(reference, label)
-
-    async def _num_bytes(self, ref: AdapterRef) -> int:
-        """Size of its files, in memory or not."""
-        copy = self.memory.get(ref)
-        if copy is not None:
-            return copy.adapter.num_bytes_disk
-        source = await self.disk.run(fingerprint, self.catalog.path(ref))
-        return num_bytes(source) if source else 0
-
-    async def _load_missing(self, ref: AdapterRef, beside: Sequence[AdapterRef]) -> None:
-        try:
-            folder = self.catalog.path(ref)
-            copy = await self.read(ref, folder, same_if_unchanged=True, wait=True, beside=beside)
-            if not self.catalog.has(ref):
-                raise AdapterNotFound(str(ref))
-            if self.memory.get(ref) is None:
-                self.put(ref, copy, EventKind.LOADED)
-        finally:
-            del self._loading[ref]
 
     def _evicted(self, ref: AdapterRef) -> None:
         self.metrics.adapters.evicted(ref.name, "host")

@@ -1,9 +1,9 @@
 """Adapters in host memory: who is there, who is in use, who goes first. Event loop."""
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from server.errors import Overloaded
@@ -51,7 +51,9 @@ class HostMemory:
             asyncio.Task[FreedBytes], tuple[AdapterRef, HostCopy]
         ] = {}  # without a name, not freed yet
         self._reserved = 0  # bytes of adapters that are being read
-        self._queue = asyncio.Lock()  # held by whoever waits for room; the others wait for it
+        self._awaited: Counter[AdapterRef] = Counter()  # requests that wait for a copy to be here
+        self._waiting: list[AdapterRef] = []  # for room, in order of arrival
+        self._kept: frozenset[AdapterRef] = frozenset()
         self._changed = asyncio.Event()  # there may be more room than before
         self._evict_from_device: EvictFromDevice | None = None
         self._revoke: RevokeFromRequests | None = None
@@ -103,6 +105,22 @@ class HostMemory:
         if old is not None:
             self._retire(ref, old)
 
+    def num_awaiting(self, ref: AdapterRef) -> int:
+        """Requests that wait for a copy to be here."""
+        return self._awaited[ref]
+
+    @contextmanager
+    def awaiting(self, ref: AdapterRef) -> Iterator[None]:
+        """One request waits for a copy, within; once that is here it stays until the request has seen it."""
+        self._awaited[ref] += 1
+        try:
+            yield
+        finally:
+            self._awaited[ref] -= 1
+            if not self._awaited[ref]:
+                del self._awaited[ref]
+                self._changed.set()
+
     def pin(self, ref: AdapterRef) -> None:
         assert ref in self._copies
         self._pinned.add(ref)
@@ -131,60 +149,84 @@ class HostMemory:
         if task in self._retiring and self._revoke is not None:
             self._revoke(self._retiring[task][1].adapter)
 
-    def has_room(self, num_bytes: int, beside: Collection[AdapterRef] = ()) -> bool:
+    def has_room(self, num_bytes: int) -> bool:
         """Whether nobody waits for room, and there is enough of it, or will be as soon as idle copies go."""
-        going = sum(self._copies[ref].adapter.num_bytes for ref in self._idle(beside))
-        return not self._queue.locked() and self.num_bytes + self._reserved - going + num_bytes <= self.max_bytes
+        going = sum(self._copies[ref].adapter.num_bytes for ref in self._idle())
+        return not self._waiting and self.num_bytes + self._reserved - going + num_bytes <= self.max_bytes
 
-    def check_fits(self, sizes: Mapping[AdapterRef, int]) -> None:
-        """Raises Overloaded for copies that could not be here together, were nobody else served."""
-        pinned = self.num_pinned_bytes - sum(
-            self._copies[ref].adapter.num_bytes for ref in sizes if self.is_pinned(ref)
-        )
-        if sum(sizes.values()) > self.max_bytes - pinned:
-            raise self._no_room(sum(sizes.values()))
+    @contextmanager
+    def keeping(self, sizes: Mapping[AdapterRef, int]) -> Iterator[None]:
+        """Within, these adapters come before all others that wait, and stay once they are here.
+
+        One set at a time: two could keep each other out.
+
+        Raises:
+            Overloaded: they cannot be here together, whoever leaves.
+        """
+        assert not self._kept
+        self._kept = frozenset(sizes)
+        try:
+            if sum(sizes.values()) + self._num_kept_bytes(besides=sizes) > self.max_bytes:
+                raise self._no_room(sum(sizes.values()))
+            yield
+        finally:
+            self._kept = frozenset()
+            self._changed.set()
 
     @asynccontextmanager
-    async def reserve(
-        self, num_bytes: int, *, wait: bool = False, beside: Collection[AdapterRef] = ()
-    ) -> AsyncIterator[None]:
+    async def reserve(self, num_bytes: int, wait_for: AdapterRef | None = None) -> AsyncIterator[None]:
         """Makes room for a copy, and holds it until the copy counts itself.
 
         Args:
-            wait: until requests leave the room that they use.
-            beside: copies that do not go.
+            wait_for: what the copy will be, if it waits until requests leave the room that they use.
 
         Raises:
-            Overloaded: there is none, or there can be none whoever leaves.
+            Overloaded: there is no room, or there can be none whoever leaves.
         """
-        async with self._queue if wait else nullcontext():
-            await self._make_room(num_bytes, wait, beside)
-            self._reserved += num_bytes
+        if wait_for is not None:
+            self._waiting.append(wait_for)
+        try:
+            while not await self._make_room(num_bytes, wait_for):
+                self._changed.clear()
+                await self._changed.wait()
+        finally:
+            if wait_for is not None:
+                self._waiting.remove(wait_for)
+                self._changed.set()  # it is the next one's turn
+        self._reserved += num_bytes
         try:
             yield
         finally:
             self._reserved -= num_bytes
             self._changed.set()
 
-    async def _make_room(self, num_bytes: int, wait: bool, beside: Collection[AdapterRef]) -> None:
+    async def _make_room(self, num_bytes: int, wait_for: AdapterRef | None) -> bool:
+        """Whether there is room now; False: it is to be waited for."""
+        if wait_for is not None and not self._is_next(wait_for):
+            return False
         while self.num_bytes + self._reserved + num_bytes > self.max_bytes:
-            kept = self._pinned.union(beside) & self._copies.keys()
-            can_fit = num_bytes + sum(self._copies[ref].adapter.num_bytes for ref in kept) <= self.max_bytes
-            idle = next(self._idle(beside), None)
-            if can_fit and idle is not None:  # what cannot fit sends nobody away
-                self._evicted(idle)
-                # Shielded: the copy has lost its name, and must be freed whoever stops waiting.
-                await asyncio.shield(self._retire(idle, self._copies.pop(idle)))
-            elif can_fit and wait:
-                self._changed.clear()
-                await self._changed.wait()
-            else:
+            kept = self._num_kept_bytes(besides=[wait_for]) if wait_for in self._kept else self.num_pinned_bytes
+            idle = next(self._idle(), None)
+            if kept + num_bytes > self.max_bytes or (idle is None and wait_for is None):
                 raise self._no_room(num_bytes)
+            if idle is None:
+                return False
+            self._evicted(idle)
+            # Shielded: the copy has lost its name, and must be freed whoever stops waiting.
+            await asyncio.shield(self._retire(idle, self._copies.pop(idle)))
+        return True
 
-    def _idle(self, beside: Collection[AdapterRef]) -> Iterator[AdapterRef]:
+    def _is_next(self, ref: AdapterRef) -> bool:
+        return ref in self._kept or (ref == self._waiting[0] and self._kept.isdisjoint(self._waiting))
+
+    def _idle(self) -> Iterator[AdapterRef]:
         """Copies that may go, the least recently used first."""
-        kept = self._pinned.union(beside)
+        kept = self._pinned | self._kept | self._awaited.keys()
         return (ref for ref, copy in self._copies.items() if not copy.num_users and ref not in kept)
+
+    def _num_kept_bytes(self, besides: Collection[AdapterRef | None]) -> int:
+        kept = (self._pinned | self._kept) & self._copies.keys()
+        return sum(self._copies[ref].adapter.num_bytes for ref in kept if ref not in besides)
 
     def _no_room(self, num_bytes: int) -> Overloaded:
         return Overloaded(

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,25 +43,23 @@ class AdapterLoader:
         self._num_generations = 0
         self._loaded: dict[AdapterRef, tuple[str, int]] = {}  # digest and generation of the last load
 
-    async def load(
-        self, ref: AdapterRef, folder: Path, *, same_if_unchanged: bool, wait: bool, beside: Collection[AdapterRef]
-    ) -> HostCopy:
+    async def load(self, ref: AdapterRef, folder: Path, *, same_if_unchanged: bool, wait: bool) -> HostCopy:
         """A copy of what is in the folder: a new generation, or the name's last one if the content is still the same.
 
         It is checked before anything makes room for it. One that has to wait is read again afterwards: what waits
         takes no memory.
 
         Args:
-            wait, beside: see `HostMemory.reserve`.
+            wait: until there is room.
 
         Raises:
             AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged, Overloaded.
         """
         files, source = await self.read(ref.name, folder)
         size = files.num_bytes
-        if must_wait := wait and not self._memory.has_room(size, beside):
+        if must_wait := wait and not self._memory.has_room(size):
             del files
-        async with self._memory.reserve(size, wait=wait, beside=beside):
+        async with self._memory.reserve(size, ref if wait else None):
             if must_wait:
                 files, source = await self.read(ref.name, folder)
             digest, generation = self._loaded.get(ref, ("", 0))
@@ -107,8 +105,10 @@ class AdapterLoader:
         if before is None and not folder.is_dir():
             raise AdapterNotFound(name)
         fault: AdapterFormatError | None = None
+        digests: Mapping[str, str] = {}
         try:
             files = read_adapter(folder, self._served.layers, self._served.max_rank)
+            digests = files.file_digests
             self._check_base(files)
         except AdapterFormatError as error:
             fault = error
@@ -116,7 +116,7 @@ class AdapterLoader:
             raise Overloaded(f"no memory to read adapter {name!r}", reason="ADAPTER_MEMORY") from error
         if fingerprint(folder) != before:
             raise AdapterChanged(f"the files of adapter {name!r} changed while they were read; try again")
-        check_sums(folder)
+        check_sums(folder, digests)
         if ignored := sorted(set(os.listdir(folder)) - {CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE}):
             log.info("adapter %s: never opened: %s", name, ", ".join(map(repr, ignored[:_MAX_NAMES])))
         if fault is not None:

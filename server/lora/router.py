@@ -27,7 +27,7 @@ class AdapterRouter:
         adapters, name = self._adapters, _bare(name)
         async with adapters.claims.changing(name):
             if version:
-                await adapters.copy(await self._stored(name, version))
+                await adapters.loads.copy(await self._stored(name, version))
             await self._write(name, Routing(version))
         return await adapters.get(name)
 

@@ -1,8 +1,6 @@
 """What the world may know of adapters: listings, and events for those who watch. Event loop."""
 
-import contextlib
-from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 
 from server.lora.catalog import AdapterCatalog
 from server.lora.events import AdapterEvent, AdapterEvents, AdapterStatus, EventKind
@@ -12,7 +10,7 @@ from server.lora.store import AdapterRef
 
 
 class StatusBoard:
-    """Owns the refusals and the counts of waiting requests; all else it reads from its owners."""
+    """Owns the refusals; all else it reads from its owners."""
 
     def __init__(self, catalog: AdapterCatalog, memory: HostMemory, loader: AdapterLoader) -> None:
         self.events = AdapterEvents()
@@ -20,7 +18,6 @@ class StatusBoard:
         self._memory = memory
         self._loader = loader
         self._refusals: dict[AdapterRef, str] = {}  # why the last load was refused
-        self._waiting: Counter[AdapterRef] = Counter()
 
     def status(self, ref: AdapterRef) -> AdapterStatus:
         copy = self._memory.get(ref)
@@ -29,7 +26,7 @@ class StatusBoard:
             copy.adapter if copy else None,
             generation=self._loader.generation(ref),
             num_users=copy.num_users if copy else 0,
-            num_waiting=self._waiting[ref],
+            num_waiting=self._memory.num_awaiting(ref),
             pinned=self._memory.is_pinned(ref),
             current=self._catalog.current(ref.name) == ref.version,
             traffic_percent=self._catalog.routing(ref.name).percent_by_version.get(ref.version, 0),
@@ -66,14 +63,3 @@ class StatusBoard:
     def clear(self, ref: AdapterRef) -> None:
         """Whatever was wrong with it is of the past."""
         self._refusals.pop(ref, None)
-
-    @contextlib.contextmanager
-    def waiting(self, ref: AdapterRef) -> Iterator[None]:
-        """One request waits for a load, within."""
-        self._waiting[ref] += 1
-        try:
-            yield
-        finally:
-            self._waiting[ref] -= 1
-            if not self._waiting[ref]:
-                del self._waiting[ref]

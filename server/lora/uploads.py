@@ -51,7 +51,7 @@ class Upload:
                 await adapters.look(name)
             adapters.metrics.adapter_loaded(name, time.monotonic() - started)
             adapters.catalog.restore(ref, None)
-            adapters.put(ref, copy, EventKind.LOADED, pin=pin)
+            adapters.loads.put(ref, copy, EventKind.LOADED, pin=pin)
         return adapters.board.status(ref)
 
 

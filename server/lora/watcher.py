@@ -83,7 +83,7 @@ class StoreWatcher:
             if old is None or adapters.catalog.fingerprint(ref) in (None, old.source):
                 return
             try:
-                fresh = await adapters.read(ref, adapters.catalog.stored_path(ref), same_if_unchanged=True)
+                fresh = await adapters.loads.read(ref, adapters.catalog.stored_path(ref), same_if_unchanged=True)
             except Overloaded:
                 self._outdated.add(ref)
                 return
@@ -96,7 +96,7 @@ class StoreWatcher:
                 old.source = fresh.source
                 adapters.board.clear(ref)
             else:
-                adapters.put(ref, fresh, EventKind.REPLACED)
+                adapters.loads.put(ref, fresh, EventKind.REPLACED)
 
     def _look(self, known: Names) -> dict[str, StoredName | None]:
         """What has settled and is not known yet. Worker thread."""

@@ -1,7 +1,6 @@
 """Host memory of adapters: loading once, using, replacing, unloading, making room."""
 
 import asyncio
-import contextlib
 import shutil
 from pathlib import Path
 
@@ -139,20 +138,19 @@ async def test_requests_wait_for_room_in_order_of_arrival(tmp_path: Path, make_a
             served.append(name)
             await asyncio.sleep(0)
 
-    async with contextlib.AsyncExitStack() as running:
-        for name in "ab":
-            await running.enter_async_context(cache.acquire(name))
-        waiting = []
-        for name in "cdc":
-            waiting.append(asyncio.create_task(use(name)))
-            await asyncio.sleep(0.05)  # until it waits for room
-        given_up = asyncio.create_task(use("d"))
-        await asyncio.sleep(0)
-        given_up.cancel()
-        assert served == []
-        assert (await cache.get("c")).num_waiting == 2
-        assert cache.num_bytes == 2 * ADAPTER_BYTES
-    await asyncio.gather(*waiting)
+    async with cache.acquire("a"):
+        async with cache.acquire("b"):
+            waiting = [asyncio.create_task(use("c"))]
+            while cache.memory.has_room(0):  # until somebody waits for it
+                await asyncio.sleep(0.005)
+            waiting += [asyncio.create_task(use(name)) for name in "dc"]
+            given_up = asyncio.create_task(use("d"))
+            await asyncio.sleep(0.02)
+            given_up.cancel()
+            assert served == []
+            assert (await cache.get("c")).num_waiting == 2
+            assert cache.num_bytes == 2 * ADAPTER_BYTES
+        await asyncio.gather(*waiting)
     assert served == ["c", "c", "d"]
 
 

@@ -210,7 +210,7 @@ class Lives(RuleBasedStateMachine):
             await asyncio.sleep(0)
             task.cancel()
             await asyncio.wait([task])
-            loading = self.cache._loading.get(AdapterRef(name, "1"))
+            loading = self.cache.loads._loading.get(AdapterRef(name, "1"))
             if loading is not None:
                 await asyncio.wait([loading])
 
@@ -264,7 +264,7 @@ class Lives(RuleBasedStateMachine):
         self.run(asyncio.sleep(0))
         assert self.cache.num_bytes == len(in_memory | in_use) * ADAPTER_BYTES
         assert not self.cache.memory._reserved
-        assert not self.cache._loading
+        assert not self.cache.loads._loading
 
     @invariant()
     def the_listing_tells_the_truth(self) -> None:

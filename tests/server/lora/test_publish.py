@@ -40,7 +40,7 @@ def publish(store: AdapterStore, name: str, version: str | None = None) -> Adapt
 
 
 def assert_whole(folder: Path) -> None:
-    check_sums(folder)
+    check_sums(folder, {})
     assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, SUMS_FILE}
     assert all((folder / name).read_bytes() == data for name, data in CONTENT.items())
 
@@ -90,7 +90,7 @@ def test_damage_is_found(tmp_path: Path, damage: Callable[[Path], object]) -> No
     publish(AdapterStore(tmp_path), "a")
     damage(tmp_path / "a" / "1")
     with pytest.raises(DamagedAdapter, match=SUMS_FILE):
-        check_sums(tmp_path / "a" / "1")
+        check_sums(tmp_path / "a" / "1", {})
 
 
 def _send(publication: Publication, chunks: list[tuple[str, int, bytes]]) -> None:
