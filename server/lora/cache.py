@@ -213,7 +213,7 @@ class AdapterCache:
 
     async def _hold(self, refs: Sequence[AdapterRef], held: contextlib.ExitStack) -> Sequence[Adapter]:
         while missing := [ref for ref in refs if self.memory.get(ref) is None]:
-            await asyncio.gather(*[self.loads.copy(ref) for ref in missing])
+            await self.loads.copy(missing[0])  # and with nothing in between, held
         return [held.enter_context(self.memory.using(ref)) for ref in refs]
 
     async def _resolve(self, reference: str, label: str = "") -> AdapterRef:
