@@ -5,10 +5,7 @@ import contextlib
 import enum
 from collections.abc import AsyncIterator, Sequence
 
-from server.errors import (
-    AdapterInUse,
-    AdapterNotFound,
-)
+from server.errors import AdapterInUse, AdapterNotFound
 from server.lora.adapter import Adapter
 from server.lora.catalog import AdapterCatalog
 from server.lora.claims import NameClaims
@@ -157,7 +154,7 @@ class AdapterCache:
         """Loads an adapter, if it is not, and keeps it in host memory until it is unpinned or unloaded.
 
         Raises:
-            Those of `acquire`.
+            Those of `acquire_all`.
         """
         ref = await self.named(name)
         await self.loads.copy(ref)
