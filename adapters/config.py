@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import re2
 
 CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_RANK = 4096
 MAX_ALPHA = 65536.0
 

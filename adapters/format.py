@@ -15,13 +15,16 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from adapters.base_fingerprint import METADATA_KEY
 from adapters.config import (
     CONFIG_FILE,
+    WEIGHTS_FILE,
     AdapterConfig,
     AdapterFormatError,
     AdapterIncompatibleError,
@@ -29,8 +32,6 @@ from adapters.config import (
     parse_json,
     to_peft,
 )
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 4 << 20
@@ -59,12 +60,18 @@ class LoRAWeights:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """A checked adapter: what it is, its weights by module path, and the digest of its content."""
+    """A checked adapter: what it is, its weights by module path, and the digests of its content."""
 
     config: AdapterConfig
     weights: Mapping[str, LoRAWeights]
-    digest: str  # sha256 over both files, hex
+    file_digests: Mapping[str, str]  # sha256 of each file by its name, hex
+    base_fingerprint: str  # of the model that it was trained on; empty: not recorded
     num_bytes: int  # of both files
+
+    @property
+    def digest(self) -> str:
+        """One for both files, hex."""
+        return hashlib.sha256("".join(self.file_digests.values()).encode()).hexdigest()
 
 
 def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int) -> AdapterFiles:
@@ -79,7 +86,7 @@ def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
     expected = _expected_tensors(config, layers, max_rank)
     largest = sum(4 * rows * columns for rows, columns in expected.values())
     weights_bytes = _read_file(folder / WEIGHTS_FILE, 8 + MAX_HEADER_BYTES + largest)
-    _check_header(weights_bytes, expected, layers)
+    metadata = _check_header(weights_bytes, expected, layers)
     try:
         tensors = safetensors.torch.load(weights_bytes)
     except Exception as error:  # the library's errors have no common base but Exception
@@ -88,8 +95,7 @@ def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
         low, high = torch.aminmax(tensor)  # one pass, and what is not finite shows in it
         if not (math.isfinite(low) and math.isfinite(high)):
             raise AdapterFormatError(f"{WEIGHTS_FILE}: {name} has values that are not finite", "NON_FINITE_WEIGHTS")
-    digest = hashlib.sha256(struct.pack("<Q", len(config_bytes)) + config_bytes)
-    digest.update(weights_bytes)
+    files = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weights_bytes}
     modules = sorted({_split_name(name)[0] for name in tensors})
     weights = {
         module: LoRAWeights(
@@ -99,7 +105,13 @@ def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
         )
         for module in modules
     }
-    return AdapterFiles(config, weights, digest.hexdigest(), len(config_bytes) + len(weights_bytes))
+    return AdapterFiles(
+        config,
+        weights,
+        {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        str(metadata.get(METADATA_KEY, "")),
+        len(config_bytes) + len(weights_bytes),
+    )
 
 
 def check_config(folder: Path, layers: Mapping[str, LinearShape], max_rank: int) -> None:
@@ -111,7 +123,9 @@ def check_config(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
     _expected_tensors(parse_config(_read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES)), layers, max_rank)
 
 
-def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, LoRAWeights]) -> None:
+def write_adapter(
+    folder: Path, config: AdapterConfig, weights: Mapping[str, LoRAWeights], base_fingerprint: str = ""
+) -> None:
     """Writes an adapter as PEFT would, whole or not at all: temporary folder, fsync, rename.
 
     An adapter that is already in `folder` is replaced; any other folder is left alone.
@@ -129,7 +143,8 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, LoR
         fresh = Path(scratch) / "new"
         fresh.mkdir()
         (fresh / CONFIG_FILE).write_text(json.dumps(to_peft(config), indent=2) + "\n")
-        safetensors.torch.save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        metadata = {"format": "pt"} | ({METADATA_KEY: base_fingerprint} if base_fingerprint else {})
+        safetensors.torch.save_file(tensors, fresh / WEIGHTS_FILE, metadata=metadata)
         (fresh / WEIGHTS_FILE).chmod((fresh / CONFIG_FILE).stat().st_mode)  # the library makes it private to its owner
         for path in (fresh / CONFIG_FILE, fresh / WEIGHTS_FILE, fresh):
             _fsync(path)
@@ -171,15 +186,19 @@ def _expected_tensors(
     return expected
 
 
-def _check_header(data: bytes, expected: Mapping[str, tuple[int, int]], layers: Mapping[str, LinearShape]) -> None:
-    """Holds the safetensors header against the expected tensors, before the library parses it."""
+def _check_header(
+    data: bytes, expected: Mapping[str, tuple[int, int]], layers: Mapping[str, LinearShape]
+) -> dict[str, Any]:
+    """Holds the safetensors header against the expected tensors, before the library parses it; returns its metadata."""
     if len(data) < 8:
         raise AdapterFormatError(f"{WEIGHTS_FILE}: truncated: {len(data)} bytes", "MALFORMED_WEIGHTS")
     (length,) = struct.unpack("<Q", data[:8])
     if length > min(MAX_HEADER_BYTES, len(data) - 8):
         raise AdapterFormatError(f"{WEIGHTS_FILE}: header of {length} bytes does not fit", "MALFORMED_WEIGHTS")
     header = parse_json(data[8 : 8 + length], WEIGHTS_FILE)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise AdapterFormatError(f"{WEIGHTS_FILE}: __metadata__ is not an object", "MALFORMED_WEIGHTS")
     for name in header:
         module, part = _split_name(name)
         if part is None or (name not in expected and module in layers):
@@ -207,6 +226,7 @@ def _check_header(data: bytes, expected: Mapping[str, tuple[int, int]], layers: 
         dtypes.add(dtype)
     if len(dtypes) > 1:
         raise AdapterFormatError(f"{WEIGHTS_FILE}: tensors of different dtypes: {', '.join(sorted(dtypes))}")
+    return metadata
 
 
 def _split_name(name: str) -> tuple[str, str | None]:
