@@ -60,6 +60,7 @@ def _train(
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from adapters.base_fingerprint import base_fingerprint
     from adapters.data import read_examples, split_examples
     from adapters.lora import trainable_share
     from adapters.train import StepReport, save_adapter, train
@@ -75,6 +76,7 @@ def _train(
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto" if cuda else torch.float32)
     if cuda:
         model.to("cuda")  # type: ignore[arg-type]  # transformers types it without self
+    fingerprint = base_fingerprint(model)
 
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     with _progress(console) as bar:
@@ -96,7 +98,7 @@ def _train(
                 console.print(f"step {report.step}: loss {report.loss:.4f}, eval loss {report.eval_loss:.4f}")
 
         result = train(model, tokenizer, train_examples, eval_examples, config, show)
-    save_adapter(out, model, result.layers, config, base_name)
+    save_adapter(out, model, result.layers, config, base_name, fingerprint)
     last = result.last
     console.print(
         f"{out}: {last.step} steps, best at {result.best_step}, {last.num_tokens:,} tokens in {last.seconds:.1f} s "

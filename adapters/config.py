@@ -13,6 +13,7 @@ from adapters.errors import AdapterFormatError, AdapterIncompatibleError
 from adapters.patterns import by_pattern, check_patterns, layer_index, names_module
 
 CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_RANK = 4096
 MAX_ALPHA = 65536.0
 

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from adapters.config import CONFIG_FILE, AdapterConfig, parse_config, to_peft
+from adapters.base_fingerprint import METADATA_KEY
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config, to_peft
 from adapters.errors import AdapterFormatError
-from adapters.tensors import PREFIX, WEIGHTS_FILE, LinearShape, Part, known_tensors, largest_file, read_header
+from adapters.tensors import PREFIX, LinearShape, Part, known_tensors, largest_file, read_header
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -40,16 +40,22 @@ class LoRAWeights:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """A checked adapter: what it is, its weights by module path, and the digest of its content."""
+    """A checked adapter: what it is, its weights by module path, and the digests of its content."""
 
     config: AdapterConfig
     weights: Mapping[str, LoRAWeights]
-    digest: str  # sha256 over both files, hex
+    file_digests: Mapping[str, str]  # sha256 of each file by its name, hex
+    base_fingerprint: str  # of the model that it was trained on; empty: not recorded
     num_bytes: int  # of both files
     # The base's own weights and biases as they were when the adapter was saved, by module path: PEFT saves them with
     # an adapted embedding or head, after the vocabulary was resized, and where it trained them.
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
     base_biases: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """One for both files, hex."""
+        return hashlib.sha256("".join(self.file_digests.values()).encode()).hexdigest()
 
 
 def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int) -> AdapterFiles:
@@ -63,7 +69,7 @@ def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
     config = parse_config(config_bytes)
     known = known_tensors(config, layers, max_rank)
     weights_bytes = _read_file(folder / WEIGHTS_FILE, largest_file(known))
-    present = read_header(weights_bytes, known, layers)
+    present, metadata = read_header(weights_bytes, known, layers)
     try:
         tensors = safetensors.torch.load(weights_bytes)
     except Exception as error:  # the library's errors have no common base but Exception
@@ -74,18 +80,19 @@ def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise AdapterFormatError(f"{WEIGHTS_FILE}: {name} has values that are not finite", "NON_FINITE_WEIGHTS")
         parts.setdefault(spec.module, {})[spec.part] = tensors[name]
-    digest = hashlib.sha256(struct.pack("<Q", len(config_bytes)) + config_bytes)
-    digest.update(weights_bytes)
+    files = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weights_bytes}
+    weights = {
+        module: LoRAWeights(
+            of["lora_a"], of["lora_b"], config.scaling_of(module), of.get("lora_bias"), of.get("magnitude")
+        )
+        for module, of in sorted(parts.items())
+        if "lora_a" in of
+    }
     return AdapterFiles(
         config,
-        {
-            module: LoRAWeights(
-                of["lora_a"], of["lora_b"], config.scaling_of(module), of.get("lora_bias"), of.get("magnitude")
-            )
-            for module, of in sorted(parts.items())
-            if "lora_a" in of
-        },
-        digest.hexdigest(),
+        weights,
+        {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        str(metadata.get(METADATA_KEY, "")),
         len(config_bytes) + len(weights_bytes),
         {module: of["weight"] for module, of in parts.items() if "weight" in of},
         {module: of["bias"] for module, of in parts.items() if "bias" in of},
@@ -101,7 +108,9 @@ def check_config(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
     known_tensors(parse_config(_read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES)), layers, max_rank)
 
 
-def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, LoRAWeights]) -> None:
+def write_adapter(
+    folder: Path, config: AdapterConfig, weights: Mapping[str, LoRAWeights], base_fingerprint: str = ""
+) -> None:
     """Writes an adapter as PEFT would, whole or not at all: temporary folder, fsync, rename.
 
     An adapter that is already in `folder` is replaced; any other folder is left alone.
@@ -119,7 +128,8 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, LoR
         fresh = Path(scratch) / "new"
         fresh.mkdir()
         (fresh / CONFIG_FILE).write_text(json.dumps(to_peft(config), indent=2) + "\n")
-        safetensors.torch.save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        metadata = {"format": "pt"} | ({METADATA_KEY: base_fingerprint} if base_fingerprint else {})
+        safetensors.torch.save_file(tensors, fresh / WEIGHTS_FILE, metadata=metadata)
         (fresh / WEIGHTS_FILE).chmod((fresh / CONFIG_FILE).stat().st_mode)  # the library makes it private to its owner
         for path in (fresh / CONFIG_FILE, fresh / WEIGHTS_FILE, fresh):
             _fsync(path)

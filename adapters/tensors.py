@@ -4,15 +4,14 @@ import math
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from adapters.config import AdapterConfig
+from adapters.config import WEIGHTS_FILE, AdapterConfig
 from adapters.config_reader import parse_json
 from adapters.errors import AdapterFormatError, AdapterIncompatibleError
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MAX_HEADER_BYTES = 4 << 20
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -77,8 +76,12 @@ def known_tensors(config: AdapterConfig, layers: Mapping[str, LinearShape], max_
     return known
 
 
-def read_header(data: bytes, known: Mapping[str, TensorSpec], layers: Collection[str]) -> dict[str, TensorSpec]:
-    """Holds the safetensors header against the known tensors, before the library parses it; those that are there.
+def read_header(
+    data: bytes, known: Mapping[str, TensorSpec], layers: Collection[str]
+) -> tuple[dict[str, TensorSpec], dict[str, Any]]:
+    """Holds the safetensors header against the known tensors, before the library parses it.
+
+    Returns those that are there, and the header's metadata.
 
     Raises:
         AdapterFormatError: malformed, of wrong shapes, with a required tensor missing or an unknown one in it.
@@ -89,7 +92,9 @@ def read_header(data: bytes, known: Mapping[str, TensorSpec], layers: Collection
     if length > min(MAX_HEADER_BYTES, len(data) - 8):
         raise AdapterFormatError(f"{WEIGHTS_FILE}: header of {length} bytes does not fit", "MALFORMED_WEIGHTS")
     header = parse_json(data[8 : 8 + length], WEIGHTS_FILE)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise AdapterFormatError(f"{WEIGHTS_FILE}: __metadata__ is not an object", "MALFORMED_WEIGHTS")
     _check_names(header, known, layers)
     dtypes = set()
     for name, entry in header.items():
@@ -108,7 +113,7 @@ def read_header(data: bytes, known: Mapping[str, TensorSpec], layers: Collection
             dtypes.add(dtype)
     if len(dtypes) > 1:
         raise AdapterFormatError(f"{WEIGHTS_FILE}: tensors of different dtypes: {', '.join(sorted(dtypes))}")
-    return {name: known[name] for name in header}
+    return {name: known[name] for name in header}, metadata
 
 
 def largest_file(known: Mapping[str, TensorSpec]) -> int:

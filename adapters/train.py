@@ -156,9 +156,17 @@ def warmup_cosine(step: int, num_steps: int, warmup: float) -> float:
 
 
 def save_adapter(
-    folder: Path, model: nn.Module, layers: Mapping[str, LoRALinear], config: TrainConfig, base_model: str
+    folder: Path,
+    model: nn.Module,
+    layers: Mapping[str, LoRALinear],
+    config: TrainConfig,
+    base_model: str,
+    base_fingerprint: str = "",
 ) -> None:
     """Writes trained layers as an adapter folder in PEFT's format.
+
+    Args:
+        base_fingerprint: of the model before the layers were injected.
 
     Raises:
         FileExistsError: `folder` holds something else.
@@ -172,7 +180,8 @@ def save_adapter(
         base_model=base_model,
         fan_in_fan_out=any(layer.transposed for layer in layers.values()),
     )
-    write_adapter(folder, adapter_config, {name: layer.weights() for name, layer in layers.items()})
+    weights = {name: layer.weights() for name, layer in layers.items()}
+    write_adapter(folder, adapter_config, weights, base_fingerprint)
 
 
 def _backward(model: PreTrainedModel, group: Sequence[Batch]) -> float:

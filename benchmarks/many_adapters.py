@@ -113,7 +113,7 @@ async def _client(engine: AsyncEngine, work: Iterator[tuple[str, list[int]]], ou
     params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
     answers = []
     for name, prompt in work:
-        tier = _tier(engine, name)
+        tier = await _tier(engine, name)
         arrived = time.perf_counter()
         async with engine.adapters.acquire(name):
             ready = time.perf_counter()
@@ -123,8 +123,8 @@ async def _client(engine: AsyncEngine, work: Iterator[tuple[str, list[int]]], ou
     return answers
 
 
-def _tier(engine: AsyncEngine, name: str) -> str:
-    adapter = engine.adapters.status(name).adapter
+async def _tier(engine: AsyncEngine, name: str) -> str:
+    adapter = (await engine.adapters.get(name)).adapter
     if adapter is None:
         return "disk"
     return "device" if engine.is_on_device(adapter) else "host"

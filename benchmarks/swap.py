@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from adapters.config import CONFIG_FILE
-from adapters.tensors import WEIGHTS_FILE
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from benchmarks.many_adapters import spread
 from server.config import EngineConfig, ServerConfig
 from server.engine.async_engine import AsyncEngine

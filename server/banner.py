@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,24 +13,28 @@ from adapters.format import check_config
 from adapters.tensors import LinearShape
 from server.config import EngineConfig, ServerConfig
 from server.engine.build import EngineParts
-from server.lora.store import AdapterRef, AdapterStore
+from server.lora.store import AdapterRef
 
 MAX_CHECKED = 1000  # adapters whose configuration is looked at before the server is ready
 MAX_REFUSED_LINES = 10
 
 
-def banner(engine_config: EngineConfig, config: ServerConfig, parts: EngineParts, store: AdapterStore) -> list[str]:
-    """Its lines. Reads the configurations of adapters, so that what cannot be served is said before it is asked for."""
+def banner(
+    engine_config: EngineConfig, config: ServerConfig, parts: EngineParts, adapters: Mapping[AdapterRef, Path]
+) -> list[str]:
+    """Its lines. Reads the configurations of `adapters`, by name and folder: what cannot be served is said before it is
+    asked for.
+    """
     base = parts.base
-    found = store.scan()
-    refused = refused_adapters(store, found[:MAX_CHECKED], base.linear_layers, engine_config.max_lora_rank)
+    checked = dict(islice(adapters.items(), MAX_CHECKED))
+    refused = refused_adapters(checked, base.linear_layers, engine_config.max_lora_rank)
     lines = [
         f"Loraplex {version('loraplex')}, torch {torch.__version__}, Python {platform.python_version()}",
         f"model     {base.name}: {base.architecture}, {parts.storage} on {base.device}, digest {base.digest[:12]}",
         f"check     packed and chunked steps answer as the model itself, logits within {parts.largest_difference:.1e}",
         f"KV cache  {parts.num_blocks:,} blocks of {parts.runner.cache.block_size} tokens, "
         f"{parts.kv_cache_bytes / 2**20:,.0f} MiB; requests up to {parts.max_model_len:,} tokens",
-        f"adapters  {len(found)} in {config.adapters_dir}; {engine_config.adapter_slots} device slots, rank up to "
+        f"adapters  {len(adapters)} in {config.adapters_dir}; {engine_config.adapter_slots} device slots, rank up to "
         f"{engine_config.max_lora_rank}, kernels: {parts.runner.lora.kernels_name}",
         *(f"refused   {ref.name}@{ref.version}: {why}" for ref, why in list(refused.items())[:MAX_REFUSED_LINES]),
         f"listening gRPC {config.listen}, metrics {config.metrics_listen or 'off'}, reflection "
@@ -47,13 +52,13 @@ def _security(config: ServerConfig) -> str:
 
 
 def refused_adapters(
-    store: AdapterStore, refs: list[AdapterRef], layers: Mapping[str, LinearShape], max_rank: int
+    adapters: Mapping[AdapterRef, Path], layers: Mapping[str, LinearShape], max_rank: int
 ) -> dict[AdapterRef, str]:
     """The adapters whose configuration this server cannot serve, and why. Their weights are not read."""
     refused = {}
-    for ref in refs:
+    for ref, folder in adapters.items():
         try:
-            check_config(Path(store.path(ref)), layers, max_rank)
+            check_config(folder, layers, max_rank)
         except AdapterFormatError as error:
             refused[ref] = str(error)
     return refused

@@ -11,9 +11,10 @@ import click
 from adapters.cli import train_command
 from benchmarks.cli import adapters_command, compare_command, swap_command
 from loadtest.cli import loadtest_command
+from server.adapter_commands import adapters
 from server.base_models import EMBEDDED, resolve
 from server.chat import chat
-from server.client_commands import adapters, generate, health
+from server.client_commands import generate, health
 from server.config import EngineConfig, ServerConfig, options, take
 from server.errors import ConfigError
 

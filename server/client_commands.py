@@ -1,4 +1,4 @@
-"""Commands that talk to a running server: `generate` and `adapters …`."""
+"""Commands that talk to a running server, and how they reach it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,12 +7,9 @@ from typing import Any, TypeVar
 
 import click
 import grpc
-from rich.console import Console
-from rich.table import Table
 
 from server.client_channel import endpoint
-from server.pb.loraplex.v1 import adapters_pb2, inference_pb2
-from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
+from server.pb.loraplex.v1 import inference_pb2
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -106,80 +103,3 @@ def health(address: str, service: str) -> None:
     click.echo(name)
     if status != health_pb2.HealthCheckResponse.SERVING:
         raise click.ClickException(f"{address} answers {name}")
-
-
-@click.group()
-def adapters() -> None:
-    """Adapters of a running server."""
-
-
-@adapters.command("list")
-@address_option
-def list_adapters(address: str) -> None:
-    """Show every adapter, where its weights are, and why it was refused."""
-    with connected(address) as channel:
-        found = AdaptersStub(channel).ListAdapters(adapters_pb2.ListAdaptersRequest()).adapters
-    table = Table()
-    for title in ("name", "version", "state", "tier", "rank", "MiB", "running", "digest", "error"):
-        table.add_column(title, justify="right" if title in ("rank", "MiB", "running") else "left")
-    for adapter in found:
-        loaded = adapter.state == adapters_pb2.READY
-        table.add_row(
-            adapter.name,
-            adapter.version,
-            adapters_pb2.AdapterState.Name(adapter.state),
-            adapters_pb2.AdapterTier.Name(adapter.tier),
-            str(adapter.rank) if loaded else "",
-            f"{adapter.bytes_host / 2**20:.1f}" if loaded else "",
-            str(adapter.requests_running),
-            adapter.digest[:12],
-            adapter.error,
-        )
-    Console().print(table)
-
-
-@adapters.command()
-@address_option
-@click.option("--source", default="", help="Folder inside the server's adapters folder; left out: the one called NAME.")
-@click.option("--replace", is_flag=True, help="Take the place of what is loaded under that name.")
-@click.argument("name")
-def load(address: str, source: str, replace: bool, name: str) -> None:
-    """Load adapter NAME into the server's memory."""
-    with connected(address) as channel:
-        request = adapters_pb2.LoadAdapterRequest(name=name, source=source, replace=replace)
-        adapter = AdaptersStub(channel).LoadAdapter(request)
-    click.echo(
-        f"{adapter.name}@{adapter.version}: generation {adapter.generation}, rank {adapter.rank}, "
-        f"{adapter.bytes_host:,} bytes, digest {adapter.digest[:12]}"
-    )
-
-
-@adapters.command()
-@address_option
-@click.argument("name")
-def unload(address: str, name: str) -> None:
-    """Take adapter NAME away, wait for its requests, and free its memory."""
-    with connected(address) as channel:
-        freed = AdaptersStub(channel).UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name=name))
-    click.echo(
-        f"{name}: freed {freed.freed_bytes_host:,} bytes of host and {freed.freed_bytes_device:,} of device memory"
-    )
-
-
-@adapters.command()
-@address_option
-@click.argument("name")
-def merge(address: str, name: str) -> None:
-    """Add adapter NAME to the base's weights; everybody else's requests run on."""
-    with connected(address) as channel:
-        merged = AdaptersStub(channel).MergeAdapter(adapters_pb2.MergeAdapterRequest(name=name))
-    click.echo(f"{name}: merged in {1000 * merged.seconds:.0f} ms, {merged.bytes_merged:,} bytes beside the base")
-
-
-@adapters.command()
-@address_option
-def unmerge(address: str) -> None:
-    """Take the merged adapter out of the base's weights."""
-    with connected(address) as channel:
-        unmerged = AdaptersStub(channel).UnmergeAdapter(adapters_pb2.UnmergeAdapterRequest())
-    click.echo(f"unmerged in {1000 * unmerged.seconds:.1f} ms")

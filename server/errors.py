@@ -7,6 +7,11 @@ ServingError
 ├── AdapterNotFound         NOT_FOUND
 ├── AdapterExists           ALREADY_EXISTS
 ├── MergeRefused            FAILED_PRECONDITION   this server cannot merge, or not on request
+├── AdapterInUse            FAILED_PRECONDITION   unload if idle, and it is not
+├── AdapterChanged          ABORTED               a lost compare-and-swap, or files that changed while they were read
+├── AdapterUnloaded         ABORTED               a forced unload ended the request
+├── DamagedAdapter          DATA_LOSS             a published adapter is not what was published
+├── StoreNotWritable        FAILED_PRECONDITION
 ├── Overloaded              RESOURCE_EXHAUSTED
 ├── Unavailable             UNAVAILABLE           draining, or the engine is down
 └── InternalFailure         INTERNAL              the client sees only the incident id
@@ -71,6 +76,31 @@ class AdapterExists(ServingError):
 class MergeRefused(ServingError):
     code = grpc.StatusCode.FAILED_PRECONDITION
     reason = "MERGE_REFUSED"
+
+
+class AdapterInUse(ServingError):
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "ADAPTER_IN_USE"
+
+
+class AdapterChanged(ServingError):
+    code = grpc.StatusCode.ABORTED
+    reason = "ADAPTER_CHANGED"
+
+
+class AdapterUnloaded(ServingError):
+    code = grpc.StatusCode.ABORTED
+    reason = "ADAPTER_UNLOADED"
+
+
+class DamagedAdapter(ServingError):
+    code = grpc.StatusCode.DATA_LOSS
+    reason = "DAMAGED_ADAPTER"
+
+
+class StoreNotWritable(ServingError):
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "STORE_NOT_WRITABLE"
 
 
 class Overloaded(ServingError):

@@ -21,7 +21,10 @@ from server.engine.core import EngineCore
 from server.engine.model import load_tokenizer
 from server.errors import ConfigError
 from server.lora.cache import AdapterCache
+from server.lora.loader import ServedBase
+from server.lora.publish import remove_leftovers
 from server.lora.store import AdapterStore
+from server.lora.watcher import StoreWatcher
 from server.metrics import Metrics
 from server.pb.loraplex.v1.inference_pb2 import ModelInfo
 from server.rpc.server import RpcServer, check_address
@@ -53,7 +56,9 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             _publish_build(metrics, info)
             server = RpcServer(config, engine, info)
             await server.start()
-            for line in await asyncio.to_thread(banner, engine_config, config, parts, engine.adapters.store):
+            catalog = engine.adapters.catalog
+            folders = {ref: catalog.path(ref) for ref in catalog.refs()}
+            for line in await asyncio.to_thread(banner, engine_config, config, parts, folders):
                 log.info("%s", line)
             throughput = asyncio.create_task(ThroughputLog(metrics, parts.scheduler).run())
             try:
@@ -72,9 +77,13 @@ async def running_engine(
 ) -> AsyncIterator[AsyncEngine]:
     """An engine thread with its adapters, stopped at the end."""
     adapters = AdapterCache(
-        AdapterStore(config.adapters_dir),
-        parts.runner.lora.base_weights,
-        max_rank=engine_config.max_lora_rank,
+        _open_store(config.adapters_dir, parts.base.name),
+        ServedBase(
+            weights=parts.runner.lora.base_weights,
+            max_rank=engine_config.max_lora_rank,
+            name=parts.base.name,
+            fingerprint=parts.base.fingerprint,
+        ),
         max_bytes=config.adapter_host_bytes,
         metrics=metrics,
     )
@@ -91,9 +100,11 @@ async def running_engine(
         tracer=tracer,
     )
     engine.start()
+    watching = asyncio.create_task(StoreWatcher(adapters, config.adapter_poll_seconds).run())
     try:
         yield engine
     finally:
+        watching.cancel()
         await engine.stop()
         if tracer is not None:
             await asyncio.to_thread(tracer.shutdown)
@@ -112,6 +123,15 @@ def request_tracer(endpoint: str, base_model: str) -> "RequestTracer | None":
     except ImportError as error:
         raise ConfigError("--otlp-endpoint needs OpenTelemetry: pip install 'loraplex[otel]'") from error
     return RequestTracer(exporting_provider(endpoint), base_model)
+
+
+def _open_store(folder: Path, base_model: str) -> AdapterStore:
+    store = AdapterStore(folder, reserved=frozenset({base_model}))
+    try:
+        remove_leftovers(store)
+    except OSError as error:
+        log.warning("what interrupted uploads left in %s stays there: %s", folder, error)
+    return store
 
 
 def model_info(config: EngineConfig, parts: EngineParts) -> ModelInfo:

@@ -2,29 +2,27 @@
 
 import asyncio
 import itertools
-import logging
-import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from server.engine.core import Abort, EngineCore, Evict, Merge, Stop, Submit
+from server.engine.core import Abort, EngineCore, Evict, Revoke, Submit
 from server.engine.detokenizer import TextStream
+from server.engine.engine_thread import EngineThread, engine_down
+from server.engine.merging import AdapterMerging
 from server.engine.model import BaseModel
 from server.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
-from server.errors import InvalidRequest, MergeRefused, Overloaded, Unavailable
+from server.errors import AdapterUnloaded, InvalidRequest, Overloaded, Unavailable
 from server.lora.adapter import Adapter, WeightedAdapter
 from server.lora.cache import AdapterCache
 from server.metrics import Metrics, RequestTimer
 
 if TYPE_CHECKING:
     from server.tracing import RequestTracer
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class GenerationOutput:
 
 
 class AsyncEngine:
-    """Owns the client streams and the engine thread."""
+    """Owns the client streams, and the engine's thread with what is asked of it."""
 
     def __init__(
         self,
@@ -62,10 +60,11 @@ class AsyncEngine:
         self.max_model_len = max_model_len
         self.metrics = metrics
         self.tracer = tracer
-        self.died = asyncio.Event()
         self._core = core
+        self._thread = EngineThread(core, self._end_streams)
+        self.died = self._thread.died
+        self.merging = AdapterMerging(core, self._thread, adapters, merge_policy)
         self._max_requests = max_requests
-        self._merge_policy = merge_policy
         self._num_requests = 0
         self._draining = False
         self._drained = asyncio.Event()
@@ -73,9 +72,8 @@ class AsyncEngine:
         self._request_ids = itertools.count(1)
         self._streams: dict[int, asyncio.Queue[TokenOutput]] = {}
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run_core, name="loraplex-engine", daemon=True)
         core.connect(self._emit)
-        adapters.connect(self._evict)
+        adapters.connect(self._evict, self._revoke)
 
     def start(self) -> None:
         self._thread.start()
@@ -91,12 +89,16 @@ class AsyncEngine:
         return True
 
     async def stop(self) -> None:
-        """Ends the engine thread after its current step."""
-        self._core.put(Stop())
-        await asyncio.to_thread(self._thread.join)
+        """Ends the engine's thread after its current step."""
+        await self._thread.stop()
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, adapters: Mapping[str, float], cache_salt: str = ""
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        adapters: Mapping[str, float],
+        cache_salt: str = "",
+        label: str = "",
     ) -> AsyncGenerator[GenerationOutput, None]:
         """Runs one request and yields what is new as it comes; whatever ends the iteration also ends the request.
 
@@ -104,17 +106,17 @@ class AsyncEngine:
 
         Args:
             adapters: references with their weights, whose bypasses are summed; none: the base model.
+            label: decides which share of each adapter's traffic the request is part of.
 
         Raises:
-            ServingError: see `AdapterCache.acquire`; Overloaded when the queue is full; Unavailable.
+            ServingError: see `AdapterCache.acquire_all`; Overloaded when the queue is full; Unavailable.
         """
         self._enter()
         try:
             timer = RequestTimer(self.metrics, len(prompt_token_ids))
-            async with AsyncExitStack() as stack:
+            async with self.adapters.acquire_all(list(adapters), label) as held:
                 acquired = [
-                    WeightedAdapter(await stack.enter_async_context(self.adapters.acquire(reference)), weight)
-                    for reference, weight in adapters.items()
+                    WeightedAdapter(adapter, weight) for adapter, weight in zip(held, adapters.values(), strict=True)
                 ]
                 request = self._new_request(prompt_token_ids, params, acquired, cache_salt)
                 on_device = bool(acquired) and all(self.is_on_device(part.adapter) for part in acquired)
@@ -154,7 +156,7 @@ class AsyncEngine:
         outcome = "abort"
         try:
             if self.died.is_set():  # while the adapter was loading
-                raise Unavailable("the engine is down", reason="ENGINE_DOWN")
+                raise engine_down()
             self._core.put(Submit(request))
             while finish_reason is None:
                 outputs = [await queue.get()]
@@ -197,7 +199,7 @@ class AsyncEngine:
 
     def _enter(self) -> None:
         if self.died.is_set():
-            raise Unavailable("the engine is down", reason="ENGINE_DOWN")
+            raise engine_down()
         if self._draining:
             raise Unavailable("the server is draining", reason="DRAINING")
         if self._num_requests >= self._max_requests:
@@ -213,46 +215,12 @@ class AsyncEngine:
         if not self._num_requests:
             self._drained.set()
 
-    async def merge(self, reference: str) -> tuple[Adapter, float]:
-        """Merges an adapter into the base's weights, in place of one that is; returns it and the seconds it took.
-
-        Raises:
-            ServingError: see `AdapterCache.acquire`; MergeRefused.
-        """
-        self._check_merge_policy()
-        async with self.adapters.acquire(reference) as adapter:
-            return adapter, await self._merge(adapter)
-
-    async def unmerge(self) -> float:
-        """Takes the merged adapter, if there is one, out of the base's weights; returns the seconds it took.
-
-        Raises:
-            MergeRefused.
-        """
-        self._check_merge_policy()
-        return await self._merge(None)
-
-    def is_merged(self, adapter: Adapter) -> bool:
-        return adapter is self._core.merged
-
-    @property
-    def merged_bytes(self) -> int:
-        """Memory of the sums of the merged adapter with the base's weights."""
-        return self._core.merged_bytes
-
-    def _check_merge_policy(self) -> None:
-        if self._merge_policy != "manual":
-            raise MergeRefused(f"--merge-policy is {self._merge_policy}: merging on request needs manual")
-
-    async def _merge(self, adapter: Adapter | None) -> float:
-        done: Future[float] = Future()
-        self._core.put(Merge(adapter, done))
-        return await asyncio.wrap_future(done)
-
     async def _evict(self, adapter: Adapter) -> int:
-        freed: Future[int] = Future()
-        self._core.put(Evict(adapter, freed))
-        return await asyncio.wrap_future(freed)
+        return await self._thread.ask(partial(Evict, adapter))
+
+    def _revoke(self, adapter: Adapter) -> None:
+        text = f"adapter {adapter.name}@{adapter.version} was unloaded by force"
+        self._core.put(Revoke(adapter, AdapterUnloaded(text)))
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         """Hands a step's outputs to their streams; one whose client has gone is dropped."""
@@ -261,21 +229,10 @@ class AsyncEngine:
             if queue is not None:
                 queue.put_nowait(output)
 
-    def _die(self) -> None:
-        self.died.set()
+    def _end_streams(self) -> None:
         for request_id, queue in self._streams.items():
-            queue.put_nowait(
-                TokenOutput(request_id, None, error=Unavailable("the engine is down", reason="ENGINE_DOWN"))
-            )
-
-    # Engine thread only, below.
+            queue.put_nowait(TokenOutput(request_id, None, error=engine_down()))
 
     def _emit(self, outputs: list[TokenOutput]) -> None:
+        """Engine thread."""
         self._loop.call_soon_threadsafe(self._deliver, outputs)
-
-    def _run_core(self) -> None:
-        try:
-            self._core.run()
-        except BaseException:
-            log.exception("the engine thread died")
-            self._loop.call_soon_threadsafe(self._die)

@@ -15,7 +15,7 @@ from server.engine.merge_policy import MergePolicy
 from server.engine.model_runner import ModelRunner
 from server.engine.request import Request, TokenOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler
-from server.errors import InternalFailure
+from server.errors import InternalFailure, ServingError
 from server.lora.adapter import Adapter
 from server.lora.layers import bytes_on_device
 from server.metrics import Metrics
@@ -52,11 +52,19 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
+class Revoke:
+    """End every request on an adapter with an error, and those that still come; until its `Evict`."""
+
+    adapter: Adapter
+    error: ServingError
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     pass
 
 
-Command = Submit | Abort | Evict | Merge | Stop
+Command = Submit | Abort | Evict | Merge | Revoke | Stop
 
 
 class EngineCore:
@@ -76,6 +84,7 @@ class EngineCore:
         self._emit: Emit = _drop
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
+        self._revoked: dict[Adapter, ServingError] = {}
         # Adapters in device slots: a snapshot for other threads to read, replaced whole and never changed.
         self.resident: frozenset[Adapter] = frozenset()
 
@@ -159,10 +168,19 @@ class EngineCore:
     def _obey(self, command: Command) -> None:
         match command:
             case Submit(request):
-                self.scheduler.add(request)
+                revoked = next((part.adapter for part in request.adapters if part.adapter in self._revoked), None)
+                if revoked is None:
+                    self.scheduler.add(request)
+                else:
+                    self._emit([TokenOutput(request.request_id, None, error=self._revoked[revoked])])
             case Abort(request_id):
                 self.scheduler.abort(request_id)
+            case Revoke(adapter, error):
+                self._revoked[adapter] = error
+                ended = self.scheduler.abort_users(adapter)
+                self._emit([TokenOutput(request_id, None, error=error) for request_id in ended])
             case Evict(adapter, freed):
+                self._revoked.pop(adapter, None)
                 if adapter is self.merged:
                     self._merge(None)
                 if self._merge_policy is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from adapters.base_fingerprint import base_fingerprint
 from adapters.tensors import LayerKind, LinearShape
 from server.engine.attention import ATTENTION_NAME, AttentionOptions
 from server.engine.kv_cache import KVShape
@@ -31,6 +32,7 @@ class BaseModel:
     device: torch.device
     dtype: torch.dtype
     digest: str  # sha256 of every parameter's name and bytes, hex
+    fingerprint: str  # what adapters that were trained on it have recorded; empty: unknown
     kv_shape: KVShape
     linear_layers: dict[str, LinearShape]  # what an adapter may target, by module path; an embedding is linear too
     linear_groups: list[list[str]]  # the same layers but the embedding, those together that read one input
@@ -96,7 +98,7 @@ def prepare_base_model(model: PreTrainedModel, name: str, device: torch.device) 
     token_ids = [7 * i % vocab_size for i in range(1, PROBE_TOKENS + 1)]
     input_ids = torch.tensor([token_ids], device=device)
     logits = model(input_ids, use_cache=False).logits[0].float().cpu()
-    digest = _digest(model)
+    digest, fingerprint = _digest(model), base_fingerprint(model)
 
     try:
         model.set_attn_implementation(ATTENTION_NAME)
@@ -109,6 +111,7 @@ def prepare_base_model(model: PreTrainedModel, name: str, device: torch.device) 
         device=device,
         dtype=model.dtype,
         digest=digest,
+        fingerprint=fingerprint,
         kv_shape=probe.kv_shape(int(config.num_hidden_layers), name),
         linear_layers=probe.linear_layers,
         linear_groups=probe.linear_groups,

@@ -78,6 +78,15 @@ class Scheduler:
         if request is not None:
             self._finish(request)
 
+    def abort_users(self, adapter: Adapter) -> list[int]:
+        """Ends every request that runs on an adapter, alone or with others; returns their ids."""
+        users = [
+            request for request in self._requests.values() if any(part.adapter is adapter for part in request.adapters)
+        ]
+        for request in users:
+            self._finish(request)
+        return [request.request_id for request in users]
+
     def schedule(self) -> ScheduledBatch:
         batch = ScheduledBatch()
         preemptions = self.num_preemptions

@@ -155,7 +155,9 @@ class PackedLinear:
 
     def rows(self, outputs: Tensor) -> Tensor:
         """The weights [..., in] of some outputs [...], in float32."""
-        rows = self.data[outputs // PANEL, :, outputs % PANEL].flatten(outputs.dim())[..., : self.in_features].float()
+        rows: Tensor = (
+            self.data[outputs // PANEL, :, outputs % PANEL].flatten(outputs.dim())[..., : self.in_features].float()
+        )
         return rows if self.scale is None else rows * self.scale[outputs][..., None]
 
 
@@ -209,8 +211,8 @@ def pack_linear(
 
 def _pairs(panels: Tensor) -> Tensor:
     """[panels, in, 16] → [panels, ceil(in / 2), 16, 2]"""
-    pairs: Tensor = functional.pad(panels, (0, 0, 0, panels.shape[1] % 2)).unflatten(1, (-1, 2)).transpose(2, 3)
-    return pairs
+    even: Tensor = functional.pad(panels, (0, 0, 0, panels.shape[1] % 2))
+    return even.view(len(even), -1, 2, PANEL).transpose(2, 3)
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:

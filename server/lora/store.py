@@ -1,106 +1,239 @@
-"""Adapters on disk, by name and version. Index only: nothing is read until somebody asks. Event loop.
+"""Adapters on disk, by name and version. Only names and file times are read here; every method blocks, any thread.
 
-<root>/<name>/adapter_config.json …             one adapter, version 1
-<root>/<name>/<version>/adapter_config.json …   versions are numbers; the highest is what the bare name means
+<root>/<name>/adapter_config.json …             version 1 of an adapter
+<root>/<name>/<version>/adapter_config.json …   versions are numbers
+<root>/<name>/routing.json                      which version the bare name means, if not the newest
+<root>/.lock                                    held by whoever changes the store, of all servers that share it
+<root>/.publish/                                adapters on their way into the store
 """
 
+import contextlib
+import errno
+import fcntl
+import logging
+import os
 import re
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.config import CONFIG_FILE
-from server.errors import AdapterNotFound, InvalidRequest
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE
+from server.errors import InvalidRequest, Overloaded, StoreNotWritable
+from server.lora.routing import Routing
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_VERSION = re.compile(r"[0-9]{1,9}")
+_VERSION = re.compile(r"0|[1-9][0-9]{0,8}")
 FLAT_VERSION = "1"
+ROUTING_FILE = "routing.json"
+_MAX_ROUTING_BYTES = 1 << 16
+
+# Time, size and inode of each of an adapter's files: equal as long as nobody has changed them.
+Fingerprint = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class AdapterRef:
     """A name with the version it stands for."""
 
     name: str
     version: str
 
+    @property
+    def sort_key(self) -> tuple[str, int]:
+        return self.name, int(self.version)
 
-def parse_reference(text: str) -> tuple[str, str | None]:
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+def parse_reference(text: str, field: str = "adapter") -> tuple[str, str | None]:
     """`name` or `name@version` → its parts.
 
     Raises:
         InvalidRequest: characters that a name cannot have.
     """
     name, at, version = text.partition("@")
-    if not _NAME.fullmatch(name) or (at and not (_VERSION.fullmatch(version))):
+    if not _NAME.fullmatch(name) or (at and not _VERSION.fullmatch(version)):
         raise InvalidRequest(
             f"{text[:160]!r} is no adapter name: 1 to 128 letters, digits, '.', '_' or '-', the first a letter or "
             "digit, then '@' and a number for one version",
-            field="adapter",
+            field=field,
         )
     return name, version if at else None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredName:
+    """What the store has under one name."""
+
+    versions: Mapping[str, Fingerprint]  # never empty
+    is_flat: bool  # version 1 lies in the name's own folder
+    routing: Routing
+
+    @property
+    def newest(self) -> str:
+        return max(self.versions, key=int)
 
 
 class AdapterStore:
     """Owns the adapters folder. Names are checked before they become paths, and links are not followed."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, reserved: frozenset[str] = frozenset()) -> None:
+        """Names in `reserved`, such as the base model's, are nobody's."""
         self.root = root
+        self.reserved = reserved
 
-    def scan(self) -> list[AdapterRef]:
-        """The newest version of every adapter in the folder, in name order."""
-        if not self.root.is_dir():
-            return []
-        found = []
-        for folder in sorted(self.root.iterdir()):
-            if _NAME.fullmatch(folder.name):
-                version = self._latest(folder)
-                if version is not None:
-                    found.append(AdapterRef(folder.name, version))
-        return found
-
-    def find(self, name: str, version: str | None) -> AdapterRef:
-        """The adapter that a name means now.
+    def scan(self) -> dict[str, StoredName]:
+        """Everything in the folder.
 
         Raises:
-            AdapterNotFound: there is none.
+            OSError: the folder is not there or cannot be read.
         """
-        folder = self.root / name
-        found = self._latest(folder) if version is None else version
-        if found is None or not self._is_adapter(self.path(AdapterRef(name, found))):
-            raise AdapterNotFound(name if version is None else f"{name}@{version}")
-        return AdapterRef(name, found)
+        with os.scandir(self.root) as entries:
+            names = [entry.name for entry in entries if _NAME.fullmatch(entry.name)]
+        return {name: stored for name in names if (stored := self.look(name)) is not None}
 
-    def path(self, ref: AdapterRef) -> Path:
+    def look(self, name: str) -> StoredName | None:
+        """What is on disk under a name now."""
+        folder = os.path.join(self.root, name)
+        versions = {}
+        routing = Routing()
+        flat = None
+        try:
+            if name in self.reserved or not stat.S_ISDIR(os.lstat(folder).st_mode):
+                return None
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name == CONFIG_FILE:
+                        flat = fingerprint(folder)
+                    elif entry.name == ROUTING_FILE:
+                        routing = _read_routing(entry.path)
+                    elif _VERSION.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                        found = fingerprint(entry.path)
+                        if found is not None:
+                            versions[entry.name] = found
+        except OSError:  # gone or unreadable: nothing to be found there
+            return None
+        if flat is not None:
+            versions[FLAT_VERSION] = flat
+        return StoredName(versions, flat is not None, routing) if versions else None
+
+    def path(self, ref: AdapterRef, is_flat: bool) -> Path:
+        """Where a version lies, in a name whose own folder holds version 1 or does not."""
         folder = self.root / ref.name
-        flat = ref.version == FLAT_VERSION and self._is_adapter(folder)
-        return folder if flat else folder / ref.version
+        return folder if is_flat and ref.version == FLAT_VERSION else folder / ref.version
 
     def source(self, text: str) -> Path:
         """A folder that a client names, relative to the adapters folder and inside it.
 
         Raises:
-            InvalidRequest: it leads out of the adapters folder.
+            InvalidRequest: there is none, or it leads out of the adapters folder.
         """
-        path = self.root / text
-        if "\0" in text or not path.resolve().is_relative_to(self.root.resolve()):
-            raise InvalidRequest(f"source {text!r} is not inside the adapters folder (--adapters-dir)", field="source")
+        try:
+            root = self.root.resolve()
+            path = (root / text).resolve()
+            hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+            if not hidden and path.is_dir():
+                return path
+        except (ValueError, OSError, RuntimeError):  # outside, unreadable, or a loop of links
+            pass
+        raise InvalidRequest(
+            f"source {text!r} is no folder inside the adapters folder (--adapters-dir)", field="source"
+        )
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps all others from changing the store, other servers included. Held for moments."""
+        handle = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def scratch(self) -> Path:
+        """The folder for what is not published yet, on the same file system as the store."""
+        path = self.root / ".publish"
+        path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _latest(self, folder: Path) -> str | None:
-        if self._is_adapter(folder):
-            return FLAT_VERSION
-        if folder.is_symlink() or not folder.is_dir():
-            return None
-        try:
-            numbers = [int(child.name) for child in folder.iterdir() if _VERSION.fullmatch(child.name)]
-        except OSError:  # unreadable: nothing to be found there
-            return None
-        versions = [str(number) for number in sorted(numbers, reverse=True)]
-        return next((version for version in versions if self._is_adapter(folder / version)), None)
+    def write_routing(self, name: str, routing: Routing) -> None:
+        """Changes what a bare name means, for all servers on this store and for good.
 
-    @staticmethod
-    def _is_adapter(folder: Path) -> bool:
+        Raises:
+            Overloaded, StoreNotWritable.
+        """
+        with disk_errors(), contextlib.ExitStack() as undo:
+            scratch = self.scratch()
+            undo.enter_context(self.lock())
+            handle, temporary = tempfile.mkstemp(dir=scratch)
+            undo.callback(_unlink_if_there, temporary)
+            with open(handle, "w") as file:
+                os.fchmod(handle, 0o644)
+                file.write(routing.to_json())
+                file.flush()
+                os.fsync(handle)
+            os.rename(temporary, self.root / name / ROUTING_FILE)
+            fsync_folder(self.root / name)
+
+
+def fingerprint(folder: str | Path) -> Fingerprint | None:
+    """The state of an adapter's files, or None if the folder holds no adapter."""
+    result: list[int] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
         try:
-            return not folder.is_symlink() and (folder / CONFIG_FILE).is_file()
+            status = os.lstat(os.path.join(folder, name))
         except OSError:
-            return False
+            status = None
+        if status is not None and stat.S_ISREG(status.st_mode):
+            result += (status.st_mtime_ns, status.st_size, status.st_ino)
+        elif not result:
+            return None
+    return tuple(result)
+
+
+def num_bytes(source: Fingerprint) -> int:
+    """Size of the files."""
+    return sum(source[1::3])
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes renames into a folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Tells clients what the disk refused: Overloaded if it is full, StoreNotWritable for all else."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise Overloaded(f"no room in the adapters folder: {error.strerror}", reason="DISK_FULL") from error
+        raise StoreNotWritable(f"the adapters folder cannot be written: {error.strerror}") from error
+
+
+def _unlink_if_there(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _read_routing(path: str) -> Routing:
+    try:
+        with open(path, "rb", opener=_no_links) as file:
+            return Routing.from_json(file.read(_MAX_ROUTING_BYTES).decode())
+    except (OSError, ValueError) as error:
+        log.error("%s is ignored: %s", path, error)
+        return Routing()
+
+
+def _no_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -1,68 +1,182 @@
-"""The Adapters service: messages to the adapter cache and back, nothing else."""
+"""The Adapters service: messages to the adapters' owners and back, nothing else."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 from server.engine.async_engine import AsyncEngine
-from server.lora.adapter import Adapter
-from server.lora.cache import AdapterStatus
+from server.errors import AdapterChanged, InvalidRequest
+from server.lora.cache import UnloadMode
+from server.lora.events import AdapterStatus
 from server.lora.layers import bytes_on_device
+from server.lora.publish import DeclaredFile
+from server.lora.router import AdapterRouter
+from server.lora.store import AdapterRef, parse_reference
+from server.lora.uploads import AdapterUploads
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1 import adapters_pb2_grpc as pb_grpc
 
+MAX_PAGE = 1000  # adapters in one answer, which must stay under the usual 4 MiB of a message
+UPLOAD_IDLE_SECONDS = 60  # without a chunk, then the upload is given up
+_MODES = {
+    pb.UNLOAD_MODE_UNSPECIFIED: UnloadMode.DRAIN,
+    pb.DRAIN: UnloadMode.DRAIN,
+    pb.FORCE: UnloadMode.FORCE,
+    pb.IF_IDLE: UnloadMode.IF_IDLE,
+}
+
 
 class AdaptersService(pb_grpc.AdaptersServicer):
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, max_upload_bytes: int) -> None:
         self._engine = engine
         self._adapters = engine.adapters
+        self._router = AdapterRouter(engine.adapters)
+        self._uploads = AdapterUploads(engine.adapters, max_upload_bytes)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: object) -> pb.Adapter:
-        """Errors: INVALID_ARGUMENT, FAILED_PRECONDITION, NOT_FOUND, ALREADY_EXISTS, RESOURCE_EXHAUSTED."""
-        adapter = await self._adapters.load(request.name, request.source, replace=request.replace)
-        return self._message(adapter)
+        """Errors: INVALID_ARGUMENT, FAILED_PRECONDITION, NOT_FOUND, ALREADY_EXISTS, ABORTED, DATA_LOSS,
+        RESOURCE_EXHAUSTED.
+        """
+        adapter = await self._adapters.load(
+            request.name,
+            request.source,
+            replace=request.replace,
+            expected_generation=_expected_generation(request),
+            pin=request.pin,
+        )
+        return self._message(self._adapters.board.status(AdapterRef(adapter.name, adapter.version)))
+
+    async def UploadAdapter(self, requests: AsyncIterator[pb.UploadAdapterRequest], context: object) -> pb.Adapter:
+        """Errors: those of LoadAdapter."""
+        messages = _without_pauses(requests)
+        header = (await anext(messages, pb.UploadAdapterRequest())).header
+        files = [DeclaredFile(file.name, file.size, file.sha256) for file in header.files]
+        async with self._uploads.receive(header.name, files) as upload:
+            async for message in messages:
+                if message.WhichOneof("message") != "chunk":
+                    raise InvalidRequest("after the header come chunks only", field="message")
+                await upload.write(message.chunk.file, message.chunk.offset, message.chunk.data)
+            status = await upload.publish(
+                replace=header.replace, expected_generation=_expected_generation(header), pin=header.pin
+            )
+        return self._message(status)
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: object) -> pb.UnloadAdapterResponse:
-        """Errors: INVALID_ARGUMENT, NOT_FOUND."""
-        freed = await self._adapters.unload(request.name)
+        """Errors: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION."""
+        mode = _MODES.get(request.mode)
+        if mode is None:
+            raise InvalidRequest(f"mode {request.mode} is none of UnloadMode", field="mode")
+        freed = await self._adapters.unload(request.name, mode)
         return pb.UnloadAdapterResponse(freed_bytes_device=freed.device, freed_bytes_host=freed.host)
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: object) -> pb.ListAdaptersResponse:
-        return pb.ListAdaptersResponse(adapters=[self._describe(status) for status in self._adapters.statuses()])
+        """Errors: INVALID_ARGUMENT for a page token that is none."""
+        size = min(request.page_size or MAX_PAGE, MAX_PAGE)
+        after = None
+        if request.page_token:
+            name, version = parse_reference(request.page_token, "page_token")
+            after = AdapterRef(name, version or "0")
+        statuses = self._adapters.statuses(after, size + 1)
+        memory = self._adapters.memory
+        return pb.ListAdaptersResponse(
+            adapters=[self._message(status) for status in statuses[:size]],
+            next_page_token=str(statuses[size - 1].ref) if len(statuses) > size else "",
+            bytes_host=memory.num_bytes,
+            bytes_host_pinned=memory.num_pinned_bytes,
+            bytes_host_limit=memory.max_bytes,
+        )
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: object) -> pb.Adapter:
+        """Errors: INVALID_ARGUMENT, NOT_FOUND."""
+        return self._message(await self._adapters.get(request.name))
+
+    async def PinAdapter(self, request: pb.PinAdapterRequest, context: object) -> pb.Adapter:
+        """Errors: those of LoadAdapter."""
+        return self._message(await self._adapters.pin(request.name))
+
+    async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: object) -> pb.Adapter:
+        """Errors: INVALID_ARGUMENT, NOT_FOUND."""
+        return self._message(await self._adapters.unpin(request.name))
+
+    async def SetTraffic(self, request: pb.SetTrafficRequest, context: object) -> pb.SetTrafficResponse:
+        """Errors: INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, FAILED_PRECONDITION."""
+        statuses = await self._router.set_traffic(request.name, dict(request.percent_by_version))
+        return pb.SetTrafficResponse(adapters=[self._message(status) for status in statuses])
+
+    async def PromoteVersion(self, request: pb.PromoteVersionRequest, context: object) -> pb.Adapter:
+        """Errors: those of LoadAdapter."""
+        return self._message(await self._router.promote(request.name, request.version))
 
     async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: object) -> pb.MergeAdapterResponse:
         """Errors: those of LoadAdapter, and FAILED_PRECONDITION where nothing is merged on request."""
-        adapter, seconds = await self._engine.merge(request.name)
+        adapter, seconds = await self._engine.merging.merge(request.name)
+        status = self._adapters.board.status(AdapterRef(adapter.name, adapter.version))
         return pb.MergeAdapterResponse(
-            seconds=seconds, adapter=self._message(adapter), bytes_merged=self._engine.merged_bytes
+            seconds=seconds, adapter=self._message(status), bytes_merged=self._engine.merging.num_bytes
         )
 
     async def UnmergeAdapter(self, request: pb.UnmergeAdapterRequest, context: object) -> pb.UnmergeAdapterResponse:
         """Errors: FAILED_PRECONDITION where nothing is merged on request."""
-        return pb.UnmergeAdapterResponse(seconds=await self._engine.unmerge())
+        return pb.UnmergeAdapterResponse(seconds=await self._engine.merging.unmerge())
 
-    def _describe(self, status: AdapterStatus) -> pb.Adapter:
-        if status.adapter is not None:
-            message = self._message(status.adapter)
-            message.requests_running = status.num_users
-            return message
-        return pb.Adapter(
+    async def WatchAdapters(
+        self, request: pb.WatchAdaptersRequest, context: object
+    ) -> AsyncGenerator[pb.AdapterEvent, None]:
+        """Errors: RESOURCE_EXHAUSTED, UNAVAILABLE."""
+        async with aclosing(self._adapters.board.watch()) as events:
+            async for event in events:
+                adapter = self._message(event.status) if event.status else None
+                yield pb.AdapterEvent(type=event.kind.name, adapter=adapter)
+
+    def _message(self, status: AdapterStatus) -> pb.Adapter:
+        message = pb.Adapter(
             name=status.ref.name,
             version=status.ref.version,
+            generation=status.generation,
             state=pb.FAILED if status.error else pb.AVAILABLE,
             tier=pb.DISK,
             error=status.error,
+            pinned=status.pinned,
+            requests_waiting=status.num_waiting,
+            current=status.current,
+            traffic_percent=status.traffic_percent,
         )
-
-    def _message(self, adapter: Adapter) -> pb.Adapter:
+        adapter = status.adapter
+        if adapter is None:
+            return message
         on_device = self._engine.is_on_device(adapter)
-        return pb.Adapter(
-            name=adapter.name,
-            version=adapter.version,
-            generation=adapter.generation,
-            digest=adapter.digest,
-            state=pb.READY,
-            rank=adapter.rank,
-            target_modules=adapter.target_modules,
-            bytes_disk=adapter.num_bytes_disk,
-            bytes_host=adapter.num_bytes,
-            bytes_device=bytes_on_device(adapter, self._engine.base.device) if on_device else 0,
-            tier=pb.DEVICE if on_device else pb.HOST,
-            merged=self._engine.is_merged(adapter),
+        message.MergeFrom(
+            pb.Adapter(
+                digest=adapter.digest,
+                state=pb.READY,
+                rank=adapter.rank,
+                target_modules=adapter.target_modules,
+                bytes_disk=adapter.num_bytes_disk,
+                bytes_host=adapter.num_bytes,
+                bytes_device=bytes_on_device(adapter, self._engine.base.device) if on_device else 0,
+                tier=pb.DEVICE if on_device else pb.HOST,
+                merged=self._engine.merging.is_merged(adapter),
+                requests_running=status.num_users,
+            )
         )
+        return message
+
+
+def _expected_generation(request: pb.LoadAdapterRequest | pb.UploadHeader) -> int | None:
+    return request.expected_generation if request.HasField("expected_generation") else None
+
+
+async def _without_pauses(
+    requests: AsyncIterator[pb.UploadAdapterRequest],
+) -> AsyncGenerator[pb.UploadAdapterRequest, None]:
+    """Raises AdapterChanged when a client sends nothing for too long: its upload must not stay for ever."""
+    while True:
+        try:
+            async with asyncio.timeout(UPLOAD_IDLE_SECONDS):
+                message = await anext(requests, None)
+        except TimeoutError as error:
+            text = f"no chunk came for {UPLOAD_IDLE_SECONDS} seconds: the upload is given up"
+            raise AdapterChanged(text, reason="UPLOAD_STALLED") from error
+        if message is None:
+            return
+        yield message

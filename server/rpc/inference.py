@@ -70,10 +70,10 @@ class InferenceService(pb_grpc.InferenceServicer):
         params = sampling_params(request.sampling, len(prompt), engine.max_model_len, engine.base.vocab_size)
         adapters = self._adapters(request)
         if request.sampling.n <= 1:
-            streams = [engine.generate(prompt, params, adapters, request.cache_salt)]
+            streams = [engine.generate(prompt, params, adapters, request.cache_salt, request.request_id)]
         else:
             streams = [
-                engine.generate(prompt, _nth(params, index), adapters, request.cache_salt)
+                engine.generate(prompt, _nth(params, index), adapters, request.cache_salt, request.request_id)
                 for index in range(request.sampling.n)
             ]
         async with aclosing(_merge(streams)) as outputs:
@@ -213,7 +213,7 @@ def _response(engine: AsyncEngine, index: int, output: GenerationOutput, num_pro
         finish_reason=_FINISH_REASONS[output.finish_reason],
         index=index,
     )
-    identities = [_identity(part, merged=engine.is_merged(part.adapter)) for part in output.adapters]
+    identities = [_identity(part, merged=engine.merging.is_merged(part.adapter)) for part in output.adapters]
     if len(identities) == 1:
         response.adapter.CopyFrom(identities[0])
     else:

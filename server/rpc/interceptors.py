@@ -43,15 +43,22 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         parse, serialize = handler.request_deserializer, handler.response_serializer
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                _unary(handler.unary_unary, parse), response_serializer=serialize
+                _unary(handler.unary_unary, lambda data: _parsed(parse, data)), response_serializer=serialize
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
                 _stream(handler.unary_stream, lambda data: _parsed(parse, data)), response_serializer=serialize
             )
+
+        def parsed(messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+            return (_parsed(parse, data) async for data in messages)
+
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(
+                _unary(handler.stream_unary, parsed), response_serializer=serialize
+            )
         return grpc.stream_stream_rpc_method_handler(
-            _stream(handler.stream_stream, lambda messages: (_parsed(parse, data) async for data in messages)),
-            response_serializer=serialize,
+            _stream(handler.stream_stream, parsed), response_serializer=serialize
         )
 
 
@@ -64,10 +71,10 @@ def public_error(error: Exception) -> ServingError:
     return InternalFailure(f"internal error, incident {incident}")
 
 
-def _unary(behavior: Callable[[Any, Context], Awaitable[Any]], parse: Parse) -> Any:
-    async def call(data: bytes, context: Context) -> Any:
+def _unary(behavior: Callable[[Any, Context], Awaitable[Any]], read: Callable[[Any], Any]) -> Any:
+    async def call(data: Any, context: Context) -> Any:
         try:
-            return await behavior(_parsed(parse, data), context)
+            return await behavior(read(data), context)
         except Exception as error:
             await context.abort_with_status(_status(error))
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from server.errors import AdapterNotFound, InvalidRequest
-from server.lora.cache import AdapterCache, AdapterStatus
+from server.lora.cache import AdapterCache
+from server.lora.events import AdapterStatus
 
 BASE_VERSION = "1"
 
@@ -36,7 +37,7 @@ class Models:
         self._base_name = base_name
         self._adapters = adapters
 
-    def find(self, name: str, version: str = "") -> Model:
+    async def find(self, name: str, version: str = "") -> Model:
         """The model of that name; without a version, the one that the name means now.
 
         Raises:
@@ -49,10 +50,10 @@ class Models:
             if version not in ("", BASE_VERSION):
                 raise AdapterNotFound(reference)
             return Model(name, BASE_VERSION)
-        status = self._adapters.status(reference)
+        status = await self._adapters.get(reference)
         return Model(status.ref.name, status.ref.version, reference, status)
 
-    def find_lora(self, base_name: str, lora_name: str) -> Model:
+    async def find_lora(self, base_name: str, lora_name: str) -> Model:
         """The adapter that a request to the base model names beside it.
 
         Raises:
@@ -64,11 +65,11 @@ class Models:
                 f"it goes with {self._base_name!r} only",
                 field="lora_name",
             )
-        return self.find(lora_name)
+        return await self.find(lora_name)
 
     def all(self) -> list[Model]:
         adapters = [
-            Model(status.ref.name, status.ref.version, status.ref.name, status) for status in self._adapters.statuses()
+            Model(status.ref.name, status.ref.version, str(status.ref), status) for status in self._adapters.statuses()
         ]
         return [Model(self._base_name, BASE_VERSION), *adapters]
 

@@ -43,7 +43,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: object) -> pb.ModelReadyResponse:
         try:
-            model = self._models.find(request.name, request.version)
+            model = await self._models.find(request.name, request.version)
         except (AdapterNotFound, InvalidRequest):
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self._engine.ready and model.answers)
@@ -53,7 +53,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: object) -> pb.ModelMetadataResponse:
         """Errors: INVALID_ARGUMENT, NOT_FOUND."""
-        model = self._models.find(request.name, request.version)
+        model = await self._models.find(request.name, request.version)
         return pb.ModelMetadataResponse(
             name=model.name,
             versions=[model.version],
@@ -64,7 +64,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: object) -> pb.ModelConfigResponse:
         """Errors: INVALID_ARGUMENT, NOT_FOUND."""
-        model = self._models.find(request.name, request.version)
+        model = await self._models.find(request.name, request.version)
         config = pb.ModelConfig(name=model.name, platform=PLATFORM, backend=PLATFORM)
         for spec in INPUTS.values():
             config.input.add(
@@ -109,7 +109,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: object) -> pb.ModelStatisticsResponse:
         """Errors: INVALID_ARGUMENT, NOT_FOUND."""
-        models = [self._models.find(request.name, request.version)] if request.name else self._models.all()
+        models = [await self._models.find(request.name, request.version)] if request.name else self._models.all()
         return pb.ModelStatisticsResponse(
             model_stats=[self._statistics.of(model.name, model.version) for model in models]
         )
@@ -159,9 +159,9 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
     ) -> AsyncGenerator[pb.ModelInferResponse, None]:
         """One response with the whole answer, or one for each piece of it."""
         if asked.lora_name:
-            model = self._models.find_lora(request.model_name, asked.lora_name)
+            model = await self._models.find_lora(request.model_name, asked.lora_name)
         else:
-            model = self._models.find(request.model_name, request.model_version)
+            model = await self._models.find(request.model_name, request.model_version)
         started = time.monotonic()
         try:
             async with aclosing(self._generate(request, asked, model)) as responses:

@@ -86,7 +86,7 @@ class RpcServer:
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
             OpenInferenceService(engine, info, inference), self._server
         )
-        adapters_pb2_grpc.add_AdaptersServicer_to_server(AdaptersService(engine), self._server)
+        adapters_pb2_grpc.add_AdaptersServicer_to_server(AdaptersService(engine, config.max_upload_bytes), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
             names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -107,6 +107,7 @@ class RpcServer:
     async def drain(self, grace: float) -> None:
         """Not serving first, then no new requests, then the running ones end, and only then the listener closes."""
         await self._health.enter_graceful_shutdown()
+        self._engine.adapters.board.events.close()
         if not await self._engine.drain(grace):
             log.warning("some requests did not end within %g seconds (--drain-seconds); they are cut off", grace)
         await self._server.stop(grace=1)

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from adapters.tensors import WEIGHTS_FILE
+from adapters.config import WEIGHTS_FILE
 from server.engine.core import Evict
 from server.engine.merge_policy import MergeCosts, MergePolicy
 from server.errors import ConfigError, MergeRefused

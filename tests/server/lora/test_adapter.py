@@ -20,7 +20,9 @@ def made(weights: dict[str, LoRAWeights], biases: dict[str, Tensor] | None = Non
     base.add("a", lambda start, end: WEIGHT[start:end])
     base.add("b", lambda start, end: WEIGHT[start:end], torch.ones(3))
     config = AdapterConfig(rank=1, alpha=2, target_modules=("a", "b"))
-    return Adapter.from_files(AdapterFiles(config, weights, "", 0, {}, biases or {}), "adapter", "1", 1, base)
+    return Adapter.from_files(
+        AdapterFiles(config, weights, {}, "", 0, base_biases=biases or {}), "adapter", "1", 1, base
+    )
 
 
 def lora(dtype: torch.dtype = torch.float32, magnitude: Tensor | None = None) -> LoRAWeights:
@@ -57,6 +59,6 @@ def test_what_follows_from_a_layer_that_lacks_something() -> None:
     cancelled = LoRAWeights(torch.ones(1, 5), torch.zeros(3, 1), 1.0, magnitude=torch.zeros(3))
     base = BaseWeights({"a": LinearShape(5, 3)}, torch.float32)
     base.add("a", lambda start, end: torch.zeros(end - start, 5))
-    files = AdapterFiles(AdapterConfig(rank=1, alpha=1, target_modules=("a",)), {"a": cancelled}, "", 0)
+    files = AdapterFiles(AdapterConfig(rank=1, alpha=1, target_modules=("a",)), {"a": cancelled}, {}, "", 0)
     with pytest.raises(AdapterIncompatibleError, match="norm of a's weights, and some of them are zero"):
         Adapter.from_files(files, "adapter", "1", 1, base)

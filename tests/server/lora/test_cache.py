@@ -2,44 +2,23 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from prometheus_client import CollectorRegistry
 
-from adapters.tensors import LinearShape
-from server.errors import AdapterExists, AdapterNotFound, IncompatibleAdapter, InvalidAdapter, Overloaded
+from server.errors import (
+    AdapterChanged,
+    AdapterExists,
+    AdapterInUse,
+    AdapterNotFound,
+    DamagedAdapter,
+    IncompatibleAdapter,
+    InvalidAdapter,
+    Overloaded,
+)
 from server.lora.adapter import Adapter
-from server.lora.base_weights import BaseWeights
-from server.lora.cache import AdapterCache
-from server.lora.store import AdapterStore
-from server.metrics import Metrics
-
-LAYERS = {f"model.layers.{layer}.self_attn.{name}": LinearShape(64, 64 if name == "q_proj" else 32)
-          for layer in range(2) for name in ("q_proj", "v_proj")}  # fmt: skip
-ADAPTER_BYTES = 2 * 4 * (64 + 64 + 64 + 32) * 4  # layers · rank · (A and B of q, A and B of v) · float32
-
-MakeAdapter = Callable[..., Path]
-
-
-def make_cache(root: Path, max_bytes: int = 1 << 30) -> tuple[AdapterCache, list[Adapter]]:
-    cache = AdapterCache(
-        AdapterStore(root),
-        BaseWeights(LAYERS, torch.float32),
-        max_rank=8,
-        max_bytes=max_bytes,
-        metrics=Metrics(CollectorRegistry()),
-    )
-    evicted: list[Adapter] = []
-
-    async def evict(adapter: Adapter) -> int:
-        evicted.append(adapter)
-        return 5
-
-    cache.connect(evict)
-    return cache, evicted
+from server.lora.cache import UnloadMode
+from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
 
 async def test_an_adapter_is_loaded_by_its_first_request_and_once(tmp_path: Path, make_adapter: MakeAdapter) -> None:
@@ -81,7 +60,7 @@ async def test_replacing_leaves_running_requests_alone(tmp_path: Path, make_adap
         shutil.rmtree(tmp_path / "a")
         make_adapter("a", seed=2)
         with pytest.raises(AdapterExists):
-            await cache.load("a", "", replace=False)
+            await cache.load("a")
         new = await cache.load("a", "", replace=True)
         assert old is not None
         assert new.digest != old.digest
@@ -99,7 +78,7 @@ async def test_replacing_leaves_running_requests_alone(tmp_path: Path, make_adap
 async def test_a_bad_replacement_changes_nothing(tmp_path: Path, make_adapter: MakeAdapter) -> None:
     make_adapter("a")
     cache, _ = make_cache(tmp_path)
-    good = await cache.load("a", "", replace=False)
+    good = await cache.load("a")
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(InvalidAdapter, match="adapter 'a'"):
         await cache.load("a", "", replace=True)
@@ -127,7 +106,7 @@ async def test_unload_refuses_new_requests_and_waits_for_running_ones(
     assert cache.num_bytes == 0
     with pytest.raises(AdapterNotFound):
         await cache.unload("a")
-    await cache.load("a", "", replace=False)
+    await cache.load("a")
     async with cache.acquire("a") as again:
         assert again is not adapter
 
@@ -143,9 +122,66 @@ async def test_room_is_made_by_the_least_recently_used(tmp_path: Path, make_adap
         assert [adapter.name for adapter in evicted] == ["b"]
         async with cache.acquire("a"):
             with pytest.raises(Overloaded, match="--adapter-host-bytes"):
-                async with cache.acquire("b"):
-                    pass
+                await cache.load("b")
     async with cache.acquire("b"):
+        pass
+
+
+async def test_requests_wait_for_room_in_order_of_arrival(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for name in "abcd":
+        make_adapter(name)
+    cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES + 5000)
+    served: list[str] = []
+
+    async def use(name: str) -> None:
+        async with cache.acquire(name):
+            served.append(name)
+            await asyncio.sleep(0)
+
+    async with cache.acquire("a"):
+        async with cache.acquire("b"):
+            waiting = [asyncio.create_task(use("c"))]
+            while cache.memory.has_room(0):  # until somebody waits for it
+                await asyncio.sleep(0.005)
+            waiting += [asyncio.create_task(use(name)) for name in "dc"]
+            given_up = asyncio.create_task(use("d"))
+            await asyncio.sleep(0.02)
+            given_up.cancel()
+            assert served == []
+            assert (await cache.get("c")).num_waiting == 2
+            assert cache.num_bytes == 2 * ADAPTER_BYTES
+        await asyncio.gather(*waiting)
+    assert served == ["c", "c", "d"]
+
+
+async def test_the_parts_of_a_mixture_wait_for_room_together(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    """However many mixtures want the room at once, none holds what another waits for."""
+    for name in "abcd":
+        make_adapter(name)
+    cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES + 5000)
+
+    async def use(*names: str) -> None:
+        async with cache.acquire_all(names) as adapters:
+            assert [adapter.name for adapter in adapters] == list(names)
+            await asyncio.sleep(0)
+
+    work = [use(*names) for names in ("ab", "cd", "ac", "bd", "da", "cb", "a", "d") * 3]
+    await asyncio.wait_for(asyncio.gather(*work), 20)
+    assert all(not status.num_users and not status.num_waiting for status in cache.statuses())
+
+
+async def test_a_mixture_that_can_never_fit_is_refused(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for name in "abc":
+        make_adapter(name)
+    cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES + 5000)
+    with pytest.raises(Overloaded, match="--adapter-host-bytes"):
+        async with cache.acquire_all("abc"):
+            pass
+    await cache.pin("a")
+    with pytest.raises(Overloaded, match="pinned"):
+        async with cache.acquire_all("bc"):
+            pass
+    async with cache.acquire_all("ab"):
         pass
 
 
@@ -165,7 +201,7 @@ async def test_errors_say_why_and_are_not_remembered_for_ever(tmp_path: Path, ma
     make_adapter("a", r=16)
     cache, _ = make_cache(tmp_path)
     with pytest.raises(IncompatibleAdapter, match="--max-lora-rank 16"):
-        await cache.load("a", "", replace=False)
+        await cache.load("a")
     assert "--max-lora-rank 16" in cache.statuses()[0].error
     shutil.rmtree(tmp_path / "a")
     make_adapter("a")
@@ -201,14 +237,14 @@ async def test_unloading_catches_a_load_in_flight(tmp_path: Path, make_adapter: 
     with pytest.raises(AdapterNotFound):
         await using
     assert cache.num_bytes == 0
-    await cache.load("a", "", replace=False)
+    await cache.load("a")
 
 
 async def test_concurrent_loads_keep_the_limit(tmp_path: Path, make_adapter: MakeAdapter) -> None:
     for name in "abcd":
         make_adapter(name)
     cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES + 5000)
-    results = await asyncio.gather(*[cache.load(name, "", replace=False) for name in "abcd"], return_exceptions=True)
+    results = await asyncio.gather(*[cache.load(name) for name in "abcd"], return_exceptions=True)
     assert cache.num_bytes <= 2 * ADAPTER_BYTES + 5000
     assert any(isinstance(result, Adapter) for result in results)
 
@@ -226,3 +262,173 @@ async def test_a_replacement_from_the_store_forgets_the_other_source(tmp_path: P
     async with cache.acquire("a") as again:
         assert again is not None
         assert again.digest == replaced.digest
+
+
+async def test_what_was_evicted_comes_back_as_the_same_generation(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for name in "ab":
+        make_adapter(name)
+    cache, _ = make_cache(tmp_path, max_bytes=ADAPTER_BYTES + 5000)
+    generations = []
+    for name in "abab":
+        async with cache.acquire(name) as adapter:
+            assert adapter is not None
+            generations.append(adapter.generation)
+    assert generations == [1, 2, 1, 2]
+    assert cache.statuses()[0].generation == 1
+
+
+async def test_a_compare_and_swap(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("a")
+    cache, _ = make_cache(tmp_path)
+    first = await cache.load("a", expected_generation=0)
+    for lost in (0, first.generation + 1):
+        with pytest.raises(AdapterChanged, match="somebody else"):
+            await cache.load("a", expected_generation=lost)
+    results = await asyncio.gather(
+        *[cache.load("a", expected_generation=first.generation) for _ in range(4)], return_exceptions=True
+    )
+    assert [type(result) for result in results] == [Adapter, AdapterChanged, AdapterChanged, AdapterChanged]
+
+
+async def test_two_claims_on_a_free_name(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("a")
+    cache, _ = make_cache(tmp_path)
+    results = await asyncio.gather(*[cache.load("a") for _ in range(3)], return_exceptions=True)
+    assert [type(result) for result in results] == [Adapter, AdapterExists, AdapterExists]
+
+
+async def test_the_base_models_name_is_taken(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("base")
+    cache, _ = make_cache(tmp_path, reserved=frozenset({"base"}))
+    with pytest.raises(AdapterExists, match="base model"):
+        await cache.load("base", replace=True)
+    with pytest.raises(AdapterNotFound):
+        async with cache.acquire("base"):
+            pass
+    assert cache.statuses() == []
+
+
+async def test_pinned_adapters_stay(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for name in "abc":
+        make_adapter(name)
+    cache, evicted = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES + 5000)
+    await cache.load("a", pin=True)
+    for name in "bcb":
+        async with cache.acquire(name):
+            pass
+    assert [adapter.name for adapter in evicted] == ["b", "c"]
+    assert (await cache.pin("b")).pinned
+    assert cache.memory.num_pinned_bytes == 2 * ADAPTER_BYTES
+    with pytest.raises(Overloaded, match="are pinned"):
+        await cache.load("c")
+    assert not (await cache.unpin("b")).pinned
+    await cache.load("c")
+    await cache.unload("a")
+    await cache.load("a")
+    assert not (await cache.get("a")).pinned
+
+
+async def test_a_pinned_name_stays_pinned_whatever_it_means(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("a")
+    cache, _ = make_cache(tmp_path)
+    await cache.load("a", pin=True)
+    replaced = await cache.load("a", replace=True)
+    status = await cache.get("a")
+    assert status.pinned
+    assert status.adapter is replaced
+
+
+async def test_unload_if_idle(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("a")
+    cache, _ = make_cache(tmp_path)
+    async with cache.acquire("a"):
+        with pytest.raises(AdapterInUse, match="used by 1"):
+            await cache.unload("a", UnloadMode.IF_IDLE)
+    assert (await cache.unload("a", UnloadMode.IF_IDLE)).host == ADAPTER_BYTES
+
+
+async def test_unload_by_force_ends_what_is_draining_too(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("a")
+    revoked: list[Adapter] = []
+    cache, _ = make_cache(tmp_path, revoke=revoked.append)
+    async with cache.acquire("a") as adapter:
+        draining = asyncio.create_task(cache.unload("a"))
+        await asyncio.sleep(0)
+        forced = asyncio.create_task(cache.unload("a", UnloadMode.FORCE))
+        await asyncio.sleep(0)
+        assert revoked == [adapter]
+    assert (await forced).host == (await draining).host == ADAPTER_BYTES
+    with pytest.raises(AdapterNotFound):
+        await cache.unload("a", UnloadMode.FORCE)
+
+
+async def test_requests_that_wait_for_a_load_are_told(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("a")
+    cache, _ = make_cache(tmp_path)
+
+    async def use() -> None:
+        async with cache.acquire("a"):
+            await asyncio.sleep(0.01)
+
+    users = [asyncio.create_task(use()) for _ in range(3)]
+    for _ in range(3):  # each begins to wait
+        await asyncio.sleep(0)
+    assert (await cache.get("a")).num_waiting == 3
+    async with cache.acquire("a"):
+        status = await cache.get("a")
+    assert (status.num_waiting, status.num_users) == (0, 4)
+    await asyncio.gather(*users)
+
+
+async def test_a_folder_that_has_gone(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for name in "ab":
+        make_adapter(name)
+    cache, _ = make_cache(tmp_path)
+    await cache.load("a")
+    for name in "ab":
+        shutil.rmtree(tmp_path / name)
+    async with cache.acquire("a"):  # the copy in memory serves
+        pass
+    with pytest.raises(AdapterNotFound):
+        async with cache.acquire("b"):
+            pass
+
+
+async def test_files_that_change_under_the_reading(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter("a")
+    cache, _ = make_cache(tmp_path)
+    good = await cache.load("a")
+    read_bytes = Path.read_bytes
+
+    def read_and_change(path: Path) -> bytes:
+        data = read_bytes(path)
+        path.write_bytes(data + b" ")
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_change)
+    with pytest.raises(AdapterChanged, match="while they were read"):
+        await cache.load("a", replace=True)
+    monkeypatch.undo()
+    async with cache.acquire("a") as adapter:
+        assert adapter is good
+    assert folder.is_dir()
+
+
+async def test_a_published_adapter_that_is_damaged(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    folder = make_adapter("a")
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  adapter_config.json\n")
+    cache, _ = make_cache(tmp_path)
+    with pytest.raises(DamagedAdapter, match="not what was published"):
+        await cache.load("a")
+    assert "SHA256SUMS" in cache.statuses()[0].error
+
+
+async def test_refused_names_that_nobody_has_are_not_remembered(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("bad", r=16)
+    cache, _ = make_cache(tmp_path)
+    for name in ("x", "y"):
+        with pytest.raises(IncompatibleAdapter):
+            await cache.load(name, "bad")
+    assert [status.ref.name for status in cache.statuses()] == ["bad"]

@@ -1,11 +1,16 @@
 """Names on disk: what is found, which version is meant, and what never becomes a path."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from server.errors import AdapterNotFound, InvalidRequest
-from server.lora.store import AdapterRef, AdapterStore, parse_reference
+from server.lora.catalog import AdapterCatalog
+from server.lora.routing import Routing
+from server.lora.store import AdapterRef, AdapterStore, fingerprint, parse_reference
+
+MANY = 10_000
 
 
 def put(folder: Path) -> None:
@@ -27,28 +32,35 @@ def store(tmp_path: Path) -> AdapterStore:
     return AdapterStore(root)
 
 
-def test_scan_finds_the_newest_version_of_each(store: AdapterStore) -> None:
-    assert store.scan() == [AdapterRef("flat", "1"), AdapterRef("many", "10")]
+def test_scan_finds_every_version(store: AdapterStore) -> None:
+    found = store.scan()
+    assert {name: sorted(stored.versions) for name, stored in found.items()} == {"flat": ["1"], "many": ["10", "2"]}
+    assert found["many"].newest == "10"
 
 
-def test_a_missing_folder_is_an_empty_store(tmp_path: Path) -> None:
-    assert AdapterStore(tmp_path / "nowhere").scan() == []
+def test_a_missing_folder_is_an_empty_store_until_it_is_there(tmp_path: Path) -> None:
+    assert AdapterCatalog(AdapterStore(tmp_path / "nowhere")).refs() == []
+    with pytest.raises(FileNotFoundError):
+        AdapterStore(tmp_path / "nowhere").scan()
 
 
-def test_find(store: AdapterStore) -> None:
-    assert store.path(store.find("flat", None)) == store.root / "flat"
-    assert store.path(store.find("flat", "1")) == store.root / "flat"
-    assert store.path(store.find("many", None)) == store.root / "many" / "10"
-    assert store.path(store.find("many", "2")) == store.root / "many" / "2"
+def test_where_versions_lie(store: AdapterStore) -> None:
+    put(store.root / "flat" / "2")
+    catalog = AdapterCatalog(store)
+    assert catalog.path(catalog.resolve("flat@1")) == store.root / "flat"
+    assert catalog.path(catalog.resolve("flat")) == store.root / "flat" / "2"
+    assert catalog.path(catalog.resolve("many")) == store.root / "many" / "10"
+    assert catalog.path(catalog.resolve("many@2")) == store.root / "many" / "2"
 
 
-@pytest.mark.parametrize(
-    ("name", "version"),
-    [("nobody", None), ("many", "3"), ("many", "11"), ("flat", "2"), ("link", None), ("empty", None)],
-)
-def test_what_is_not_there_is_not_found(store: AdapterStore, name: str, version: str | None) -> None:
+@pytest.mark.parametrize("reference", ["nobody", "many@3", "many@11", "flat@2", "link", "empty"])
+def test_what_is_not_there_is_not_found(store: AdapterStore, reference: str) -> None:
     with pytest.raises(AdapterNotFound):
-        store.find(name, version)
+        AdapterCatalog(store).resolve(reference)
+
+
+def test_a_reserved_name_is_nobodys(store: AdapterStore) -> None:
+    assert set(AdapterStore(store.root, reserved=frozenset({"flat"})).scan()) == {"many"}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +78,62 @@ def test_names_that_are() -> None:
     assert parse_reference("a@12") == ("a", "12")
 
 
-@pytest.mark.parametrize("source", ["../outside", "/etc", "link", "flat/../../outside", "a\0b"])
-def test_sources_outside_the_folder_are_refused(store: AdapterStore, source: str) -> None:
+@pytest.mark.parametrize(
+    "source",
+    ["../outside", "/etc", "/dev/zero", "link", "flat/../../outside", "a\0b", "loop", "pipe", "nowhere", ".hidden",
+     "x" * 300, "file:///etc", "http://169.254.169.254/x", "flat/adapter_config.json"],
+)  # fmt: skip
+def test_sources_that_are_no_folder_inside(store: AdapterStore, source: str) -> None:
+    (store.root / "loop").symlink_to(store.root / "loop")
+    os.mkfifo(store.root / "pipe")
     with pytest.raises(InvalidRequest, match="--adapters-dir"):
         store.source(source)
+
+
+def test_a_source_is_where_its_links_lead(store: AdapterStore) -> None:
+    (store.root / "alias").symlink_to(store.root / "flat")
+    assert store.source("alias") == store.root / "flat"
+
+
+def test_files_that_change_change_the_fingerprint(store: AdapterStore) -> None:
+    folder = store.root / "flat"
+    seen = {fingerprint(folder)}
+    (folder / "adapter_model.safetensors").write_bytes(b"1")
+    seen.add(fingerprint(folder))
+    (folder / "adapter_model.safetensors").write_bytes(b"12")
+    seen.add(fingerprint(folder))
+    (folder / "new").write_text("{}")
+    (folder / "new").rename(folder / "adapter_config.json")
+    seen.add(fingerprint(folder))
+    assert len(seen) == 4
+    assert fingerprint(store.root / "empty") is None
+
+
+def test_routing_is_kept_and_a_broken_one_ignored(store: AdapterStore, caplog: pytest.LogCaptureFixture) -> None:
+    routing = Routing("2", {"10": 25})
+    store.write_routing("many", routing)
+    assert store.scan()["many"].routing == routing
+    assert AdapterCatalog(store).current("many") == "2"
+    assert list((store.root / ".publish").iterdir()) == []
+    for text in ("{", "[]", '{"promoted": "2"}', '{"promoted": "x", "percent_by_version": {}}',
+                 '{"promoted": "", "percent_by_version": {"2": 101}}',
+                 '{"promoted": "", "percent_by_version": {"2": "1"}}',
+                 '{"promoted": "", "percent_by_version": {"2": 60, "3": 60}}'):  # fmt: skip
+        (store.root / "many" / "routing.json").write_text(text)
+        caplog.clear()
+        assert store.scan()["many"].routing == Routing()
+        assert "routing.json is ignored" in caplog.text
+
+
+def test_many_adapters_are_an_index(tmp_path: Path) -> None:
+    """Once read, names and pages of the listing need the disk no more."""
+    root = tmp_path / "store"
+    for index in range(MANY):
+        put(root / f"adapter-{index}")
+    catalog = AdapterCatalog(AdapterStore(root))
+    root.rename(tmp_path / "away")
+    page = catalog.refs(limit=100)
+    assert len(page) == 100
+    assert catalog.refs(after=page[-1], limit=100)[0] not in page
+    assert len(catalog.refs()) == MANY
+    assert catalog.resolve("adapter-999") == AdapterRef("adapter-999", "1")

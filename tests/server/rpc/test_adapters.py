@@ -1,17 +1,29 @@
-"""The Adapters service through a real client: load, list, unload, and refusals that disturb nobody."""
+"""The Adapters service through a real client: the life of adapters, and refusals that disturb nobody."""
 
 import asyncio
+import gc
+import hashlib
+import resource
 import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
+from server.lora.adapter import Adapter
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1.inference_pb2 import GenerateResponse
+from server.rpc import adapters as service
 from tests.conftest import ADAPTERS
 from tests.server.rpc.conftest import Running, Serve
-from tests.server.rpc.test_inference import ask, failure
+from tests.server.rpc.test_inference import ask, failure, mix
+
+STORM_ROUNDS = 100  # a thousand take a minute and show the same
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 async def listed(running: Running) -> dict[str, pb.Adapter]:
@@ -147,8 +159,59 @@ async def test_a_merged_adapter_is_replaced_and_unloaded(running: Running) -> No
     assert (await running.inference.Generate(ask(adapter="plain"))).token_ids == expected.token_ids
     await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
     await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
-    assert running.engine.merged_bytes == 0
+    assert running.engine.merging.num_bytes == 0
     assert (await running.inference.Generate(ask())).token_ids != expected.token_ids
+
+
+async def test_a_merge_fails_with_the_engine(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for an answer of the engine's thread hears when it dies, and so does who asks later."""
+    await running.inference.Generate(ask(adapter="plain"))
+    reached, die = threading.Event(), threading.Event()
+
+    def stop_here(adapter: object) -> float:
+        reached.set()
+        die.wait()
+        raise SystemExit("the weights are broken")
+
+    monkeypatch.setattr(running.parts.runner, "merge", stop_here)
+    merge = running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="attention"))
+    async with asyncio.timeout(10):
+        await asyncio.to_thread(reached.wait)
+        unload = running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
+        while "plain" in await listed(running):
+            await asyncio.sleep(0.01)
+        die.set()
+        for error in await asyncio.gather(failure(merge), failure(unload)):
+            assert error.code() == grpc.StatusCode.UNAVAILABLE
+            assert error.details() == "the engine is down"
+    error = await failure(running.adapters.UnmergeAdapter(pb.UnmergeAdapterRequest()))
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_client_that_leaves_a_merge_leaves_the_engine_alive(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    merge = running.parts.runner.merge
+
+    def slow(adapter: Adapter | None) -> float:
+        reached.set()
+        go_on.wait()
+        return merge(adapter)
+
+    monkeypatch.setattr(running.parts.runner, "merge", slow)
+    call = running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
+    other = asyncio.create_task(running.engine.merging.merge("attention"))  # and one that has not begun
+    async with asyncio.timeout(10):
+        await asyncio.to_thread(reached.wait)
+        while not (await listed(running))["attention"].requests_running:
+            await asyncio.sleep(0.01)
+        call.cancel()
+        other.cancel()
+        await asyncio.wait([other])
+        go_on.set()
+        assert (await running.inference.Generate(ask(adapter="plain"))).token_ids
+    assert not running.engine.died.is_set()
 
 
 async def test_merging_on_request_needs_its_policy(serve: Serve) -> None:
@@ -156,3 +219,309 @@ async def test_merging_on_request_needs_its_policy(serve: Serve) -> None:
         error = await failure(server.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain")))
         assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
         assert "--merge-policy is off" in str(error.details())
+
+
+def upload(name: str, folder: Path, chunk: int = 10_000, **header: Any) -> Iterator[pb.UploadAdapterRequest]:
+    """What a client sends."""
+    files = {file: (folder / file).read_bytes() for file in (CONFIG, WEIGHTS)}
+    declared = [
+        pb.UploadFile(name=file, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        for file, data in files.items()
+    ]
+    yield pb.UploadAdapterRequest(header=pb.UploadHeader(name=name, files=declared, **header))
+    for file, data in files.items():
+        for offset in range(0, len(data), chunk):
+            part = pb.UploadChunk(file=file, offset=offset, data=data[offset : offset + chunk])
+            yield pb.UploadAdapterRequest(chunk=part)
+
+
+def leftovers(running: Running) -> list[Path]:
+    return list((running.adapters_dir / ".publish").glob("*"))
+
+
+async def test_an_upload_is_served_at_once(running: Running) -> None:
+    expected = await running.inference.Generate(ask(adapter="plain"))
+    uploaded = await running.adapters.UploadAdapter(upload("sent", running.adapters_dir / "plain", pin=True))
+    assert (uploaded.version, uploaded.state, uploaded.pinned, uploaded.current) == ("1", pb.READY, True, True)
+    answer = await running.inference.Generate(ask(adapter="sent"))
+    assert answer.token_ids == expected.token_ids
+    assert answer.adapter.digest == uploaded.digest == expected.adapter.digest
+    assert {path.name for path in (running.adapters_dir / "sent" / "1").iterdir()} == {CONFIG, WEIGHTS, "SHA256SUMS"}
+    assert leftovers(running) == []
+
+
+async def test_an_upload_to_a_name_that_is_taken(running: Running) -> None:
+    folder = running.adapters_dir / "attention"
+    for name in ("plain", "plain@1", "tiny"):
+        error = await failure(running.adapters.UploadAdapter(upload(name, folder)))
+        assert error.code() == grpc.StatusCode.ALREADY_EXISTS
+    error = await failure(running.adapters.UploadAdapter(upload("plain@1", folder, replace=True)))
+    assert error.code() == grpc.StatusCode.ALREADY_EXISTS
+    before = await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain"))
+    error = await failure(
+        running.adapters.UploadAdapter(upload("plain", folder, expected_generation=before.generation + 1))
+    )
+    assert error.code() == grpc.StatusCode.ABORTED
+    after = await running.adapters.UploadAdapter(upload("plain", folder, expected_generation=before.generation))
+    assert (after.version, after.current) == ("2", True)
+    assert (await running.inference.Generate(ask(adapter="plain"))).adapter.version == "2"
+    assert (await running.inference.Generate(ask(adapter="plain@1"))).adapter.generation == before.generation
+
+
+def _change(index: int, **chunk: Any) -> Any:
+    def apply(messages: list[pb.UploadAdapterRequest]) -> None:
+        for field, value in chunk.items():
+            setattr(messages[index].chunk, field, value)
+
+    return apply
+
+
+def _oversized(messages: list[pb.UploadAdapterRequest]) -> None:
+    messages[0].header.files[1].size = 1 << 40
+
+
+def _wrong_digest(messages: list[pb.UploadAdapterRequest]) -> None:
+    messages[0].header.files[1].sha256 = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (lambda messages: messages.clear(), grpc.StatusCode.INVALID_ARGUMENT),
+        (lambda messages: messages.pop(0), grpc.StatusCode.INVALID_ARGUMENT),
+        (lambda messages: messages.insert(1, messages[0]), grpc.StatusCode.INVALID_ARGUMENT),
+        (lambda messages: messages.insert(1, pb.UploadAdapterRequest()), grpc.StatusCode.INVALID_ARGUMENT),
+        (lambda messages: messages.pop(), grpc.StatusCode.INVALID_ARGUMENT),
+        (lambda messages: messages.pop(2), grpc.StatusCode.INVALID_ARGUMENT),
+        (lambda messages: messages.insert(3, messages[2]), grpc.StatusCode.INVALID_ARGUMENT),
+        (lambda messages: messages.reverse(), grpc.StatusCode.INVALID_ARGUMENT),
+        (_change(1, file="../evil"), grpc.StatusCode.INVALID_ARGUMENT),
+        (_change(-1, data=b"x" * 10_000), grpc.StatusCode.INVALID_ARGUMENT),
+        (_wrong_digest, grpc.StatusCode.INVALID_ARGUMENT),
+        (_oversized, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ],
+)
+async def test_uploads_that_are_refused(running: Running, damage: Any, code: grpc.StatusCode) -> None:
+    messages = list(upload("sent", running.adapters_dir / "plain"))
+    damage(messages)
+    error = await failure(running.adapters.UploadAdapter(iter(messages)))
+    assert error.code() == code, error.details()
+    assert leftovers(running) == []
+    assert "sent" not in await listed(running)
+
+
+async def test_an_upload_that_does_not_fit_this_server_is_not_published(running: Running) -> None:
+    folder = running.adapters_dir / "plain"
+    _set(folder, '"r": 8', '"r": 9')
+    error = await failure(running.adapters.UploadAdapter(upload("sent", folder)))
+    assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert not (running.adapters_dir / "sent").exists()
+    assert leftovers(running) == []
+
+
+@pytest.mark.parametrize("how", ["cancel", "stall"])
+async def test_an_upload_that_ends_half_way_leaves_nothing(
+    running: Running, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "UPLOAD_IDLE_SECONDS", 0.05 if how == "stall" else 60)
+    call = running.adapters.UploadAdapter()
+    for message in list(upload("sent", running.adapters_dir / "plain"))[:3]:
+        await call.write(message)
+    if how == "stall":
+        assert (await failure(call)).code() == grpc.StatusCode.ABORTED
+    else:
+        await asyncio.sleep(0.05)
+        assert leftovers(running)
+        call.cancel()
+    async with asyncio.timeout(5):
+        while leftovers(running):
+            await asyncio.sleep(0.005)
+    assert "sent" not in await listed(running)
+
+
+async def test_two_uploads_of_one_name_at_once(running: Running) -> None:
+    folder = running.adapters_dir / "plain"
+    calls = [running.adapters.UploadAdapter(upload("sent", folder)) for _ in range(3)]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    codes = [result.code() for result in results if isinstance(result, grpc.aio.AioRpcError)]
+    assert codes == [grpc.StatusCode.ALREADY_EXISTS] * 2
+    assert leftovers(running) == []
+
+
+async def test_versions_promotion_and_traffic(running: Running) -> None:
+    for source in ("plain", "attention"):
+        await running.adapters.UploadAdapter(upload("mail", running.adapters_dir / source, replace=True))
+
+    async def served(**request: Any) -> str:
+        message = ask(adapter="mail", max_tokens=1)
+        message.MergeFrom(type(message)(**request))
+        return str((await running.inference.Generate(message)).adapter.version)
+
+    assert await served() == "2"
+    promoted = await running.adapters.PromoteVersion(pb.PromoteVersionRequest(name="mail", version="1"))
+    assert (promoted.version, promoted.current) == ("1", True)
+    assert await served() == "1"
+    shares = await running.adapters.SetTraffic(pb.SetTrafficRequest(name="mail", percent_by_version={"2": 50}))
+    assert [(adapter.version, adapter.traffic_percent) for adapter in shares.adapters] == [("1", 0), ("2", 50)]
+    drawn = {label: await served(request_id=label) for label in map(str, range(20))}
+    assert set(drawn.values()) == {"1", "2"}
+    assert drawn == {label: await served(request_id=label) for label in drawn}
+    error = await failure(running.adapters.SetTraffic(pb.SetTrafficRequest(name="mail", percent_by_version={"2": 101})))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    error = await failure(running.adapters.PromoteVersion(pb.PromoteVersionRequest(name="mail", version="3")))
+    assert error.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_damaged_version_is_data_loss_and_what_is_loaded_serves(running: Running) -> None:
+    await running.adapters.UploadAdapter(upload("sent", running.adapters_dir / "plain"))
+    expected = await running.inference.Generate(ask(adapter="sent"))
+    weights = running.adapters_dir / "sent" / "1" / WEIGHTS
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    error = await failure(running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="sent", replace=True)))
+    assert error.code() == grpc.StatusCode.DATA_LOSS
+    assert (await running.inference.Generate(ask(adapter="sent"))).token_ids == expected.token_ids
+    listed_now = (await listed(running))["sent"]
+    assert listed_now.state == pb.READY
+    assert "SHA256SUMS" in listed_now.error
+
+
+async def test_unload_modes(running: Running) -> None:
+    streams = [aiter(running.inference.GenerateStream(ask(adapter="plain", max_tokens=200))) for _ in range(3)]
+    for stream in streams:
+        await anext(stream)
+    other = asyncio.ensure_future(running.inference.Generate(ask(adapter="attention", max_tokens=100)))
+    idle = pb.UnloadAdapterRequest(name="plain", mode=pb.IF_IDLE)
+    error = await failure(running.adapters.UnloadAdapter(idle))
+    assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert (await listed(running))["plain"].requests_running == 3
+    freed = await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain", mode=pb.FORCE))
+    assert freed.freed_bytes_host > 0
+    for stream in streams:
+        error = await failure(_rest(stream))
+        assert error.code() == grpc.StatusCode.ABORTED
+        assert "by force" in str(error.details())
+    assert len((await other).token_ids) == 100
+    await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain"))
+    assert (await running.inference.Generate(ask(adapter="plain"))).token_ids
+    assert (await running.adapters.UnloadAdapter(idle)).freed_bytes_host > 0
+    error = await failure(running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="head", mode=7)))  # type: ignore[arg-type]
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_force_ends_mixtures_too(running: Running) -> None:
+    """A request that sums several adapters uses every one of them."""
+    request = mix({"plain": 0.5, "attention": 0.5})
+    request.sampling.max_tokens = 200
+    streams = [aiter(running.inference.GenerateStream(request)) for _ in range(2)]
+    for stream in streams:
+        await anext(stream)
+    idle = pb.UnloadAdapterRequest(name="attention", mode=pb.IF_IDLE)
+    error = await failure(running.adapters.UnloadAdapter(idle))
+    assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
+    await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="attention", mode=pb.FORCE))
+    for stream in streams:
+        assert (await failure(_rest(stream))).code() == grpc.StatusCode.ABORTED
+    assert (await listed(running))["plain"].requests_running == 0
+    assert (await failure(running.inference.Generate(request))).code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_the_label_of_a_mixture_draws_its_versions(running: Running) -> None:
+    for source in ("plain", "attention"):
+        await _publish(running, "mail", source)
+    await running.adapters.SetTraffic(pb.SetTrafficRequest(name="mail", percent_by_version={"1": 50}))
+    drawn = set()
+    for number in range(12):
+        request = mix({"mail": 0.5, "head": 1}, request_id=f"user-{number}")
+        answers = [await running.inference.Generate(request) for _ in range(2)]
+        versions = {answer.mix[0].version for answer in answers}
+        assert len(versions) == 1
+        drawn |= versions
+    assert drawn == {"1", "2"}
+
+
+async def _publish(running: Running, name: str, source: str) -> None:
+    folder = running.adapters_dir / name
+    version = len(list(folder.glob("*"))) + 1
+    shutil.copytree(running.adapters_dir / source, folder / str(version))
+    await running.engine.adapters.look(name)
+
+
+async def _rest(stream: Any) -> list[GenerateResponse]:
+    return [message async for message in stream]
+
+
+async def test_pages_of_the_listing(running: Running) -> None:
+    names, request = [], pb.ListAdaptersRequest(page_size=3)
+    while True:
+        answer = await running.adapters.ListAdapters(request)
+        assert len(answer.adapters) <= 3
+        names += [adapter.name for adapter in answer.adapters]
+        request.page_token = answer.next_page_token
+        if not request.page_token:
+            break
+    assert names == sorted(ADAPTERS)
+    error = await failure(running.adapters.ListAdapters(pb.ListAdaptersRequest(page_token="?")))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_pins_are_counted(running: Running) -> None:
+    pinned = await running.adapters.PinAdapter(pb.PinAdapterRequest(name="plain"))
+    await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="head"))
+    assert (pinned.pinned, pinned.state) == (True, pb.READY)
+    answer = await running.adapters.ListAdapters(pb.ListAdaptersRequest())
+    assert answer.bytes_host_pinned == pinned.bytes_host < answer.bytes_host < answer.bytes_host_limit
+    assert not (await running.adapters.UnpinAdapter(pb.UnpinAdapterRequest(name="plain"))).pinned
+    assert (await running.adapters.GetAdapter(pb.GetAdapterRequest(name="plain"))).bytes_host == pinned.bytes_host
+    error = await failure(running.adapters.GetAdapter(pb.GetAdapterRequest(name="nobody")))
+    assert error.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_watching(running: Running) -> None:
+    call = running.adapters.WatchAdapters(pb.WatchAdaptersRequest())
+    events = aiter(call)
+    kinds = Counter([(await anext(events)).type for _ in range(len(ADAPTERS) + 1)])
+    assert kinds == {pb.AdapterEvent.SNAPSHOT: len(ADAPTERS), pb.AdapterEvent.SYNCED: 1}
+    await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain"))
+    event = await anext(events)
+    assert (event.type, event.adapter.name, event.adapter.state) == (pb.AdapterEvent.LOADED, "plain", pb.READY)
+    draining = asyncio.create_task(running.server.drain(grace=5))
+    assert (await failure(anext(events))).code() == grpc.StatusCode.UNAVAILABLE
+    await draining
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+async def test_a_storm_of_loads_leaves_nothing(running: Running) -> None:
+    """Rounds of load, use and unload beside good traffic: names, slots and memory are what they were."""
+    expected = list((await running.inference.Generate(ask(adapter="attention"))).token_ids)
+    stop = asyncio.Event()
+
+    async def good_traffic() -> int:
+        rounds = 0
+        while not stop.is_set():
+            assert list((await running.inference.Generate(ask(adapter="attention"))).token_ids) == expected
+            rounds += 1
+        return rounds
+
+    async def storm(name: str) -> None:
+        for _ in range(STORM_ROUNDS // 4):
+            await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name=name, source="plain"))
+            await running.inference.Generate(ask(adapter=name, max_tokens=1))
+            await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name=name))
+
+    await asyncio.gather(*[storm(f"warm-{index}") for index in range(4)])
+    gc.collect()
+    before = resident_bytes()
+    traffic = asyncio.create_task(good_traffic())
+    await asyncio.gather(*[storm(f"storm-{index}") for index in range(4)])
+    stop.set()
+    assert await traffic > 0
+    gc.collect()
+    assert resident_bytes() - before < 20 << 20
+    assert set(await listed(running)) == set(ADAPTERS)
+    assert {adapter.name for adapter in running.parts.scheduler.slots.adapters()} == {"attention"}
+    assert running.engine.adapters.num_bytes == (await listed(running))["attention"].bytes_host

@@ -112,6 +112,7 @@ async def test_answers_are_compressed_where_server_and_client_want_it(serve: Ser
             folder = server.adapters_dir / f"adapter-{number}"
             folder.mkdir()
             (folder / "adapter_config.json").touch()
+            await server.engine.adapters.look(folder.name)
         plain_client = await size_of_index(server, {"grpc.compression_enabled_algorithms_bitset": 1})
         client = await size_of_index(server, {})
     assert plain_client > 15_000

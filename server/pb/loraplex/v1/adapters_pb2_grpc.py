@@ -27,6 +27,9 @@ if _version_not_supported:
 
 class AdaptersStub:
     """The life of adapters on a running server.
+
+    Names are "name", which means the promoted or newest version, or "name@version". Whatever a name is given to, requests
+    that run on the weights it meant before finish on them.
     """
 
     def __init__(self, channel):
@@ -38,6 +41,11 @@ class AdaptersStub:
         self.LoadAdapter = channel.unary_unary(
                 '/loraplex.v1.Adapters/LoadAdapter',
                 request_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.UploadAdapter = channel.stream_unary(
+                '/loraplex.v1.Adapters/UploadAdapter',
+                request_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
                 response_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.FromString,
                 _registered_method=True)
         self.UnloadAdapter = channel.unary_unary(
@@ -60,24 +68,72 @@ class AdaptersStub:
                 request_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnmergeAdapterRequest.SerializeToString,
                 response_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnmergeAdapterResponse.FromString,
                 _registered_method=True)
+        self.GetAdapter = channel.unary_unary(
+                '/loraplex.v1.Adapters/GetAdapter',
+                request_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
+                response_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/loraplex.v1.Adapters/PinAdapter',
+                request_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/loraplex.v1.Adapters/UnpinAdapter',
+                request_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.SetTraffic = channel.unary_unary(
+                '/loraplex.v1.Adapters/SetTraffic',
+                request_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.SetTrafficRequest.SerializeToString,
+                response_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.SetTrafficResponse.FromString,
+                _registered_method=True)
+        self.PromoteVersion = channel.unary_unary(
+                '/loraplex.v1.Adapters/PromoteVersion',
+                request_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.PromoteVersionRequest.SerializeToString,
+                response_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.WatchAdapters = channel.unary_stream(
+                '/loraplex.v1.Adapters/WatchAdapters',
+                request_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+                response_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.AdapterEvent.FromString,
+                _registered_method=True)
 
 
 class AdaptersServicer:
     """The life of adapters on a running server.
+
+    Names are "name", which means the promoted or newest version, or "name@version". Whatever a name is given to, requests
+    that run on the weights it meant before finish on them.
     """
 
     def LoadAdapter(self, request, context):
         """Brings an adapter into host memory, checked whole before it takes the name.
 
         Errors: INVALID_ARGUMENT for broken files, FAILED_PRECONDITION for files that do not fit this server, NOT_FOUND,
-        ALREADY_EXISTS when the name is taken and replace is not set.
+        ALREADY_EXISTS when the name is taken and replace is not set, ABORTED when another generation than the expected one
+        has the name or the files change while they are read, DATA_LOSS for a published adapter that is not what was
+        published, RESOURCE_EXHAUSTED when host memory has no room.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadAdapter(self, request_iterator, context):
+        """Takes an adapter's files, checks them as LoadAdapter does, publishes them in the store as a new version, and loads
+        it: all of it or nothing. The first message is the header; then each file's bytes in order.
+
+        Errors: those of LoadAdapter; INVALID_ARGUMENT for chunks that do not follow on one another, sizes and digests that
+        differ from the header's; RESOURCE_EXHAUSTED for too many bytes or a full disk; ABORTED when no chunk comes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Takes the name away at once; running requests finish on the weights they started with.
+        """Takes the name away at once, all its versions or one, and answers when the memory is free.
+
+        Errors: NOT_FOUND, FAILED_PRECONDITION for IF_IDLE with users.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,12 +162,69 @@ class AdaptersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetAdapter(self, request, context):
+        """Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinAdapter(self, request, context):
+        """Loads an adapter, if it is not, and keeps it in host memory until it is unpinned, unloaded, or the server stops.
+
+        Errors: those of LoadAdapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinAdapter(self, request, context):
+        """Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTraffic(self, request, context):
+        """Sends shares of a bare name's requests to some of its versions; the rest goes to the promoted or newest version.
+        Requests with the same request_id always go to the same version; those without draw by chance. Kept in the store.
+
+        Errors: INVALID_ARGUMENT for more than 100 per cent, NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteVersion(self, request, context):
+        """Makes a version what the bare name means, and ends all shares. Promoting the old version rolls back. The version is
+        loaded first, so a name never comes to mean one that cannot be served. Kept in the store.
+
+        Errors: those of LoadAdapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchAdapters(self, request, context):
+        """A SNAPSHOT event for every adapter, SYNCED, then what happens, until the client cancels.
+
+        Errors: RESOURCE_EXHAUSTED for a client that reads too slowly, UNAVAILABLE when the server stops.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdaptersServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'LoadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.LoadAdapter,
                     request_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.SerializeToString,
+            ),
+            'UploadAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadAdapter,
+                    request_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UploadAdapterRequest.FromString,
                     response_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.SerializeToString,
             ),
             'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
@@ -134,6 +247,36 @@ def add_AdaptersServicer_to_server(servicer, server):
                     request_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnmergeAdapterRequest.FromString,
                     response_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnmergeAdapterResponse.SerializeToString,
             ),
+            'GetAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAdapter,
+                    request_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.GetAdapterRequest.FromString,
+                    response_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.SerializeToString,
+            ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.PinAdapterRequest.FromString,
+                    response_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.SerializeToString,
+            ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.SerializeToString,
+            ),
+            'SetTraffic': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTraffic,
+                    request_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.SetTrafficRequest.FromString,
+                    response_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.SetTrafficResponse.SerializeToString,
+            ),
+            'PromoteVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteVersion,
+                    request_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.PromoteVersionRequest.FromString,
+                    response_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.SerializeToString,
+            ),
+            'WatchAdapters': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAdapters,
+                    request_deserializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.FromString,
+                    response_serializer=server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.AdapterEvent.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'loraplex.v1.Adapters', rpc_method_handlers)
@@ -144,6 +287,9 @@ def add_AdaptersServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Adapters:
     """The life of adapters on a running server.
+
+    Names are "name", which means the promoted or newest version, or "name@version". Whatever a name is given to, requests
+    that run on the weights it meant before finish on them.
     """
 
     @staticmethod
@@ -162,6 +308,33 @@ class Adapters:
             target,
             '/loraplex.v1.Adapters/LoadAdapter',
             server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/loraplex.v1.Adapters/UploadAdapter',
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
             server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.FromString,
             options,
             channel_credentials,
@@ -271,6 +444,168 @@ class Adapters:
             '/loraplex.v1.Adapters/UnmergeAdapter',
             server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnmergeAdapterRequest.SerializeToString,
             server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnmergeAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.Adapters/GetAdapter',
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.Adapters/PinAdapter',
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.Adapters/UnpinAdapter',
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTraffic(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.Adapters/SetTraffic',
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.SetTrafficRequest.SerializeToString,
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.SetTrafficResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.Adapters/PromoteVersion',
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.PromoteVersionRequest.SerializeToString,
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loraplex.v1.Adapters/WatchAdapters',
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+            server_dot_pb_dot_loraplex_dot_v1_dot_adapters__pb2.AdapterEvent.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,51 @@
+"""Operators merge an adapter into the base's weights, and take it out again. Event loop."""
+
+from functools import partial
+
+from server.engine.core import EngineCore, Merge
+from server.engine.engine_thread import EngineThread
+from server.errors import MergeRefused
+from server.lora.adapter import Adapter
+from server.lora.cache import AdapterCache
+
+
+class AdapterMerging:
+    """Asks the engine to merge, as far as `--merge-policy` lets operators; says what is merged, whoever wished it."""
+
+    def __init__(self, core: EngineCore, thread: EngineThread, adapters: AdapterCache, policy: str) -> None:
+        self._core = core
+        self._thread = thread
+        self._adapters = adapters
+        self._policy = policy
+
+    async def merge(self, name: str) -> tuple[Adapter, float]:
+        """Merges an adapter, in place of one that is; returns it and the seconds it took.
+
+        Raises:
+            ServingError: see `AdapterCache.acquire_all`; MergeRefused, Unavailable.
+        """
+        self._check_policy()
+        ref = await self._adapters.named(name)
+        async with self._adapters.acquire(str(ref)) as adapter:
+            return adapter, await self._thread.ask(partial(Merge, adapter))
+
+    async def unmerge(self) -> float:
+        """Takes the merged adapter, if there is one, out of the base's weights; returns the seconds it took.
+
+        Raises:
+            MergeRefused, Unavailable.
+        """
+        self._check_policy()
+        return await self._thread.ask(partial(Merge, None))
+
+    def is_merged(self, adapter: Adapter) -> bool:
+        return adapter is self._core.merged
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the sums of the merged adapter with the base's weights."""
+        return self._core.merged_bytes
+
+    def _check_policy(self) -> None:
+        if self._policy != "manual":
+            raise MergeRefused(f"--merge-policy is {self._policy}: merging on request needs manual")

@@ -1,0 +1,115 @@
+"""What happens to adapters, told to whoever watches. Event loop."""
+
+import asyncio
+import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from server.errors import Overloaded, ServingError, Unavailable
+from server.lora.adapter import Adapter
+from server.lora.store import AdapterRef
+
+MAX_WATCHERS = 100
+MAX_BEHIND = 1000  # events that a watcher may leave unread
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """What listings and events tell of one version of an adapter."""
+
+    ref: AdapterRef
+    adapter: Adapter | None  # None: on disk only
+    generation: int = 0  # of the last load; 0: none yet
+    num_users: int = 0
+    num_waiting: int = 0  # requests that wait for its load
+    pinned: bool = False
+    current: bool = False  # what the bare name means
+    traffic_percent: int = 0
+    error: str = ""
+
+
+class EventKind(enum.Enum):
+    SNAPSHOT = enum.auto()  # was there when the watch began
+    SYNCED = enum.auto()  # the snapshot is complete; of no adapter
+    ADDED = enum.auto()  # appeared in the store
+    LOADED = enum.auto()
+    REPLACED = enum.auto()  # a new generation has the name
+    UNLOADED = enum.auto()  # the name was taken away
+    EVICTED = enum.auto()  # left host memory to make room
+    REMOVED = enum.auto()  # went from the store
+    FAILED = enum.auto()  # a load was refused; what was loaded stays
+    UPDATED = enum.auto()  # pinned, unpinned, promoted, or another share of the traffic
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEvent:
+    kind: EventKind
+    status: AdapterStatus | None
+
+
+class Watch:
+    """One watcher's unread events, and at their end the reason why there are no more."""
+
+    def __init__(self) -> None:
+        self._unread: asyncio.Queue[AdapterEvent | ServingError] = asyncio.Queue()
+        self._ended = False
+
+    async def next(self) -> AdapterEvent:
+        """Raises Overloaded when the watcher fell behind, Unavailable when the server stops."""
+        event = await self._unread.get()
+        if isinstance(event, ServingError):
+            raise event
+        return event
+
+    def put(self, event: AdapterEvent) -> None:
+        if self._unread.qsize() >= MAX_BEHIND:
+            text = f"the watcher left {MAX_BEHIND} events unread; watch again for a fresh snapshot"
+            self.end(Overloaded(text, reason="SLOW_WATCHER"))
+        elif not self._ended:
+            self._unread.put_nowait(event)
+
+    def end(self, error: ServingError) -> None:
+        if not self._ended:
+            self._ended = True
+            self._unread.put_nowait(error)
+
+
+class AdapterEvents:
+    """Owns the watchers. One that reads too slowly is sent away; it never holds up anybody."""
+
+    def __init__(self) -> None:
+        self._watches: set[Watch] = set()
+        self._closed = False
+
+    @property
+    def num_watchers(self) -> int:
+        return len(self._watches)
+
+    @contextmanager
+    def watch(self) -> Iterator[Watch]:
+        """Hears of everything from now on.
+
+        Raises:
+            Overloaded, Unavailable.
+        """
+        if self._closed:
+            raise Unavailable("the server is draining", reason="DRAINING")
+        if self.num_watchers >= MAX_WATCHERS:
+            raise Overloaded(f"{MAX_WATCHERS} clients are watching already", reason="TOO_MANY_WATCHERS")
+        watch = Watch()
+        self._watches.add(watch)
+        try:
+            yield watch
+        finally:
+            self._watches.remove(watch)
+
+    def publish(self, event: AdapterEvent) -> None:
+        for watch in self._watches:
+            watch.put(event)
+
+    def close(self) -> None:
+        """Sends all watchers away: the server stops."""
+        self._closed = True
+        for watch in self._watches:
+            watch.end(Unavailable("the server is draining", reason="DRAINING"))

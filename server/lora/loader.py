@@ -1,0 +1,149 @@
+"""Disk → checked adapter → host copy, with its generation. Event loop; the disk is read in worker threads."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE
+from adapters.errors import AdapterFormatError, AdapterIncompatibleError
+from adapters.format import AdapterFiles, read_adapter
+from server.errors import AdapterChanged, AdapterNotFound, IncompatibleAdapter, InvalidAdapter, Overloaded, ServingError
+from server.lora.adapter import Adapter
+from server.lora.base_weights import BaseWeights
+from server.lora.digests import SUMS_FILE, check_sums
+from server.lora.disk_workers import DiskWorkers
+from server.lora.host_memory import HostCopy, HostMemory
+from server.lora.store import AdapterRef, Fingerprint, fingerprint
+
+log = logging.getLogger(__name__)
+
+_MAX_NAMES = 10  # files that one line of the log tells of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedBase:
+    """What an adapter must fit to be served here."""
+
+    weights: BaseWeights
+    max_rank: int
+    name: str = ""
+    fingerprint: str = ""  # see `adapters.base_fingerprint`; empty: any base will do whose layers fit
+
+
+class AdapterLoader:
+    """Reads and checks adapters for one base, and owns the count of generations.
+
+    A generation is one content under one name: what was evicted and comes back unchanged is the same generation.
+    """
+
+    def __init__(self, served: ServedBase, disk: DiskWorkers, memory: HostMemory) -> None:
+        self._served = served
+        self._disk = disk
+        self._memory = memory
+        self._num_generations = 0
+        self._loaded: dict[AdapterRef, tuple[str, int]] = {}  # digest and generation of the last load
+
+    async def load(self, ref: AdapterRef, folder: Path, *, same_if_unchanged: bool, wait: bool) -> HostCopy:
+        """A copy of what is in the folder: a new generation, or the name's last one if the content is still the same.
+
+        It is checked before anything makes room for it. One that has to wait is read again afterwards: what waits
+        takes no memory.
+
+        Args:
+            wait: until there is room.
+
+        Raises:
+            AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged, Overloaded.
+        """
+        files, source = await self.read(ref.name, folder)
+        size = files.num_bytes
+        if must_wait := wait and not self._memory.has_room(size):
+            del files
+        async with self._memory.reserve(size, ref if wait else None):
+            if must_wait:
+                files, source = await self.read(ref.name, folder)
+            digest, generation = self._loaded.get(ref, ("", 0))
+            if not same_if_unchanged or digest != files.digest:
+                generation = self.next_generation()
+            return await self.place(ref, files, source, generation)
+
+    async def read(self, name: str, folder: Path) -> tuple[AdapterFiles, Fingerprint | None]:
+        """The checked files, and the state of the folder in which they were read.
+
+        Raises:
+            AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged, Overloaded.
+        """
+        return await self._disk.run(self._read, name, folder)
+
+    async def place(
+        self, ref: AdapterRef, files: AdapterFiles, source: Fingerprint | None, generation: int
+    ) -> HostCopy:
+        """The weights in host memory; the caller has reserved the room.
+
+        Raises:
+            IncompatibleAdapter.
+        """
+        try:
+            adapter = await self._disk.run(
+                Adapter.from_files, files, ref.name, ref.version, generation, self._served.weights
+            )
+        except AdapterFormatError as fault:
+            raise _refusal(ref.name, fault) from fault
+        return HostCopy(adapter, source)
+
+    def next_generation(self) -> int:
+        self._num_generations += 1
+        return self._num_generations
+
+    def remember(self, ref: AdapterRef, adapter: Adapter) -> None:
+        """This is what the name means now."""
+        self._loaded[ref] = adapter.digest, adapter.generation
+
+    def forget(self, ref: AdapterRef) -> None:
+        self._loaded.pop(ref, None)
+
+    def generation(self, ref: AdapterRef) -> int:
+        """What the name means, in memory or evicted from it; 0: it was never loaded."""
+        return self._loaded.get(ref, ("", 0))[1]
+
+    def _read(self, name: str, folder: Path) -> tuple[AdapterFiles, Fingerprint | None]:
+        """A folder that changes under the reading is not believed; and if the files of a published adapter fail their
+        digests, that is the fault to report, whatever else it led to. Worker thread.
+        """
+        before = fingerprint(folder)
+        if before is None and not folder.is_dir():
+            raise AdapterNotFound(name)
+        fault: AdapterFormatError | None = None
+        digests: Mapping[str, str] = {}
+        try:
+            files = read_adapter(folder, self._served.weights.shapes, self._served.max_rank)
+            digests = files.file_digests
+            self._check_base(files)
+        except AdapterFormatError as error:
+            fault = error
+        except MemoryError as error:
+            raise Overloaded(f"no memory to read adapter {name!r}", reason="ADAPTER_MEMORY") from error
+        if fingerprint(folder) != before:
+            raise AdapterChanged(f"the files of adapter {name!r} changed while they were read; try again")
+        check_sums(folder, digests)
+        if ignored := sorted(set(os.listdir(folder)) - {CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE}):
+            log.info("adapter %s: never opened: %s", name, ", ".join(map(repr, ignored[:_MAX_NAMES])))
+        if fault is not None:
+            raise _refusal(name, fault) from fault
+        return files, before
+
+    def _check_base(self, files: AdapterFiles) -> None:
+        theirs, ours = files.base_fingerprint, self._served.fingerprint
+        if theirs and ours and theirs != ours:
+            raise AdapterIncompatibleError(
+                f"it was trained on {files.config.base_model or 'a base model'} with fingerprint {theirs[:12]!r}; "
+                f"served is {self._served.name} with fingerprint {ours[:12]!r}",
+                "WRONG_BASE",
+            )
+
+
+def _refusal(name: str, fault: AdapterFormatError) -> ServingError:
+    kind = IncompatibleAdapter if isinstance(fault, AdapterIncompatibleError) else InvalidAdapter
+    return kind(f"adapter {name!r}: {fault}", reason=fault.reason)

@@ -1,0 +1,104 @@
+"""Adapters on their way from disk to host memory. Event loop."""
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+from server.errors import AdapterNotFound, ServingError
+from server.lora.catalog import AdapterCatalog
+from server.lora.disk_workers import DiskWorkers
+from server.lora.events import EventKind
+from server.lora.host_memory import HostCopy, HostMemory
+from server.lora.loader import AdapterLoader
+from server.lora.status_board import StatusBoard
+from server.lora.store import AdapterRef, fingerprint, num_bytes
+from server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+
+class AdapterLoads:
+    """Owns the loads that requests wait for, one for each adapter, and counts and reports all loads."""
+
+    def __init__(
+        self,
+        catalog: AdapterCatalog,
+        memory: HostMemory,
+        loader: AdapterLoader,
+        board: StatusBoard,
+        disk: DiskWorkers,
+        metrics: Metrics,
+    ) -> None:
+        self._catalog = catalog
+        self._memory = memory
+        self._loader = loader
+        self._board = board
+        self._disk = disk
+        self._metrics = metrics
+        self._loading: dict[AdapterRef, asyncio.Task[None]] = {}
+
+    async def copy(self, ref: AdapterRef) -> HostCopy:
+        """The copy in memory, loaded as soon as there is room if it is only on disk.
+
+        Raises:
+            Those of `acquire_all`.
+        """
+        while (copy := self._memory.get(ref)) is None:
+            if not self._catalog.has(ref):
+                raise AdapterNotFound(str(ref))
+            if ref not in self._loading:
+                self._loading[ref] = asyncio.create_task(self._load_missing(ref))
+                self._loading[ref].add_done_callback(lambda task: task.cancelled() or task.exception())
+            with self._memory.awaiting(ref):
+                # Shielded: a request that stops waiting does not stop the load that others wait for too.
+                await asyncio.shield(self._loading[ref])
+        return copy
+
+    async def read(self, ref: AdapterRef, folder: Path, *, same_if_unchanged: bool, wait: bool = False) -> HostCopy:
+        """`AdapterLoader.load`, counted; a refusal is shown in listings."""
+        started = time.monotonic()
+        try:
+            copy = await self._loader.load(ref, folder, same_if_unchanged=same_if_unchanged, wait=wait)
+        except ServingError as error:
+            log.warning("adapter %s refused: %s", ref, error.message)
+            self._metrics.adapter_load_failures.inc()
+            self._board.refused(ref, error.message)
+            raise
+        self._metrics.adapter_loaded(ref.name, time.monotonic() - started)
+        return copy
+
+    def put(self, ref: AdapterRef, copy: HostCopy, kind: EventKind, *, pin: bool = False) -> None:
+        """Gives the name to a copy."""
+        self._memory.put(ref, copy)
+        if pin:
+            self._memory.pin(ref)
+        self._loader.remember(ref, copy.adapter)
+        self._board.clear(ref)
+        adapter = copy.adapter
+        log.info(
+            "adapter %s loaded: generation %d, rank %d, %d bytes",
+            ref,
+            adapter.generation,
+            adapter.rank,
+            adapter.num_bytes,
+        )
+        self._board.publish(kind, ref)
+
+    async def num_bytes(self, ref: AdapterRef) -> int:
+        """Size of its files, in memory or not."""
+        copy = self._memory.get(ref)
+        if copy is not None:
+            return copy.adapter.num_bytes_disk
+        source = await self._disk.run(fingerprint, self._catalog.path(ref))
+        return num_bytes(source) if source else 0
+
+    async def _load_missing(self, ref: AdapterRef) -> None:
+        try:
+            copy = await self.read(ref, self._catalog.path(ref), same_if_unchanged=True, wait=True)
+            if not self._catalog.has(ref):
+                raise AdapterNotFound(str(ref))
+            if self._memory.get(ref) is None:
+                self.put(ref, copy, EventKind.LOADED)
+        finally:
+            del self._loading[ref]

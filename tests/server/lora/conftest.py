@@ -1,0 +1,44 @@
+"""A cache over a folder, with a device that only remembers what left it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from adapters.tensors import LinearShape
+from server.lora.adapter import Adapter
+from server.lora.base_weights import BaseWeights
+from server.lora.cache import AdapterCache
+from server.lora.loader import ServedBase
+from server.lora.store import AdapterStore
+from server.metrics import Metrics
+
+LAYERS = {f"model.layers.{layer}.self_attn.{name}": LinearShape(64, 64 if name == "q_proj" else 32)
+          for layer in range(2) for name in ("q_proj", "v_proj")}  # fmt: skip
+ADAPTER_BYTES = 2 * 4 * (64 + 64 + 64 + 32) * 4  # layers · rank · (A and B of q, A and B of v) · float32
+
+MakeAdapter = Callable[..., Path]
+
+
+def make_cache(
+    root: Path,
+    max_bytes: int = 1 << 30,
+    reserved: frozenset[str] = frozenset(),
+    revoke: Callable[[Adapter], None] = lambda adapter: None,
+) -> tuple[AdapterCache, list[Adapter]]:
+    """The cache, and the adapters that were taken off the device, in order."""
+    cache = AdapterCache(
+        AdapterStore(root, reserved),
+        ServedBase(weights=BaseWeights(LAYERS, torch.float32), max_rank=8, name="tiny", fingerprint="0123" * 16),
+        max_bytes=max_bytes,
+        metrics=Metrics(CollectorRegistry()),
+    )
+    evicted: list[Adapter] = []
+
+    async def evict(adapter: Adapter) -> int:
+        evicted.append(adapter)
+        return 5
+
+    cache.connect(evict, revoke)
+    return cache, evicted

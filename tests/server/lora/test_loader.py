@@ -1,0 +1,88 @@
+"""What is read from a folder, and what is refused before it costs anything."""
+
+import json
+import logging
+import os
+import shutil
+import struct
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from adapters.format import read_adapter, write_adapter
+from server.errors import AdapterNotFound, IncompatibleAdapter, InvalidAdapter
+from tests.server.lora.conftest import LAYERS, MakeAdapter, make_cache
+
+
+async def test_a_header_of_three_hundred_thousand_tensors_is_refused_at_once(
+    tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"x{index}": entry for index in range(300_000)}).encode()
+    (make_adapter("a") / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    cache, _ = make_cache(tmp_path)
+    started = time.process_time()
+    with pytest.raises(InvalidAdapter):
+        await cache.load("a")
+    assert time.process_time() - started < 0.5
+
+
+async def test_ten_gigabytes_are_not_read(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    os.truncate(make_adapter("a") / "adapter_model.safetensors", 10 << 30)  # sparse: it takes no room
+    cache, _ = make_cache(tmp_path)
+    with pytest.raises(InvalidAdapter, match="at most"):
+        await cache.load("a")
+
+
+async def test_other_files_are_named_and_never_opened(
+    tmp_path: Path, make_adapter: MakeAdapter, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_adapter("a")
+    for name in ("tokenizer.json", "modeling.py", "chat_template.jinja", "new\nline"):
+        os.mkfifo(folder / name)  # to open one for reading would wait for ever
+    cache, _ = make_cache(tmp_path)
+    with caplog.at_level(logging.INFO):
+        await cache.load("a")
+    (line,) = [record.getMessage() for record in caplog.records if "never opened" in record.message]
+    assert "'tokenizer.json'" in line
+    assert "\n" not in line
+
+
+async def test_weights_that_are_a_pipe(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    weights = make_adapter("a") / "adapter_model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)
+    cache, _ = make_cache(tmp_path)
+    with pytest.raises(InvalidAdapter, match="not a plain file"):
+        await cache.load("a")
+
+
+async def test_another_base_model_is_named(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("a", target_modules=["o_proj"])
+    cache, _ = make_cache(tmp_path)
+    with pytest.raises(IncompatibleAdapter, match="match no linear layer"):
+        await cache.load("a")
+
+
+async def test_a_recorded_base_must_be_ours(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for name, fingerprint in (("ours", "0123" * 16), ("other", "4567" * 16)):
+        files = read_adapter(make_adapter(name), LAYERS, max_rank=8)
+        shutil.rmtree(tmp_path / name)
+        config = replace(files.config, base_model="sibling")
+        write_adapter(tmp_path / name, config, files.weights, fingerprint)
+    cache, _ = make_cache(tmp_path)
+    await cache.load("ours")
+    with pytest.raises(IncompatibleAdapter, match="sibling with fingerprint '456745674567'; served is tiny") as caught:
+        await cache.load("other")
+    assert caught.value.reason == "WRONG_BASE"
+
+
+async def test_a_folder_without_an_adapter_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    cache, _ = make_cache(tmp_path)
+    with pytest.raises(InvalidAdapter, match=r"adapter_config\.json"):
+        await cache.load("a", "empty")
+    with pytest.raises(AdapterNotFound):
+        await cache.load("empty")

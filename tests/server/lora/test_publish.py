@@ -1,0 +1,276 @@
+"""Publication into the store: whole or not at all, whatever is killed, full, or wrong on the way."""
+
+import contextlib
+import hashlib
+import os
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from server.errors import AdapterExists, DamagedAdapter, InvalidRequest, Overloaded, StoreNotWritable
+from server.lora.digests import SUMS_FILE, check_sums
+from server.lora.publish import DeclaredFile, Publication, check_declaration, remove_leftovers
+from server.lora.store import AdapterRef, AdapterStore
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONTENT = {CONFIG: b'{"peft_type": "LORA"}', WEIGHTS: bytes(range(256)) * 8}
+ROOT = Path(__file__).parents[3]
+
+
+def declared(content: dict[str, bytes]) -> list[DeclaredFile]:
+    return [DeclaredFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in content.items()]
+
+
+def publish(store: AdapterStore, name: str, version: str | None = None) -> AdapterRef:
+    publication = Publication(store, declared(CONTENT))
+    try:
+        publication.open()
+        for file, data in CONTENT.items():
+            publication.write(file, 0, data[:10])
+            publication.write(file, 10, data[10:])
+        publication.complete()
+        return publication.publish(name, version)
+    finally:
+        publication.close()
+
+
+def assert_whole(folder: Path) -> None:
+    check_sums(folder, {})
+    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, SUMS_FILE}
+    assert all((folder / name).read_bytes() == data for name, data in CONTENT.items())
+
+
+def scratch(store: AdapterStore) -> list[Path]:
+    return list((store.root / ".publish").iterdir())
+
+
+def test_versions_follow_one_another(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "store")
+    assert [publish(store, "a").version for _ in range(3)] == ["1", "2", "3"]
+    assert publish(store, "a", "7").version == "7"
+    assert publish(store, "a").version == "8"
+    for version in "12378":
+        assert_whole(store.root / "a" / version)
+    with pytest.raises(AdapterExists, match="never changes"):
+        publish(store, "a", "7")
+    assert scratch(store) == []
+
+
+def test_a_flat_adapter_gets_its_second_version(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / CONFIG).write_bytes(b"{}")
+    store = AdapterStore(tmp_path)
+    assert publish(store, "a").version == "2"
+    assert set(store.scan()["a"].versions) == {"1", "2"}
+
+
+def test_the_digests_are_those_of_sha256sum(tmp_path: Path) -> None:
+    publish(AdapterStore(tmp_path), "a")
+    subprocess.run(["sha256sum", "--check", "--strict", SUMS_FILE], cwd=tmp_path / "a" / "1", check=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / WEIGHTS).write_bytes(CONTENT[WEIGHTS][:-1] + b"\0"),
+        lambda folder: (folder / WEIGHTS).write_bytes(CONTENT[WEIGHTS][:-1]),
+        lambda folder: (folder / WEIGHTS).unlink(),
+        lambda folder: (folder / CONFIG).write_bytes(b"{}"),
+        lambda folder: (folder / SUMS_FILE).write_bytes(b"nonsense"),
+        lambda folder: (folder / SUMS_FILE).write_bytes(b"\xff"),
+        lambda folder: (folder / SUMS_FILE).write_text(f"{'0' * 64}  ../../secret\n"),
+    ],
+)
+def test_damage_is_found(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    publish(AdapterStore(tmp_path), "a")
+    damage(tmp_path / "a" / "1")
+    with pytest.raises(DamagedAdapter, match=SUMS_FILE):
+        check_sums(tmp_path / "a" / "1", {})
+
+
+def _send(publication: Publication, chunks: list[tuple[str, int, bytes]]) -> None:
+    for chunk in chunks:
+        publication.write(*chunk)
+    publication.complete()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "reason"),
+    [
+        ([(CONFIG, 1, b"x")], "0 bytes have come"),
+        ([(CONFIG, 0, b"{}"), (CONFIG, 0, b"{}")], "2 bytes have come"),
+        ([(CONFIG, 0, b"{}"), (CONFIG, 3, b"x")], "2 bytes have come"),
+        ([("../evil", 0, b"x")], "does not name"),
+        ([(CONFIG, 0, b"x" * 100)], "21 were declared"),
+        ([(CONFIG, 0, CONTENT[CONFIG])], "ends after 0 of 2,048 bytes"),
+        ([(CONFIG, 0, CONTENT[CONFIG][::-1]), (WEIGHTS, 0, CONTENT[WEIGHTS])], "arrived with sha256"),
+    ],
+)
+def test_chunks_that_are_wrong(tmp_path: Path, chunks: list[tuple[str, int, bytes]], reason: str) -> None:
+    store = AdapterStore(tmp_path)
+    publication = Publication(store, declared(CONTENT))
+    publication.open()
+    with contextlib.closing(publication), pytest.raises(InvalidRequest, match=reason):
+        _send(publication, chunks)
+    assert scratch(store) == []
+    assert store.scan() == {}
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ([], "not nothing"),
+        (declared({CONFIG: b""}), "each once"),
+        (declared({**CONTENT, "tokenizer.json": b""}), "each once"),
+        (declared({CONFIG: b"", "../" + WEIGHTS: b""}), "each once"),
+        ([DeclaredFile(CONFIG, 1, "0" * 64)] * 2, "each once"),
+        ([DeclaredFile(CONFIG, 1, "0" * 63), DeclaredFile(WEIGHTS, 1, "0" * 64)], "64 digits"),
+    ],
+)
+def test_declarations_that_are_wrong(files: list[DeclaredFile], reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason):
+        check_declaration(files, 1 << 20)
+
+
+def test_a_declaration_over_the_limit() -> None:
+    with pytest.raises(Overloaded, match="--max-upload-bytes"):
+        check_declaration(declared(CONTENT), 2000)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    publication = Publication(store, declared({CONFIG: b"{}", WEIGHTS: b"x" * (1 << 20)}))
+    publication.open()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # to write more fails, as on a disk that is full
+    try:
+        with pytest.raises(Overloaded, match="no room"):
+            publication.write(WEIGHTS, 0, b"x" * (1 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        publication.close()
+    assert scratch(store) == []
+    assert publish(store, "a").version == "1"
+
+
+def test_a_store_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("")
+    with pytest.raises(StoreNotWritable):
+        Publication(AdapterStore(tmp_path / "store"), declared(CONTENT)).open()
+
+
+def test_a_name_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    store = AdapterStore(tmp_path / "store")
+    store.root.mkdir()
+    (store.root / "a").symlink_to(tmp_path / "outside")
+    with pytest.raises(StoreNotWritable, match="link"):
+        publish(store, "a")
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+# Publishes version 2 over and over, and is killed at its first, second, … call of the system. A child each.
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from server.lora.store import AdapterStore
+from tests.server.lora.test_publish import publish
+
+root, template = Path(sys.argv[1]), Path(sys.argv[2])
+
+def deadly(name, calls_left):
+    real = getattr(os, name)
+    def call(*args, **kwargs):
+        calls_left[0] -= 1
+        if calls_left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(os, name, call)
+
+step = killed = 1
+while killed:
+    shutil.copytree(template, root / str(step))
+    child = os.fork()
+    if not child:
+        calls_left = [step]
+        for name in ("open", "close", "mkdir", "chmod", "fsync", "rename", "rmdir", "unlink"):
+            deadly(name, calls_left)
+        publish(AdapterStore(root / str(step)), "a")
+        os._exit(0)
+    killed = os.waitpid(child, 0)[1] == signal.SIGKILL
+    step += 1
+"""
+
+
+def test_killed_at_every_step(tmp_path: Path) -> None:
+    """Before the rename there is version 1, after it there are both; either is whole, and what is left is removed."""
+    publish(AdapterStore(tmp_path / "template"), "a")
+    (tmp_path / "killed").mkdir()
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed", tmp_path / "template"], cwd=ROOT, check=True)
+    outcomes = []
+    for root in sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name)):
+        store = AdapterStore(root)
+        versions = sorted(store.scan()["a"].versions)
+        for version in versions:
+            assert_whole(root / "a" / version)
+        remove_leftovers(store)
+        assert not (root / ".publish").exists() or scratch(store) == []
+        assert publish(store, "a").version == str(len(versions) + 1)
+        outcomes.append(len(versions))
+    assert len(outcomes) > 10
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {1, 2}
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    living = Publication(store, declared(CONTENT))
+    living.open()
+    dead = store.scratch() / "dead"
+    dead.mkdir()
+    (dead / WEIGHTS).write_bytes(b"half")
+    (store.scratch() / "half-a-routing").write_text("{")
+    remove_leftovers(store)
+    assert scratch(store) == [living.folder]
+    living.close()
+    assert scratch(store) == []
+
+
+def test_two_servers_publish_at_once(tmp_path: Path) -> None:
+    """Each has its own view of the store; every publication gets a version of its own."""
+    versions: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: versions.extend(publish(AdapterStore(tmp_path), "a").version for _ in range(5)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(int, versions)) == list(range(1, 21))
+    for version in versions:
+        assert_whole(tmp_path / "a" / version)
+
+
+def test_a_publisher_waits_for_the_lock_of_another_process(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    publish(store, "a")
+    holder = f"import fcntl, sys\nfile = open({str(tmp_path / '.lock')!r})\nfcntl.flock(file, fcntl.LOCK_EX)\n"
+    holder += "print('held', flush=True)\nsys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        publishing = threading.Thread(target=publish, args=(store, "a"))
+        publishing.start()
+        publishing.join(0.2)
+        assert publishing.is_alive()
+        process.communicate("")
+        publishing.join(10)
+    assert set(os.listdir(tmp_path / "a")) == {"1", "2"}

@@ -1,0 +1,88 @@
+"""The commands `loraplex adapters …` against a running server."""
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from server.cli import main
+from tests.server.rpc.conftest import Running
+from tests.server.rpc.conftest import running as running  # fixtures
+from tests.server.rpc.conftest import serve as serve
+
+
+async def command(running: Running, name: str, *arguments: str) -> Result:
+    """Runs it in a thread, since the server lives in this one."""
+    words = ["adapters", name, "--address", running.address, *arguments]
+    return await asyncio.to_thread(CliRunner(env={"COLUMNS": "200"}).invoke, main, words)
+
+
+async def said(running: Running, name: str, *arguments: str) -> str:
+    result = await command(running, name, *arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+async def test_the_life_of_an_adapter(running: Running) -> None:
+    folder = str(running.adapters_dir / "plain")
+    assert re.search(
+        r"mail@1: generation 1, rank 8, .*, pinned\n", await said(running, "upload", "--pin", "mail", folder)
+    )
+    assert "mail@2" in await said(running, "upload", "--replace", "mail", str(running.adapters_dir / "attention"))
+    listed = await said(running, "list")
+    assert re.search(r"mail +│ 1 +│.*READY \(host, pinned\)", listed)
+    assert re.search(r"mail +│ 2 \* +│", listed)
+    assert re.search(r"10 versions; host memory 0\.\d of 4,096\.0 MiB, 0\.\d pinned", listed)
+    assert "mail means mail@1" in await said(running, "promote", "mail", "1")
+    assert re.search(r"│ 2 +│ +25 %", await said(running, "traffic", "mail", "2=25"))
+    assert "%" not in await said(running, "traffic", "mail")
+    assert "not pinned" in await said(running, "unpin", "mail@1")
+    assert re.search(r"mail: merged in \d+ ms, [\d,]+ bytes beside the base", await said(running, "merge", "mail"))
+    assert re.search(r"unmerged in \d", await said(running, "unmerge"))
+    assert "pinned" in await said(running, "pin", "mail@1")
+    assert re.search(r"generation +│ 1 ", await said(running, "get", "mail"))
+    assert "generation 3" in await said(running, "load", "--replace", "mail")
+    assert "generation 4" in await said(running, "load", "--expected-generation", "3", "mail")
+    assert re.search(r"mail: freed [\d,]+ bytes of host", await said(running, "unload", "--mode", "if-idle", "mail"))
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["load", "nobody"], "Error: NOT_FOUND from .*'nobody' is not known here.*"),
+        (["load", "--expected-generation", "7", "plain"], "Error: ABORTED from .*somebody else changed it"),
+        (["upload", "plain", "{plain}"], "Error: ALREADY_EXISTS from .*set replace.*"),
+        (["upload", "new", "{empty}"], "Error: .*adapter_config.json is missing.*"),
+        (["traffic", "plain", "1=x"], "Error: Invalid value for shares: '1=x' is not VERSION=PERCENT"),
+        (["promote", "plain", "3"], "Error: NOT_FOUND from .*"),
+    ],
+)
+async def test_errors_are_one_line(running: Running, tmp_path: Path, words: list[str], line: str) -> None:
+    (tmp_path / "empty").mkdir()
+    names = {"plain": str(running.adapters_dir / "plain"), "empty": str(tmp_path / "empty")}
+    result = await command(running, words[0], *[word.format(**names) for word in words[1:]])
+    assert result.exit_code != 0
+    assert re.fullmatch(line, result.output.splitlines()[-1]), result.output
+    assert "Traceback" not in result.output
+
+
+async def test_watch_prints_until_the_server_stops(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("server.adapter_commands.click.echo", lines.append)
+    watching = asyncio.create_task(command(running, "watch"))
+
+    async def printed(pattern: str) -> None:
+        async with asyncio.timeout(10):
+            while not any(re.search(pattern, line) for line in lines):
+                await asyncio.sleep(0.01)
+
+    await printed("SYNCED")
+    assert any("SNAPSHOT plain@1 AVAILABLE" in line for line in lines)
+    await running.engine.adapters.load("plain")
+    await printed(r"LOADED   plain@1 READY \(host\) generation 1$")
+    await running.server.drain(grace=5)
+    result = await watching
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
