@@ -1,9 +1,10 @@
 """How a process on the CPU holds its memory: big tensors in large pages, freed ones kept for the next step."""
 
+import contextlib
 import ctypes
 import math
+import mmap
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,15 +18,17 @@ _KEPT_BYTES = 256 << 20
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory page by page as they are first written, aligned to cache lines.
+    """Zeros that take memory page by page as they are first written, and give it back to the system when they go.
 
-    They come from NumPy, which asks the kernel for large pages: a step that streams through gigabytes in pages of 4 KiB
-    waits for address translation.
+    In large pages where the kernel has them: a step that streams through gigabytes in pages of 4 KiB waits for address
+    translation.
     """
     size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + CACHE_LINE, dtype=np.uint8)
-    start = -memory.ctypes.data % CACHE_LINE
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
+    pages = mmap.mmap(-1, max(size, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)[:size].view(dtype).view(shape)
 
 
 class Arena:

@@ -10,6 +10,7 @@ from torch import Tensor
 from adapters.errors import AdapterIncompatibleError
 from adapters.format import AdapterFiles
 from server.kernels import LayerWeights
+from server.kernels.memory import lazy_zeros
 from server.lora.base_weights import BaseWeights, adapted_norms, check_own
 
 # What a merged adapter makes smaller than this is not exact enough for others when it is made large again.
@@ -47,7 +48,8 @@ class Adapter:
             for module in sorted(files.weights.keys() | files.base_biases.keys())
             if (layer := _layer(files, module, base)) is not None
         }
-        memory = torch.empty(sum(t.nbytes for layer in layers.values() for t in layer.tensors()), dtype=torch.uint8)
+        num_bytes = sum(tensor.nbytes for layer in layers.values() for tensor in layer.tensors())
+        memory = lazy_zeros((num_bytes,), torch.uint8)
         weights = _placed(layers, memory)
         return cls(
             name=name,
@@ -57,7 +59,7 @@ class Adapter:
             rank=max(layer.lora_a.shape[0] for layer in weights.values()),
             target_modules=tuple(sorted({module.rpartition(".")[2] for module in weights})),
             weights=weights,
-            num_bytes=memory.nbytes,
+            num_bytes=num_bytes,
             num_bytes_disk=files.num_bytes,
             no_mix=_why_no_mix(files, weights),
             no_merge=_why_no_merge(weights),
