@@ -62,7 +62,9 @@ CONTENDERS = (
     Contender("llama.cpp-f16", "llama.cpp", {"quantization": "f16"}),
     Contender("llama.cpp-q8_0", "llama.cpp", {"quantization": "q8_0"}),
     Contender("vllm-float32", "vllm", {"dtype": "float32"}),
+    Contender("vllm-bfloat16", "vllm", {"dtype": "bfloat16"}, ("peft-mixed-bfloat16", "peft-mixed")),
     Contender("openvino-float32", "openvino", {"dtype": "float32"}),
+    Contender("openvino-bfloat16", "openvino", {"dtype": "bfloat16"}, ("peft-mixed-bfloat16", "peft-mixed")),
     Contender("openvino-int8", "openvino", {"dtype": "int8"}),
 )
 

@@ -18,7 +18,7 @@ from benchmarks import gguf_export
 from server.errors import ConfigError
 
 WEIGHT_STD = 0.02
-OPENVINO_FORMATS = {"float32": "fp32", "int8": "int8"}
+OPENVINO_FORMATS = {"float32": "fp32", "bfloat16": "fp32", "int8": "int8"}  # of the weights, by what is computed in
 
 Progress = Callable[[str], None]
 
@@ -71,9 +71,10 @@ class Material:
 
     def openvino_model(self, python: Path, dtype: str) -> Path:
         """The model as OpenVINO's own exporter writes it, run in the peer's environment."""
+        weight_format = OPENVINO_FORMATS[dtype]
         return self._once(
-            self.folder / "openvino" / dtype,
-            lambda target: _export_openvino(python, self.model, target, OPENVINO_FORMATS[dtype]),
+            self.folder / "openvino" / weight_format,
+            lambda target: _export_openvino(python, self.model, target, weight_format),
         )
 
     def _once(self, target: Path, make: Callable[[Path], None]) -> Path:
