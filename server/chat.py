@@ -133,7 +133,13 @@ class ChatSession:
         return model
 
     async def _listed(self) -> list[adapters_pb2.Adapter]:
-        return list((await self._adapters.ListAdapters(adapters_pb2.ListAdaptersRequest())).adapters)
+        request, found = adapters_pb2.ListAdaptersRequest(), []
+        while True:
+            page = await self._adapters.ListAdapters(request)
+            found += page.adapters
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return found
 
     def _choose(self, names: list[str]) -> None:
         known = {adapter.name for adapter in self._runner.run(self._listed())} | {BASE}
