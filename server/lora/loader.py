@@ -57,45 +57,18 @@ class AdapterLoader:
         Raises:
             AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged, Overloaded.
         """
-        files, source = await self.read(ref.name, folder)
+        files, source = await self._disk.run(self._read, ref.name, folder)
         size = files.num_bytes
         if must_wait := wait and not self._memory.has_room(size):
             del files
         async with self._memory.reserve(size, ref if wait else None):
             if must_wait:
-                files, source = await self.read(ref.name, folder)
+                files, source = await self._disk.run(self._read, ref.name, folder)
             digest, generation = self._loaded.get(ref, ("", 0))
             if not same_if_unchanged or digest != files.digest:
-                generation = self.next_generation()
-            return await self.place(ref, files, source, generation)
-
-    async def read(self, name: str, folder: Path) -> tuple[AdapterFiles, Fingerprint | None]:
-        """The checked files, and the state of the folder in which they were read.
-
-        Raises:
-            AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged, Overloaded.
-        """
-        return await self._disk.run(self._read, name, folder)
-
-    async def place(
-        self, ref: AdapterRef, files: AdapterFiles, source: Fingerprint | None, generation: int
-    ) -> HostCopy:
-        """The weights in host memory; the caller has reserved the room.
-
-        Raises:
-            IncompatibleAdapter.
-        """
-        try:
-            adapter = await self._disk.run(
-                Adapter.from_files, files, ref.name, ref.version, generation, self._served.weights
-            )
-        except AdapterFormatError as fault:
-            raise _refusal(ref.name, fault) from fault
-        return HostCopy(adapter, source)
-
-    def next_generation(self) -> int:
-        self._num_generations += 1
-        return self._num_generations
+                self._num_generations += 1
+                generation = self._num_generations
+            return HostCopy(await self._disk.run(self._place, ref, files, generation), source)
 
     def remember(self, ref: AdapterRef, adapter: Adapter) -> None:
         """This is what the name means now."""
@@ -109,7 +82,9 @@ class AdapterLoader:
         return self._loaded.get(ref, ("", 0))[1]
 
     def _read(self, name: str, folder: Path) -> tuple[AdapterFiles, Fingerprint | None]:
-        """A folder that changes under the reading is not believed; and if the files of a published adapter fail their
+        """The checked files, and the state of the folder in which they were read.
+
+        A folder that changes under the reading is not believed; and if the files of a published adapter fail their
         digests, that is the fault to report, whatever else it led to. Worker thread.
         """
         before = fingerprint(folder)
@@ -133,6 +108,13 @@ class AdapterLoader:
         if fault is not None:
             raise _refusal(name, fault) from fault
         return files, before
+
+    def _place(self, ref: AdapterRef, files: AdapterFiles, generation: int) -> Adapter:
+        """Worker thread."""
+        try:
+            return Adapter.from_files(files, ref.name, ref.version, generation, self._served.weights)
+        except AdapterFormatError as fault:
+            raise _refusal(ref.name, fault) from fault
 
     def _check_base(self, files: AdapterFiles) -> None:
         theirs, ours = files.base_fingerprint, self._served.fingerprint

@@ -37,7 +37,7 @@ Fingerprint = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """A name with the version it stands for."""
+    """A name with the version it stands for; the empty version: none yet."""
 
     name: str
     version: str
@@ -47,7 +47,7 @@ class AdapterRef:
         return self.name, int(self.version)
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.version}"
+        return f"{self.name}@{self.version}" if self.version else self.name
 
 
 def parse_reference(text: str, field: str = "adapter") -> tuple[str, str | None]:

@@ -1,8 +1,8 @@
 """Adapters that come over the wire: caps, checks, publication. Event loop; files are written in worker threads."""
 
 import contextlib
-import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace as replaced
 
 from server.errors import Overloaded
 from server.lora.cache import AdapterCache
@@ -43,13 +43,11 @@ class Upload:
                 expected_generation=expected_generation,
             )
             await adapters.disk.run(publication.complete)
-            started = time.monotonic()
-            files, source = await adapters.loader.read(name, publication.folder)
-            async with adapters.memory.reserve(files.num_bytes):
+            copy = await adapters.loads.read(AdapterRef(name, ""), publication.folder, same_if_unchanged=False)
+            async with adapters.memory.reserve(copy.adapter.num_bytes):
                 ref = await adapters.disk.run(publication.publish, name, version)
-                copy = await adapters.loader.place(ref, files, source, adapters.loader.next_generation())
                 await adapters.look(name)
-            adapters.metrics.adapter_loaded(name, time.monotonic() - started)
+            copy.adapter = replaced(copy.adapter, version=ref.version)
             adapters.catalog.restore(ref, None)
             adapters.loads.put(ref, copy, EventKind.LOADED, pin=pin)
         return adapters.board.status(ref)
