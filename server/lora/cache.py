@@ -142,7 +142,8 @@ class AdapterCache:
                 f"adapter {busy[0].ref} is used by {busy[0].num_users} requests and awaited by {busy[0].num_waiting}"
             )
         self.catalog.take_away(bare_name, version)
-        tasks = [task for ref in refs if (task := self.forget(ref, EventKind.UNLOADED)) is not None] + draining
+        tasks = [task for ref in refs if (task := self.forget(ref)) is not None] + draining
+        self.board.publish(EventKind.UNLOADED, *refs)
         if mode is UnloadMode.FORCE:
             for task in tasks:
                 self.memory.revoke(task)
@@ -200,13 +201,11 @@ class AdapterCache:
             name = f"{bare_name}@{current}"
         return await self._resolve(name)
 
-    def forget(self, ref: AdapterRef, kind: EventKind) -> "asyncio.Task[FreedBytes] | None":
+    def forget(self, ref: AdapterRef) -> "asyncio.Task[FreedBytes] | None":
         """Takes the name from its copy, if there is one; the task ends when that is free."""
         self.board.clear(ref)
         self.loader.forget(ref)
-        task = self.memory.remove(ref)
-        self.board.publish(kind, ref)
-        return task
+        return self.memory.remove(ref)
 
     async def _hold(self, refs: Sequence[AdapterRef], held: contextlib.ExitStack) -> Sequence[Adapter]:
         while missing := [ref for ref in refs if self.memory.get(ref) is None]:

@@ -211,9 +211,9 @@ class HostMemory:
                 raise self._no_room(num_bytes)
             if idle is None:
                 return False
+            freeing = self._retire(idle, self._copies.pop(idle))
             self._evicted(idle)
-            # Shielded: the copy has lost its name, and must be freed whoever stops waiting.
-            await asyncio.shield(self._retire(idle, self._copies.pop(idle)))
+            await asyncio.shield(freeing)  # the copy has lost its name, and must be freed whoever stops waiting
         return True
 
     def _is_next(self, ref: AdapterRef) -> bool:

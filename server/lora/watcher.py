@@ -65,9 +65,10 @@ class StoreWatcher:
         adapters = self._adapters
         changes = adapters.catalog.update(names)
         adapters.board.publish(EventKind.ADDED, *changes.added)
-        for ref in changes.removed:
-            if not adapters.catalog.knows(ref):
-                adapters.forget(ref, EventKind.REMOVED)
+        gone = [ref for ref in changes.removed if not adapters.catalog.knows(ref)]
+        for ref in gone:
+            adapters.forget(ref)
+        adapters.board.publish(EventKind.REMOVED, *gone)
         adapters.board.publish(EventKind.UPDATED, *changes.rerouted)
         for ref in changes.changed:
             adapters.board.clear(ref)

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -148,8 +149,8 @@ async def test_events_tell_a_life(tmp_path: Path, make_adapter: MakeAdapter) -> 
                 ("FAILED", "b"), ("UNLOADED", "b"), ("LOADED", "a"), ("EVICTED", "a"), ("REPLACED", "a")]  # fmt: skip
     for kind, name in expected:
         event = await anext(stream)
-        assert event.status is not None
-        assert (event.kind.name, event.status.ref.name) == (kind, name)
+        assert event.ref is not None
+        assert (event.kind.name, event.ref.name) == (kind, name)
     cache.board.events.close()
     with pytest.raises(Unavailable):
         await anext(stream)
@@ -174,6 +175,34 @@ async def test_a_slow_watcher_is_sent_away(
     with pytest.raises(Overloaded, match="fresh snapshot"):
         await _read_to_the_end(stream)
     assert (await anext(cache.board.watch())).kind is EventKind.SNAPSHOT
+
+
+async def test_many_adapters_at_once_send_no_watcher_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "MAX_BEHIND", 5)
+    cache, _ = make_cache(tmp_path)
+    watcher = StoreWatcher(cache, interval=1)
+    stream = cache.board.watch()
+    assert (await anext(stream)).kind is EventKind.SYNCED
+    for index in range(20):
+        (tmp_path / f"a{index}").mkdir()
+        (tmp_path / f"a{index}" / "adapter_config.json").write_text("{}")
+    await watcher.apply(cache.store.scan())
+    await watcher.apply(dict.fromkeys(cache.catalog.stored()))
+    kinds = Counter([(await anext(stream)).kind for _ in range(40)])
+    assert kinds == {EventKind.ADDED: 20, EventKind.REMOVED: 20}
+
+
+async def test_what_was_evicted_is_seen_without_its_weights(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        make_adapter(name)
+    cache, _ = make_cache(tmp_path, max_bytes=ADAPTER_BYTES + 5000)
+    seen = []
+    monkeypatch.setattr(cache.memory, "_evicted", lambda ref: seen.append(cache.board.status(ref).adapter))
+    await cache.load("a")
+    await cache.load("b")
+    assert seen == [None]
 
 
 async def test_a_change_waits_for_room(tmp_path: Path, make_adapter: MakeAdapter) -> None:

@@ -6,8 +6,10 @@ import hashlib
 import resource
 import shutil
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import grpc
 import pytest
 
 from server.lora.adapter import Adapter
+from server.lora.store import AdapterRef
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1.inference_pb2 import GenerateResponse
 from server.rpc import adapters as service
@@ -489,6 +492,26 @@ async def test_watching(running: Running) -> None:
     draining = asyncio.create_task(running.server.drain(grace=5))
     assert (await failure(anext(events))).code() == grpc.StatusCode.UNAVAILABLE
     await draining
+
+
+async def test_a_watcher_that_does_not_read_keeps_no_weights(running: Running) -> None:
+    """Its call stands where it hands an event on."""
+    for kind in (pb.AdapterEvent.SNAPSHOT, pb.AdapterEvent.REPLACED):
+        await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain"))
+        watching = service.AdaptersService(running.engine, 1).WatchAdapters(pb.WatchAdaptersRequest(), None)
+        async with aclosing(watching) as events:
+            event = await anext(events)
+            if kind == pb.AdapterEvent.REPLACED:
+                await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain", replace=True))
+            while (event.type, event.adapter.name) != (kind, "plain"):
+                event = await anext(events)
+            copy = running.engine.adapters.memory.get(AdapterRef("plain", "1"))
+            assert copy is not None
+            weights = weakref.ref(next(iter(copy.adapter.weights.values())).lora_a)
+            del copy
+            await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
+            gc.collect()
+            assert weights() is None
 
 
 def resident_bytes() -> int:
