@@ -51,7 +51,7 @@ class AdapterCache:
         self.board = StatusBoard(self.catalog, self.memory, self.loader)
         self.metrics = metrics
         self._mixing = asyncio.Lock()  # held while the parts of a mixture come into memory
-        self.loads = AdapterLoads(self.catalog, self.memory, self.loader, self.board, self.disk, metrics)
+        self.loads = AdapterLoads(self.catalog, self.memory, self.loader, self.board, metrics)
         metrics.adapters.watch("host", self.memory.adapters)
 
     def connect(self, evict_from_device: EvictFromDevice, revoke: RevokeFromRequests) -> None:
@@ -85,7 +85,7 @@ class AdapterCache:
         with contextlib.ExitStack() as held:
             if missing and len(refs) > 1:
                 async with self._mixing:
-                    with self.memory.keeping({ref: await self.loads.num_bytes(ref) for ref in refs}):
+                    with self.memory.keeping({ref: self.loader.num_bytes(ref) for ref in refs}):
                         adapters = await self._hold(refs, held)
             else:
                 adapters = await self._hold(refs, held)

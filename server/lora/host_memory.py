@@ -160,6 +160,9 @@ class HostMemory:
 
         One set at a time: two could keep each other out.
 
+        Args:
+            sizes: bytes of each as far as they are known, or 0.
+
         Raises:
             Overloaded: they cannot be here together, whoever leaves.
         """

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from server.errors import AdapterNotFound, ServingError
 from server.lora.catalog import AdapterCatalog
-from server.lora.disk_workers import DiskWorkers
 from server.lora.events import EventKind
 from server.lora.host_memory import HostCopy, HostMemory
 from server.lora.loader import AdapterLoader
 from server.lora.status_board import StatusBoard
-from server.lora.store import AdapterRef, fingerprint, num_bytes
+from server.lora.store import AdapterRef
 from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -27,14 +26,12 @@ class AdapterLoads:
         memory: HostMemory,
         loader: AdapterLoader,
         board: StatusBoard,
-        disk: DiskWorkers,
         metrics: Metrics,
     ) -> None:
         self._catalog = catalog
         self._memory = memory
         self._loader = loader
         self._board = board
-        self._disk = disk
         self._metrics = metrics
         self._loading: dict[AdapterRef, asyncio.Task[None]] = {}
 
@@ -84,14 +81,6 @@ class AdapterLoads:
             adapter.num_bytes,
         )
         self._board.publish(kind, ref)
-
-    async def num_bytes(self, ref: AdapterRef) -> int:
-        """Size of its files, in memory or not."""
-        copy = self._memory.get(ref)
-        if copy is not None:
-            return copy.adapter.num_bytes_disk
-        source = await self._disk.run(fingerprint, self._catalog.path(ref))
-        return num_bytes(source) if source else 0
 
     async def _load_missing(self, ref: AdapterRef) -> None:
         try:

@@ -196,11 +196,6 @@ def fingerprint(folder: str | Path) -> Fingerprint | None:
     return tuple(result)
 
 
-def num_bytes(source: Fingerprint) -> int:
-    """Size of the files."""
-    return sum(source[1::3])
-
-
 def fsync_folder(folder: Path) -> None:
     """Makes renames into a folder last."""
     handle = os.open(folder, os.O_RDONLY)

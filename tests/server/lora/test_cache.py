@@ -1,6 +1,8 @@
 """Host memory of adapters: loading once, using, replacing, unloading, making room."""
 
 import asyncio
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -125,6 +127,24 @@ async def test_room_is_made_by_the_least_recently_used(tmp_path: Path, make_adap
                 await cache.load("b")
     async with cache.acquire("b"):
         pass
+
+
+async def test_room_is_what_the_weights_take(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter("a")
+    with pytest.raises(Overloaded, match=f"{ADAPTER_BYTES:,} bytes do not fit"):
+        await make_cache(tmp_path, max_bytes=ADAPTER_BYTES - 1)[0].load("a")
+    cache, _ = make_cache(tmp_path, max_bytes=ADAPTER_BYTES)
+    await cache.load("a")
+
+    def none_left(*args: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("server.lora.adapter.lazy_zeros", none_left)
+    await cache.unload("a")
+    with pytest.raises(Overloaded, match="no memory for adapter 'a'"):
+        await cache.load("a")
 
 
 async def test_requests_wait_for_room_in_order_of_arrival(tmp_path: Path, make_adapter: MakeAdapter) -> None:
