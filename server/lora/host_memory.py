@@ -14,6 +14,10 @@ EvictFromDevice = Callable[[Adapter], Awaitable[int]]
 RevokeFromRequests = Callable[[Adapter], None]
 
 
+class NotAwaited(Exception):
+    """A copy need not wait for room any more: it is here already, or nobody waits for it."""
+
+
 class HostCopy:
     """An adapter in memory, the state of the files it came from, and how many requests use it."""
 
@@ -104,6 +108,7 @@ class HostMemory:
         self._copies[ref] = copy
         if old is not None:
             self._retire(ref, old)
+        self._changed.set()  # whoever loads the same waits in vain
 
     def num_awaiting(self, ref: AdapterRef) -> int:
         """Requests that wait for a copy to be here."""
@@ -168,6 +173,7 @@ class HostMemory:
         """
         assert not self._kept
         self._kept = frozenset(sizes)
+        self._changed.set()  # some that wait are next now
         try:
             if sum(sizes.values()) + self._num_kept_bytes(besides=sizes) > self.max_bytes:
                 raise self._no_room(sum(sizes.values()))
@@ -185,11 +191,14 @@ class HostMemory:
 
         Raises:
             Overloaded: there is no room, or there can be none whoever leaves.
+            NotAwaited: to wait longer would only keep others out.
         """
         if wait_for is not None:
             self._waiting.append(wait_for)
         try:
             while not await self._make_room(num_bytes, wait_for):
+                if wait_for in self._copies or wait_for not in self._awaited:
+                    raise NotAwaited
                 self._changed.clear()
                 await self._changed.wait()
         finally:

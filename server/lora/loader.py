@@ -57,6 +57,7 @@ class AdapterLoader:
 
         Raises:
             AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged, Overloaded.
+            NotAwaited: while it waited.
         """
         checked, source = await self._disk.run(self._read, ref.name, folder)
         size = checked.num_bytes

@@ -1,6 +1,7 @@
 """Adapters on their way from disk to host memory. Event loop."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from server.errors import AdapterNotFound, ServingError
 from server.lora.catalog import AdapterCatalog
 from server.lora.events import EventKind
-from server.lora.host_memory import HostCopy, HostMemory
+from server.lora.host_memory import HostCopy, HostMemory, NotAwaited
 from server.lora.loader import AdapterLoader
 from server.lora.status_board import StatusBoard
 from server.lora.store import AdapterRef
@@ -53,7 +54,11 @@ class AdapterLoads:
         return copy
 
     async def read(self, ref: AdapterRef, folder: Path, *, same_if_unchanged: bool, wait: bool = False) -> HostCopy:
-        """`AdapterLoader.load`, counted; a refusal is shown in listings."""
+        """`AdapterLoader.load`, counted; a refusal is shown in listings.
+
+        Raises:
+            Those of `AdapterLoader.load`.
+        """
         started = time.monotonic()
         try:
             copy = await self._loader.load(ref, folder, same_if_unchanged=same_if_unchanged, wait=wait)
@@ -84,10 +89,11 @@ class AdapterLoads:
 
     async def _load_missing(self, ref: AdapterRef) -> None:
         try:
-            copy = await self.read(ref, self._catalog.path(ref), same_if_unchanged=True, wait=True)
-            if not self._catalog.has(ref):
-                raise AdapterNotFound(str(ref))
-            if self._memory.get(ref) is None:
-                self.put(ref, copy, EventKind.LOADED)
+            with contextlib.suppress(NotAwaited):
+                copy = await self.read(ref, self._catalog.path(ref), same_if_unchanged=True, wait=True)
+                if not self._catalog.has(ref):
+                    raise AdapterNotFound(str(ref))
+                if self._memory.get(ref) is None:
+                    self.put(ref, copy, EventKind.LOADED)
         finally:
             del self._loading[ref]

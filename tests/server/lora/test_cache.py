@@ -19,7 +19,7 @@ from server.errors import (
     Overloaded,
 )
 from server.lora.adapter import Adapter
-from server.lora.cache import UnloadMode
+from server.lora.cache import AdapterCache, UnloadMode
 from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
 
@@ -172,6 +172,52 @@ async def test_requests_wait_for_room_in_order_of_arrival(tmp_path: Path, make_a
             assert cache.num_bytes == 2 * ADAPTER_BYTES
         await asyncio.gather(*waiting)
     assert served == ["c", "c", "d"]
+
+
+def _use(cache: AdapterCache, name: str) -> "asyncio.Task[None]":
+    async def use() -> None:
+        async with cache.acquire(name):
+            pass
+
+    return asyncio.create_task(use())
+
+
+async def _until_waiting(cache: AdapterCache, *names: str) -> None:
+    """Until the loads of these adapters wait for room."""
+    async with asyncio.timeout(10):
+        while [ref.name for ref in cache.memory._waiting] != list(names):
+            await asyncio.sleep(0.005)
+
+
+async def test_an_operator_loads_what_waits_behind_another(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    """Its requests go on, and its copy does not keep out the one that is first."""
+    for name, rank in (("used", 4), ("first", 7), ("behind", 2)):
+        make_adapter(name, r=rank)
+    cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES)
+    async with cache.acquire("used"):
+        first = _use(cache, "first")
+        await _until_waiting(cache, "first")
+        behind = _use(cache, "behind")
+        await _until_waiting(cache, "first", "behind")
+        await cache.load("behind")
+        await asyncio.wait_for(behind, 10)
+    await asyncio.wait_for(first, 10)
+
+
+async def test_a_load_that_nobody_awaits_any_more_lets_others_pass(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for name, rank in (("used", 4), ("large", 7), ("small", 2)):
+        make_adapter(name, r=rank)
+    cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES)
+    async with cache.acquire("used"):
+        large = _use(cache, "large")
+        await _until_waiting(cache, "large")
+        small = _use(cache, "small")
+        await _until_waiting(cache, "large", "small")
+        large.cancel()
+        await asyncio.wait_for(small, 10)
+        again = _use(cache, "large")
+        await _until_waiting(cache, "large")
+    await asyncio.wait_for(again, 10)
 
 
 async def test_the_parts_of_a_mixture_wait_for_room_together(tmp_path: Path, make_adapter: MakeAdapter) -> None:
