@@ -60,13 +60,14 @@ class AdapterCache:
 
     @contextlib.asynccontextmanager
     async def acquire(self, reference: str, label: str = "") -> AsyncIterator[Adapter]:
-        """`acquire_all` for one adapter."""
-        async with self.acquire_all([reference], label) as [adapter]:
+        """`hold` for one adapter, within."""
+        with contextlib.ExitStack() as held:
+            [adapter] = await self.hold([reference], held, label)
             yield adapter
 
-    @contextlib.asynccontextmanager
-    async def acquire_all(self, references: Sequence[str], label: str = "") -> AsyncIterator[Sequence[Adapter]]:
-        """Holds the adapters of a request in host memory while it runs; those that are not there wait for room.
+    async def hold(self, references: Sequence[str], held: contextlib.ExitStack, label: str = "") -> Sequence[Adapter]:
+        """Brings the adapters of a request into host memory, as soon as there is room, and keeps them there until
+        `held` is closed.
 
         One that waits holds nothing, but for a mixture whose turn it is; so no two wait for each other.
 
@@ -82,14 +83,11 @@ class AdapterCache:
         for ref in refs:
             if ref not in missing:
                 self.metrics.adapters.found(ref.name, "host")
-        with contextlib.ExitStack() as held:
-            if missing and len(refs) > 1:
-                async with self._mixing:
-                    with self.memory.keeping({ref: self.loader.num_bytes(ref) for ref in refs}):
-                        adapters = await self._hold(refs, held)
-            else:
-                adapters = await self._hold(refs, held)
-            yield adapters
+        if not missing or len(refs) == 1:
+            return await self._hold(refs, held)
+        async with self._mixing:
+            with self.memory.keeping({ref: self.loader.num_bytes(ref) for ref in refs}):
+                return await self._hold(refs, held)
 
     async def load(
         self,
@@ -155,7 +153,7 @@ class AdapterCache:
         """Loads an adapter, if it is not, and keeps it in host memory until it is unpinned or unloaded.
 
         Raises:
-            Those of `acquire_all`.
+            Those of `hold`.
         """
         ref = await self.named(name)
         await self.loads.copy(ref)

@@ -150,8 +150,8 @@ class HostMemory:
         ]
 
     def revoke(self, task: "asyncio.Task[FreedBytes]") -> None:
-        """Ends the requests that still use a copy which lost its name."""
-        if task in self._retiring and self._revoke is not None:
+        """Ends the requests that still use a copy which lost its name; without any it may be leaving the device."""
+        if task in self._retiring and self._revoke is not None and self._retiring[task][1].num_users:
             self._revoke(self._retiring[task][1].adapter)
 
     def has_room(self, num_bytes: int) -> bool:

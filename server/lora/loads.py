@@ -40,7 +40,7 @@ class AdapterLoads:
         """The copy in memory, loaded as soon as there is room if it is only on disk.
 
         Raises:
-            Those of `acquire_all`.
+            Those of `AdapterCache.hold`.
         """
         while (copy := self._memory.get(ref)) is None:
             if not self._catalog.has(ref):

@@ -22,7 +22,7 @@ class AdapterRouter:
         The version is loaded first: a name never comes to mean one that cannot be served.
 
         Raises:
-            Those of `AdapterCache.acquire_all`; StoreNotWritable.
+            Those of `AdapterCache.hold`; StoreNotWritable.
         """
         adapters, name = self._adapters, _bare(name)
         async with adapters.claims.changing(name):

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,8 @@ async def test_the_parts_of_a_mixture_wait_for_room_together(tmp_path: Path, mak
     cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES + 5000)
 
     async def use(*names: str) -> None:
-        async with cache.acquire_all(names) as adapters:
+        with ExitStack() as held:
+            adapters = await cache.hold(names, held)
             assert [adapter.name for adapter in adapters] == list(names)
             await asyncio.sleep(0)
 
@@ -240,15 +242,13 @@ async def test_a_mixture_that_can_never_fit_is_refused(tmp_path: Path, make_adap
     for name in "abc":
         make_adapter(name)
     cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES + 5000)
-    with pytest.raises(Overloaded, match="--adapter-host-bytes"):
-        async with cache.acquire_all("abc"):
-            pass
-    await cache.pin("a")
-    with pytest.raises(Overloaded, match="pinned"):
-        async with cache.acquire_all("bc"):
-            pass
-    async with cache.acquire_all("ab"):
-        pass
+    with ExitStack() as held:
+        with pytest.raises(Overloaded, match="--adapter-host-bytes"):
+            await cache.hold("abc", held)
+        await cache.pin("a")
+        with pytest.raises(Overloaded, match="pinned"):
+            await cache.hold("bc", held)
+        await cache.hold("ab", held)
 
 
 async def test_a_source_folder_under_another_name(tmp_path: Path, make_adapter: MakeAdapter) -> None:
@@ -426,6 +426,26 @@ async def test_unload_by_force_ends_what_is_draining_too(tmp_path: Path, make_ad
     assert (await forced).host == (await draining).host == ADAPTER_BYTES
     with pytest.raises(AdapterNotFound):
         await cache.unload("a", UnloadMode.FORCE)
+
+
+async def test_a_copy_that_is_leaving_the_device_is_not_revoked(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    """The engine would remember it for ever: its Evict is on the way already."""
+    make_adapter("a")
+    cache, _ = make_cache(tmp_path)
+    leave = asyncio.Event()
+    revoked: list[Adapter] = []
+
+    async def evict(adapter: Adapter) -> int:
+        await leave.wait()
+        return 0
+
+    cache.connect(evict, revoked.append)
+    await cache.load("a")
+    unloads = [asyncio.create_task(cache.unload("a", mode)) for mode in (UnloadMode.DRAIN, UnloadMode.FORCE)]
+    await asyncio.sleep(0.01)
+    leave.set()
+    await asyncio.gather(*unloads)
+    assert revoked == []
 
 
 async def test_requests_that_wait_for_a_load_are_told(tmp_path: Path, make_adapter: MakeAdapter) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import pytest
 
+from server.engine.request import SamplingParams
 from server.lora.adapter import Adapter
 from server.lora.store import AdapterRef
 from server.pb.loraplex.v1 import adapters_pb2 as pb
@@ -23,7 +24,7 @@ from server.pb.loraplex.v1.inference_pb2 import GenerateResponse
 from server.rpc import adapters as service
 from tests.conftest import ADAPTERS
 from tests.server.rpc.conftest import Running, Serve
-from tests.server.rpc.test_inference import ask, failure, mix
+from tests.server.rpc.test_inference import ask, failure, idle, mix
 
 STORM_ROUNDS = 100  # a thousand take a minute and show the same
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -411,6 +412,18 @@ async def test_unload_modes(running: Running) -> None:
     assert (await running.adapters.UnloadAdapter(idle)).freed_bytes_host > 0
     error = await failure(running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="head", mode=7)))  # type: ignore[arg-type]
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_reader_that_stalls_does_not_hold_its_adapter(running: Running) -> None:
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    async with aclosing(running.engine.generate([40, 41, 42], params, {"plain": 1.0})) as outputs:
+        tokens = list((await anext(outputs)).token_ids)
+        await idle(running)
+        unload = pb.UnloadAdapterRequest(name="plain", mode=pb.FORCE)
+        assert (await running.adapters.UnloadAdapter(unload, timeout=10)).freed_bytes_host > 0
+        async for output in outputs:
+            tokens += output.token_ids
+    assert len(tokens) == 20
 
 
 async def test_force_ends_mixtures_too(running: Running) -> None:
