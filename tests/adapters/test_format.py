@@ -78,6 +78,22 @@ def test_written_and_read_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_failed_replacement_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read(folder)
+    rename = Path.rename
+
+    def fail_for_new(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(KeyboardInterrupt):
+        write_adapter(folder, before.config, before.weights)
+    assert read(folder).digest == before.digest
+    assert [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}-")] == []
+
+
 def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError):
