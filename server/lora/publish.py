@@ -180,6 +180,7 @@ def remove_leftovers(store: AdapterStore) -> None:
 
     Raises:
         OSError: the store cannot be read or written.
+        Overloaded: another process keeps its lock.
     """
     scratch = store.root / ".publish"
     if not scratch.is_dir():

@@ -15,6 +15,7 @@ import os
 import re
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ _VERSION = re.compile(r"0|[1-9][0-9]{0,8}")
 FLAT_VERSION = "1"
 ROUTING_FILE = "routing.json"
 _MAX_ROUTING_BYTES = 1 << 16
+_LOCK_SECONDS = 10  # that a change waits for others: a process that hangs must not take the disk threads with it
+_LOCK_POLL_SECONDS = 0.02
 
 # Time, size and inode of each of an adapter's files: equal as long as nobody has changed them.
 Fingerprint = tuple[int, ...]
@@ -147,10 +150,21 @@ class AdapterStore:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps all others from changing the store, other servers included. Held for moments."""
-        handle = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        """Keeps all others from changing the store, other servers included. Held for moments.
+
+        Raises:
+            Overloaded: another one holds it for longer.
+        """
+        path = self.root / ".lock"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            deadline = time.monotonic() + _LOCK_SECONDS
+            while not _is_locked(handle):
+                if time.monotonic() > deadline:
+                    raise Overloaded(
+                        f"{path} has been held by another process for {_LOCK_SECONDS} seconds", reason="STORE_LOCKED"
+                    )
+                time.sleep(_LOCK_POLL_SECONDS)
             yield
         finally:
             os.close(handle)
@@ -214,6 +228,15 @@ def disk_errors() -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise Overloaded(f"no room in the adapters folder: {error.strerror}", reason="DISK_FULL") from error
         raise StoreNotWritable(f"the adapters folder cannot be written: {error.strerror}") from error
+
+
+def _is_locked(handle: int) -> bool:
+    """Takes the lock if nobody has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _unlink_if_there(path: str) -> None:

@@ -257,6 +257,14 @@ def test_two_servers_publish_at_once(tmp_path: Path) -> None:
         assert_whole(tmp_path / "a" / version)
 
 
+def test_a_lock_that_is_never_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.lora.store._LOCK_SECONDS", 0.1)
+    store = AdapterStore(tmp_path)
+    with store.lock(), pytest.raises(Overloaded, match=r"/\.lock has been held by another process for 0\.1 seconds"):
+        publish(store, "a")
+    assert publish(store, "a").version == "1"
+
+
 def test_a_publisher_waits_for_the_lock_of_another_process(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path)
     publish(store, "a")
