@@ -119,6 +119,8 @@ class AdapterCache:
             taken = self.memory.get(ref) is not None
             self.claims.check(ref, taken=taken, replace=replace, expected_generation=expected_generation)
             copy = await self.loads.read(ref, folder, same_if_unchanged=False)
+            # Again: a request may have loaded it meanwhile.
+            self.claims.check(ref, taken=taken, replace=replace, expected_generation=expected_generation)
             self.catalog.restore(ref, folder if source or not self.catalog.is_stored(ref) else None)
             self.loads.put(ref, copy, EventKind.REPLACED if taken else EventKind.LOADED, pin=pin)
         return copy.adapter
@@ -137,7 +139,8 @@ class AdapterCache:
         busy = [status for ref in refs if (status := self.board.status(ref)).num_users or status.num_waiting]
         if mode is UnloadMode.IF_IDLE and busy:
             raise AdapterInUse(
-                f"adapter {busy[0].ref} is used by {busy[0].num_users} requests and awaited by {busy[0].num_waiting}"
+                f"adapter {busy[0].ref} is used by {busy[0].num_users} requests and awaited by {busy[0].num_waiting}; "
+                "mode IF_IDLE unloads it only with none, DRAIN lets them finish, FORCE ends them"
             )
         self.catalog.take_away(bare_name, version)
         tasks = [task for ref in refs if (task := self.forget(ref)) is not None] + draining

@@ -59,12 +59,11 @@ class AdapterCatalog:
         return ref
 
     def current(self, name: str) -> str | None:
-        """The version that a bare name means, shares aside; None if there is no such name."""
-        stored, sources = self._stored.get(name), self._sources.get(name)
-        if stored is not None and stored.routing.promoted:
-            return stored.routing.promoted
-        versions = [stored.newest] if stored else []
-        return max([*versions, *(sources or ())], key=int, default=None)
+        """The version that a bare name means, shares aside: the promoted one, or else the newest that requests may
+        name. None if there is no such name.
+        """
+        named = (version for version in self._versions(name) if self.has(AdapterRef(name, version)))
+        return self.routing(name).promoted or max(named, key=int, default=None)
 
     def has(self, ref: AdapterRef) -> bool:
         """Whether requests may name it."""
@@ -121,7 +120,8 @@ class AdapterCatalog:
         Raises:
             AdapterNotFound.
         """
-        ref = AdapterRef(name, version or self.current(name) or "")
+        newest = max(self._versions(name), key=int, default="")
+        ref = AdapterRef(name, version or self.current(name) or newest)
         if not self.knows(ref):
             raise AdapterNotFound(name if version is None else f"{name}@{version}")
         return ref
@@ -131,8 +131,11 @@ class AdapterCatalog:
         return AdapterRef(name, version or self.current(name) or FLAT_VERSION)
 
     def restore(self, ref: AdapterRef, source: Path | None) -> None:
-        """Gives a name back that was taken away, or makes one: its files are in the store, or in `source`."""
-        self._unloaded -= {(ref.name, None), (ref.name, ref.version)}
+        """Gives one version back that was taken away, or makes one: its files are in the store, or in `source`."""
+        if (ref.name, None) in self._unloaded:
+            self._unloaded.remove((ref.name, None))
+            self._unloaded |= {(ref.name, version) for version in self._stored[ref.name].versions}
+        self._unloaded.discard((ref.name, ref.version))
         if source is not None:
             self._sources.setdefault(ref.name, {})[ref.version] = source
         else:

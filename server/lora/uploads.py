@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace as replaced
+from functools import partial
 
 from server.errors import Overloaded
 from server.lora.cache import AdapterCache
@@ -36,14 +37,17 @@ class Upload:
         async with adapters.claims.changing(name):
             await adapters.look(name)
             current = adapters.catalog.current(name)
-            adapters.claims.check(
+            claim = partial(
+                adapters.claims.check,
                 AdapterRef(name, current or ""),
                 taken=current is not None,
                 replace=replace,
                 expected_generation=expected_generation,
             )
+            claim()
             await adapters.disk.run(publication.complete)
             copy = await adapters.loads.read(AdapterRef(name, ""), publication.folder, same_if_unchanged=False)
+            claim()  # again: a request may have loaded the current one meanwhile
             async with adapters.memory.reserve(copy.adapter.num_bytes):
                 ref = await adapters.disk.run(publication.publish, name, version)
                 await adapters.look(name)

@@ -6,6 +6,7 @@ import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from server.errors import (
 )
 from server.lora.adapter import Adapter
 from server.lora.cache import AdapterCache, UnloadMode
+from server.lora.host_memory import HostCopy
 from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
 
@@ -287,6 +289,44 @@ async def test_one_version_can_be_unloaded(tmp_path: Path, make_adapter: MakeAda
     with pytest.raises(AdapterNotFound):
         async with cache.acquire("a@1"):
             pass
+
+
+async def test_loading_one_version_brings_back_no_other(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for version in "123":
+        make_adapter(version, root=tmp_path / "a")
+    cache, _ = make_cache(tmp_path)
+    await cache.unload("a")
+    await cache.load("a@2")
+    assert [str(status.ref) for status in cache.statuses()] == ["a@2"]
+    async with cache.acquire("a") as adapter:
+        assert adapter.version == "2"
+    with pytest.raises(AdapterNotFound):
+        async with cache.acquire("a@3"):
+            pass
+    await cache.unload("a")
+    assert (await cache.load("a")).version == "3", "with all of them taken away a bare name is the newest"
+    await cache.unload("a@3")
+    assert (await cache.load("a@1")).version == "1"
+    async with cache.acquire("a") as adapter:
+        assert adapter.version == "1"
+
+
+async def test_a_compare_and_swap_against_a_requests_load(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter("a")
+    cache, _ = make_cache(tmp_path)
+    load = cache.loader.load
+
+    async def load_after_a_request(*args: Any, **kwargs: Any) -> HostCopy:
+        copy = await load(*args, **kwargs)
+        monkeypatch.undo()
+        async with cache.acquire("a"):
+            return copy
+
+    monkeypatch.setattr(cache.loader, "load", load_after_a_request)
+    with pytest.raises(AdapterChanged, match="somebody else"):
+        await cache.load("a", expected_generation=0)
 
 
 async def test_unloading_catches_a_load_in_flight(tmp_path: Path, make_adapter: MakeAdapter) -> None:

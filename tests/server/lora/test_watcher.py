@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,6 +14,8 @@ from server.errors import AdapterNotFound, Overloaded, Unavailable
 from server.lora import events
 from server.lora.cache import AdapterCache
 from server.lora.events import AdapterEvent, EventKind
+from server.lora.router import AdapterRouter
+from server.lora.store import StoredName
 from server.lora.watcher import StoreWatcher
 from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
@@ -96,6 +99,44 @@ async def test_promotion_by_another_server(tmp_path: Path, make_adapter: MakeAda
     async with watched(tmp_path) as cache:
         (tmp_path / "a" / "routing.json").write_text('{"promoted": "1", "percent_by_version": {}}')
         await eventually(lambda: cache.catalog.current("a") == "1")
+
+
+async def test_a_look_does_not_undo_what_happened_meanwhile(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in "12":
+        make_adapter(version, root=tmp_path / "a")
+    cache, _ = make_cache(tmp_path)
+    watcher = StoreWatcher(cache, interval=1)
+    (tmp_path / "a" / "routing.json").write_text('{"promoted": "2", "percent_by_version": {}}')
+    await watcher.look()
+    scan = cache.store.scan
+    scanned, promoted = threading.Event(), threading.Event()
+
+    def slow_scan() -> dict[str, StoredName]:
+        found = scan()
+        scanned.set()
+        promoted.wait(10)
+        return found
+
+    monkeypatch.setattr(cache.store, "scan", slow_scan)
+    looking = asyncio.create_task(watcher.look())
+    await asyncio.to_thread(scanned.wait, 10)
+    await AdapterRouter(cache).promote("a", "1")
+    promoted.set()
+    await looking
+    assert cache.catalog.current("a") == "1"
+
+
+async def test_a_bug_does_not_end_the_watch(
+    tmp_path: Path, make_adapter: MakeAdapter, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with watched(tmp_path) as cache:
+        with monkeypatch.context() as broken:
+            broken.setattr(cache.store, "scan", lambda: 1 / 0)
+            await eventually(lambda: "was not taken" in caplog.text)
+        make_adapter("a")
+        await eventually(lambda: names(cache) == ["a@1"])
 
 
 async def test_a_store_that_is_away_takes_nothing_with_it(
