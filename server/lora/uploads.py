@@ -40,7 +40,7 @@ class Upload:
             claim = partial(
                 adapters.claims.check,
                 AdapterRef(name, current or ""),
-                taken=current is not None,
+                taken=bool(adapters.catalog.versions(name)),
                 replace=replace,
                 expected_generation=expected_generation,
             )
