@@ -32,10 +32,12 @@ def by_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Va
 def layer_index(layers_patterns: Iterable[str], module: str) -> int | None:
     """The number of the layer that a module belongs to; the patterns name the list of layers, any list if none."""
     patterns = [_of_layers(pattern) for pattern in layers_patterns]
-    for pattern in patterns or [r".*?\.[^.]*\.(?P<layer>\d+)\."]:
-        match = _compile(pattern).match(module)
-        if match and match.group("layer"):  # without a number if the pattern offers a choice of its own
-            return int(match.group("layer"))
+    for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
+        compiled = _compile(pattern)
+        match = compiled.match(module)
+        number = match.group(compiled.groups) if match else None  # the last group, after those of the pattern itself
+        if number is not None:  # None if the pattern offers a choice without it
+            return int(number)
     return None
 
 
@@ -64,7 +66,7 @@ def _of_suffix(pattern: str) -> str:
 
 
 def _of_layers(pattern: str) -> str:
-    return rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\."
+    return rf"(?:^|.*?\.){pattern}\.(\d+)\."
 
 
 @lru_cache(maxsize=256)

@@ -47,7 +47,7 @@ class AdapterEvent:
     """Names an adapter and does not hold it, so that a watcher which does not read keeps no weights alive."""
 
     kind: EventKind
-    ref: AdapterRef | None
+    ref: AdapterRef | None  # None: SYNCED
 
 
 class Watch:

@@ -10,6 +10,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import logging
 import os
 import re
@@ -19,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from server.errors import InvalidRequest, Overloaded, StoreNotWritable
@@ -249,7 +249,7 @@ def _unlink_if_there(path: str) -> None:
         os.unlink(path)
 
 
-def open_plain(path: str | Path) -> BinaryIO:
+def open_plain(path: str | Path) -> io.BufferedReader:
     """Opens a file for reading that strangers may have put there: links are not followed, pipes not waited for."""
     return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
 

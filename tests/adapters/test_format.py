@@ -216,7 +216,7 @@ def test_what_a_file_says_is_quoted_in_one_short_line(folder: Path, name: str) -
         ({"rank_pattern": {"q_proj": "4"}}, "q_proj is '4'"),
         ({"rank_pattern": [4]}, "rank_pattern"),
         ({"rank_pattern": {"\ud800": 4}}, "regular expression"),
-        ({"layers_pattern": ["(?P<layer>x)"], "layers_to_transform": [0]}, "regular expression"),
+        ({"layers_pattern": ["a)(b"], "layers_to_transform": [0]}, "regular expression"),
         ({"use_rslora": "yes"}, "use_rslora"),
         ({"lora_dropout": "abc"}, "lora_dropout is 'abc'"),
         ({"lora_dropout": [1]}, "lora_dropout"),
@@ -323,6 +323,7 @@ def test_other_files_are_never_opened(folder: Path) -> None:
         ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, Q, True),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["blocks"]}, Q, False),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers|x"}, Q, False),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "(?P<layer>layers)"}, Q, True),
     ],
 )
 def test_targets_as_peft_means_them(config: dict[str, Any], module: str, expected: bool) -> None:
