@@ -81,10 +81,6 @@ class AdapterConfig:
             return True
         return layer_index(self.layers_pattern, module) in self.layers_to_transform
 
-    def saves(self, module: str) -> bool:
-        """Whether the adapter's files hold a trained copy of this module."""
-        return bool(self.modules_to_save) and names_module(self.modules_to_save, module)
-
 
 def parse_config(data: bytes) -> AdapterConfig:
     """Parses `adapter_config.json`.
@@ -125,12 +121,9 @@ def parse_config(data: bytes) -> AdapterConfig:
     if any(token < 0 for token in config.invocation_tokens):
         raise AdapterFormatError(f"alora_invocation_tokens is {list(config.invocation_tokens)}; token ids are needed")
     check_patterns(
-        (
-            *config.rank_pattern,
-            *config.alpha_pattern,
-            *config.layers_pattern,
-            *(text for text in (config.target_modules, config.exclude_modules) if isinstance(text, str)),
-        )
+        modules=[text for text in (config.target_modules, config.exclude_modules) if isinstance(text, str)],
+        suffixes=[*config.rank_pattern, *config.alpha_pattern],
+        layers_patterns=config.layers_pattern,
     )
     return config
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -113,7 +112,8 @@ def write_adapter(
 ) -> None:
     """Writes an adapter as PEFT would, whole or not at all: temporary folder, fsync, rename.
 
-    An adapter that is already in `folder` is replaced; any other folder is left alone.
+    An adapter that is already in `folder` is replaced; any other folder is left alone. A kill leaves the temporary
+    folder beside it, a hidden one; between the two renames that holds both adapters, `old` and `new`.
 
     Raises:
         FileExistsError: `folder` exists and holds something that is not an adapter.
@@ -133,11 +133,16 @@ def write_adapter(
         (fresh / WEIGHTS_FILE).chmod((fresh / CONFIG_FILE).stat().st_mode)  # the library makes it private to its owner
         for path in (fresh / CONFIG_FILE, fresh / WEIGHTS_FILE, fresh):
             _fsync(path)
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        fresh.rename(folder)
+        old = Path(scratch) / "old"
+        try:
+            if folder.exists():
+                folder.rename(old)
+            fresh.rename(folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
         _fsync(folder.parent)
-        shutil.rmtree(Path(scratch) / "old", ignore_errors=True)
 
 
 def check_writable(folder: Path) -> None:

@@ -24,31 +24,49 @@ def names_module(names: tuple[str, ...] | str, module: str) -> bool:
 def by_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
     """PEFT's rule: the first pattern that matches a dotted suffix of the module path."""
     for pattern, value in patterns.items():
-        if _compile(rf"(.*\.)?({pattern})").fullmatch(module):
+        if _compile(_of_suffix(pattern)).fullmatch(module):
             return value
     return default
 
 
 def layer_index(layers_patterns: Iterable[str], module: str) -> int | None:
     """The number of the layer that a module belongs to; the patterns name the list of layers, any list if none."""
-    patterns = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in layers_patterns]
-    for pattern in patterns or [r".*?\.[^.]*\.(?P<layer>\d+)\."]:
-        if match := _compile(pattern).match(module):
-            return int(match.group("layer"))
+    patterns = [_of_layers(pattern) for pattern in layers_patterns]
+    for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
+        compiled = _compile(pattern)
+        match = compiled.match(module)
+        number = match.group(compiled.groups) if match else None  # the last group, after those of the pattern itself
+        if number is not None:  # None if the pattern offers a choice without it
+            return int(number)
     return None
 
 
-def check_patterns(patterns: Iterable[str]) -> None:
-    """Compiles every pattern once, so that a bad one is refused here and not in the middle of a match.
+def check_patterns(*, modules: Iterable[str], suffixes: Iterable[str], layers_patterns: Iterable[str]) -> None:
+    """Compiles every pattern alone and as it is matched, so that a bad one is refused here and not in a match.
+
+    Args:
+        modules, suffixes, layers_patterns: those for `names_module`, `by_pattern` and `layer_index`.
 
     Raises:
         AdapterFormatError: a pattern is not a plain regular expression.
     """
-    for pattern in patterns:
+    matched = [(pattern, pattern) for pattern in modules]
+    matched += [(pattern, _of_suffix(pattern)) for pattern in suffixes]
+    matched += [(pattern, _of_layers(pattern)) for pattern in layers_patterns]
+    for pattern, wrapped in matched:
         try:
             _compile(pattern)
-        except re2.error as error:
+            _compile(wrapped)
+        except (re2.error, UnicodeEncodeError) as error:  # the latter for half a surrogate pair
             raise AdapterFormatError(f"pattern {pattern!r} is not a plain regular expression: {error}") from error
+
+
+def _of_suffix(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})"
+
+
+def _of_layers(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(\d+)\."
 
 
 @lru_cache(maxsize=256)

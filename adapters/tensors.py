@@ -99,7 +99,9 @@ def read_header(
     dtypes = set()
     for name, entry in header.items():
         spec = known[name]
-        dtype = entry.get("dtype") if isinstance(entry, dict) else entry
+        if not isinstance(entry, dict):
+            raise AdapterFormatError(f"{WEIGHTS_FILE}: {name} is not an object", "MALFORMED_WEIGHTS")
+        dtype = entry.get("dtype")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise AdapterFormatError(f"{WEIGHTS_FILE}: {name} has dtype {dtype}; one of {', '.join(DTYPES)} is needed")
         if entry.get("shape") != list(spec.shape):

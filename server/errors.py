@@ -20,6 +20,8 @@ ConfigError                                       at start-up, before there is a
 
 import grpc
 
+from adapters.errors import printable
+
 
 class ConfigError(Exception):
     """The server cannot start as asked; the message names the setting to change."""
@@ -30,6 +32,7 @@ class ServingError(Exception):
 
     Attributes:
         code: gRPC status.
+        message: one printable line, whatever it quotes.
         reason: machine-readable reason, sent as `google.rpc.ErrorInfo.reason`.
         field: request field at fault, sent as `google.rpc.BadRequest.FieldViolation.field`; empty if none.
     """
@@ -38,8 +41,8 @@ class ServingError(Exception):
     reason = "INTERNAL"
 
     def __init__(self, message: str, *, field: str = "", reason: str = "") -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = printable(message)
+        super().__init__(self.message)
         self.field = field
         if reason:
             self.reason = reason

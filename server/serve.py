@@ -19,7 +19,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.build import EngineParts, build_engine
 from server.engine.core import EngineCore
 from server.engine.model import load_tokenizer
-from server.errors import ConfigError
+from server.errors import ConfigError, Overloaded
 from server.lora.cache import AdapterCache
 from server.lora.loader import ServedBase
 from server.lora.publish import remove_leftovers
@@ -129,7 +129,7 @@ def _open_store(folder: Path, base_model: str) -> AdapterStore:
     store = AdapterStore(folder, reserved=frozenset({base_model}))
     try:
         remove_leftovers(store)
-    except OSError as error:
+    except (OSError, Overloaded) as error:
         log.warning("what interrupted uploads left in %s stays there: %s", folder, error)
     return store
 

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -38,6 +38,19 @@ class GenerationOutput:
     adapters: Sequence[WeightedAdapter]  # the generations that answer
 
 
+class _Stream:
+    """A request's outputs that are not read yet, and what it holds until the engine is done with it, read or not."""
+
+    def __init__(self, held: ExitStack) -> None:
+        self.unread: asyncio.Queue[TokenOutput] = asyncio.Queue()
+        self._held = held
+
+    def put(self, output: TokenOutput) -> None:
+        self.unread.put_nowait(output)
+        if output.finish_reason is not None or output.error is not None:
+            self._held.close()
+
+
 class AsyncEngine:
     """Owns the client streams, and the engine's thread with what is asked of it."""
 
@@ -70,7 +83,7 @@ class AsyncEngine:
         self._drained = asyncio.Event()
         self._drained.set()
         self._request_ids = itertools.count(1)
-        self._streams: dict[int, asyncio.Queue[TokenOutput]] = {}
+        self._streams: dict[int, _Stream] = {}
         self._loop = asyncio.get_running_loop()
         core.connect(self._emit)
         adapters.connect(self._evict, self._revoke)
@@ -102,26 +115,29 @@ class AsyncEngine:
     ) -> AsyncGenerator[GenerationOutput, None]:
         """Runs one request and yields what is new as it comes; whatever ends the iteration also ends the request.
 
-        A reader that is slow gets several tokens at once; it never holds up the engine.
+        A reader that is slow gets several tokens at once; it never holds up the engine, nor its adapters once the
+        engine is done with them.
 
         Args:
             adapters: references with their weights, whose bypasses are summed; none: the base model.
             label: decides which share of each adapter's traffic the request is part of.
 
         Raises:
-            ServingError: see `AdapterCache.acquire_all`; Overloaded when the queue is full; Unavailable.
+            ServingError: see `AdapterCache.hold`; Overloaded when the queue is full; Unavailable.
         """
         self._enter()
         try:
             timer = RequestTimer(self.metrics, len(prompt_token_ids))
-            async with self.adapters.acquire_all(list(adapters), label) as held:
+            with ExitStack() as held:
+                in_memory = await self.adapters.hold(list(adapters), held, label)
                 acquired = [
-                    WeightedAdapter(adapter, weight) for adapter, weight in zip(held, adapters.values(), strict=True)
+                    WeightedAdapter(adapter, weight)
+                    for adapter, weight in zip(in_memory, adapters.values(), strict=True)
                 ]
                 request = self._new_request(prompt_token_ids, params, acquired, cache_salt)
                 on_device = bool(acquired) and all(self.is_on_device(part.adapter) for part in acquired)
                 self.metrics.adapters.request(request.adapter_name, len(prompt_token_ids), on_device=on_device)
-                async with aclosing(self._run(request, timer)) as outputs:
+                async with aclosing(self._run(request, timer, held)) as outputs:
                     async for output in outputs:
                         yield output
         finally:
@@ -147,9 +163,11 @@ class AsyncEngine:
         stop = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self.base.eos_token_ids
         return Request(next(self._request_ids), prompt_token_ids, params, adapters, stop, cache_salt)
 
-    async def _run(self, request: Request, timer: RequestTimer) -> AsyncGenerator[GenerationOutput, None]:
-        queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
-        self._streams[request.request_id] = queue
+    async def _run(
+        self, request: Request, timer: RequestTimer, held: ExitStack
+    ) -> AsyncGenerator[GenerationOutput, None]:
+        stream = _Stream(held)
+        self._streams[request.request_id] = stream
         text = TextStream(self.tokenizer, request.token_ids, request.params.stop)
         num_output_tokens = 0
         finish_reason = None
@@ -159,9 +177,9 @@ class AsyncEngine:
                 raise engine_down()
             self._core.put(Submit(request))
             while finish_reason is None:
-                outputs = [await queue.get()]
-                while not queue.empty():
-                    outputs.append(queue.get_nowait())
+                outputs = [await stream.unread.get()]
+                while not stream.unread.empty():
+                    outputs.append(stream.unread.get_nowait())
                 if outputs[-1].error is not None:
                     outcome = "error"
                     raise outputs[-1].error
@@ -204,7 +222,8 @@ class AsyncEngine:
             raise Unavailable("the server is draining", reason="DRAINING")
         if self._num_requests >= self._max_requests:
             raise Overloaded(
-                f"{self._num_requests} requests are running or waiting; the limit is --max-num-seqs plus --max-waiting",
+                f"{self._num_requests} requests are running or waiting; more than {self._max_requests} (--max-num-seqs "
+                "plus --max-waiting) are not taken",
                 reason="QUEUE_FULL",
             )
         self._num_requests += 1
@@ -225,13 +244,13 @@ class AsyncEngine:
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         """Hands a step's outputs to their streams; one whose client has gone is dropped."""
         for output in outputs:
-            queue = self._streams.get(output.request_id)
-            if queue is not None:
-                queue.put_nowait(output)
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put(output)
 
     def _end_streams(self) -> None:
-        for request_id, queue in self._streams.items():
-            queue.put_nowait(TokenOutput(request_id, None, error=engine_down()))
+        for request_id, stream in self._streams.items():
+            stream.put(TokenOutput(request_id, None, error=engine_down()))
 
     def _emit(self, outputs: list[TokenOutput]) -> None:
         """Engine thread."""

@@ -185,11 +185,9 @@ class EngineCore:
                     self._merge(None)
                 if self._merge_policy is not None:
                     self._merge_policy.forget(adapter)
-                slot = self.scheduler.slots.remove(adapter)
-                if slot is not None:
-                    self.runner.lora.write(slot, None)
+                was_resident = self._empty_slot(adapter)
                 self._publish_resident()
-                freed.set_result(0 if slot is None else bytes_on_device(adapter, self.runner.base.device))
+                freed.set_result(bytes_on_device(adapter, self.runner.base.device) if was_resident else 0)
             case Merge(adapter, done):
                 try:
                     done.set_result(self._merge(adapter))
@@ -206,9 +204,16 @@ class EngineCore:
             self.scheduler.abort(scheduled.request.request_id)
             outputs.append(self._incident(scheduled.request.request_id, "STEP_FAILED"))
         for _, adapter in batch.slot_writes:
-            self.scheduler.slots.remove(adapter)
+            self._empty_slot(adapter)
         self._publish_resident()
         self._emit(outputs)
+
+    def _empty_slot(self, adapter: Adapter) -> bool:
+        """Says whether the adapter sat in a slot, unused."""
+        slot = self.scheduler.slots.remove(adapter)
+        if slot is not None:
+            self.runner.lora.write(slot, None)
+        return slot is not None
 
     def _follow(self, policy: MergePolicy, batch: ScheduledBatch, seconds: float) -> None:
         """Merges, or takes the merged adapter out, when the policy says so."""

@@ -22,7 +22,7 @@ class AdapterMerging:
         """Merges an adapter, in place of one that is; returns it and the seconds it took.
 
         Raises:
-            ServingError: see `AdapterCache.acquire_all`; MergeRefused, Unavailable.
+            ServingError: see `AdapterCache.hold`; MergeRefused, Unavailable.
         """
         self._check_policy()
         ref = await self._adapters.named(name)

@@ -17,6 +17,34 @@ from server.lora.base_weights import BaseWeights, adapted_norms, check_own
 MIN_GAIN = 0.01
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedAdapter:
+    """An adapter's files that go with the base's weights: what a copy of it holds, still in the files' own memory."""
+
+    files: AdapterFiles
+    layers: Mapping[str, LayerWeights]  # by module path
+
+    @classmethod
+    def from_files(cls, files: AdapterFiles, base: BaseWeights) -> "CheckedAdapter":
+        """
+        Raises:
+            AdapterIncompatibleError: the files do not go with what this base model's weights are.
+        """
+        for module, weight in files.base_weights.items():
+            check_own(base, module, weight)
+        layers = {
+            module: layer
+            for module in sorted(files.weights.keys() | files.base_biases.keys())
+            if (layer := _layer(files, module, base)) is not None
+        }
+        return cls(files, layers)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights in a copy: the base's own are not in it, gains and biases are float32."""
+        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.tensors())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """One generation of an adapter's weights. Its identity is the object: a name is only a pointer to it."""
@@ -36,21 +64,18 @@ class Adapter:
 
     @classmethod
     def from_files(cls, files: AdapterFiles, name: str, version: str, generation: int, base: BaseWeights) -> "Adapter":
+        """Raises AdapterIncompatibleError: the files do not go with what this base model's weights are."""
+        return cls.copied(CheckedAdapter.from_files(files, base), name, version, generation)
+
+    @classmethod
+    def copied(cls, checked: CheckedAdapter, name: str, version: str, generation: int) -> "Adapter":
         """Copies the weights into one block of memory, which goes back to the system whole when the adapter goes.
 
         Raises:
-            AdapterIncompatibleError: the files do not go with what this base model's weights are.
+            MemoryError, OSError: the system has none.
         """
-        for module, weight in files.base_weights.items():
-            check_own(base, module, weight)
-        layers = {
-            module: layer
-            for module in sorted(files.weights.keys() | files.base_biases.keys())
-            if (layer := _layer(files, module, base)) is not None
-        }
-        num_bytes = sum(tensor.nbytes for layer in layers.values() for tensor in layer.tensors())
-        memory = lazy_zeros((num_bytes,), torch.uint8)
-        weights = _placed(layers, memory)
+        files, num_bytes = checked.files, checked.num_bytes
+        weights = _placed(checked.layers, lazy_zeros((num_bytes,), torch.uint8))
         return cls(
             name=name,
             version=version,

@@ -51,7 +51,7 @@ class AdapterCache:
         self.board = StatusBoard(self.catalog, self.memory, self.loader)
         self.metrics = metrics
         self._mixing = asyncio.Lock()  # held while the parts of a mixture come into memory
-        self.loads = AdapterLoads(self.catalog, self.memory, self.loader, self.board, self.disk, metrics)
+        self.loads = AdapterLoads(self.catalog, self.memory, self.loader, self.board, metrics)
         metrics.adapters.watch("host", self.memory.adapters)
 
     def connect(self, evict_from_device: EvictFromDevice, revoke: RevokeFromRequests) -> None:
@@ -60,13 +60,14 @@ class AdapterCache:
 
     @contextlib.asynccontextmanager
     async def acquire(self, reference: str, label: str = "") -> AsyncIterator[Adapter]:
-        """`acquire_all` for one adapter."""
-        async with self.acquire_all([reference], label) as [adapter]:
+        """`hold` for one adapter, within."""
+        with contextlib.ExitStack() as held:
+            [adapter] = await self.hold([reference], held, label)
             yield adapter
 
-    @contextlib.asynccontextmanager
-    async def acquire_all(self, references: Sequence[str], label: str = "") -> AsyncIterator[Sequence[Adapter]]:
-        """Holds the adapters of a request in host memory while it runs; those that are not there wait for room.
+    async def hold(self, references: Sequence[str], held: contextlib.ExitStack, label: str = "") -> Sequence[Adapter]:
+        """Brings the adapters of a request into host memory, as soon as there is room, and keeps them there until
+        `held` is closed.
 
         One that waits holds nothing, but for a mixture whose turn it is; so no two wait for each other.
 
@@ -82,14 +83,11 @@ class AdapterCache:
         for ref in refs:
             if ref not in missing:
                 self.metrics.adapters.found(ref.name, "host")
-        with contextlib.ExitStack() as held:
-            if missing and len(refs) > 1:
-                async with self._mixing:
-                    with self.memory.keeping({ref: await self.loads.num_bytes(ref) for ref in refs}):
-                        adapters = await self._hold(refs, held)
-            else:
-                adapters = await self._hold(refs, held)
-            yield adapters
+        if not missing or len(refs) == 1:
+            return await self._hold(refs, held)
+        async with self._mixing:
+            with self.memory.keeping({ref: self.loader.num_bytes(ref) for ref in refs}):
+                return await self._hold(refs, held)
 
     async def load(
         self,
@@ -121,6 +119,8 @@ class AdapterCache:
             taken = self.memory.get(ref) is not None
             self.claims.check(ref, taken=taken, replace=replace, expected_generation=expected_generation)
             copy = await self.loads.read(ref, folder, same_if_unchanged=False)
+            # Again: a request may have loaded it meanwhile.
+            self.claims.check(ref, taken=taken, replace=replace, expected_generation=expected_generation)
             self.catalog.restore(ref, folder if source or not self.catalog.is_stored(ref) else None)
             self.loads.put(ref, copy, EventKind.REPLACED if taken else EventKind.LOADED, pin=pin)
         return copy.adapter
@@ -139,10 +139,12 @@ class AdapterCache:
         busy = [status for ref in refs if (status := self.board.status(ref)).num_users or status.num_waiting]
         if mode is UnloadMode.IF_IDLE and busy:
             raise AdapterInUse(
-                f"adapter {busy[0].ref} is used by {busy[0].num_users} requests and awaited by {busy[0].num_waiting}"
+                f"adapter {busy[0].ref} is used by {busy[0].num_users} requests and awaited by {busy[0].num_waiting}; "
+                "mode IF_IDLE unloads it only with none, DRAIN lets them finish, FORCE ends them"
             )
         self.catalog.take_away(bare_name, version)
-        tasks = [task for ref in refs if (task := self.forget(ref, EventKind.UNLOADED)) is not None] + draining
+        tasks = [task for ref in refs if (task := self.forget(ref)) is not None] + draining
+        self.board.publish(EventKind.UNLOADED, *refs)
         if mode is UnloadMode.FORCE:
             for task in tasks:
                 self.memory.revoke(task)
@@ -154,7 +156,7 @@ class AdapterCache:
         """Loads an adapter, if it is not, and keeps it in host memory until it is unpinned or unloaded.
 
         Raises:
-            Those of `acquire_all`.
+            Those of `hold`.
         """
         ref = await self.named(name)
         await self.loads.copy(ref)
@@ -200,13 +202,11 @@ class AdapterCache:
             name = f"{bare_name}@{current}"
         return await self._resolve(name)
 
-    def forget(self, ref: AdapterRef, kind: EventKind) -> "asyncio.Task[FreedBytes] | None":
+    def forget(self, ref: AdapterRef) -> "asyncio.Task[FreedBytes] | None":
         """Takes the name from its copy, if there is one; the task ends when that is free."""
         self.board.clear(ref)
         self.loader.forget(ref)
-        task = self.memory.remove(ref)
-        self.board.publish(kind, ref)
-        return task
+        return self.memory.remove(ref)
 
     async def _hold(self, refs: Sequence[AdapterRef], held: contextlib.ExitStack) -> Sequence[Adapter]:
         while missing := [ref for ref in refs if self.memory.get(ref) is None]:

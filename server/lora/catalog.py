@@ -9,9 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from server.errors import AdapterNotFound, ConfigError
+from server.errors import AdapterNotFound, ConfigError, DamagedAdapter
 from server.lora.routing import Routing
-from server.lora.store import FLAT_VERSION, AdapterRef, AdapterStore, Fingerprint, StoredName, parse_reference
+from server.lora.store import (
+    FLAT_VERSION,
+    ROUTING_FILE,
+    AdapterRef,
+    AdapterStore,
+    Fingerprint,
+    StoredName,
+    parse_reference,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +55,12 @@ class AdapterCatalog:
         """The version that a request means: `name@version`, or for a bare name what its routing says.
 
         Raises:
-            InvalidRequest, AdapterNotFound.
+            InvalidRequest, AdapterNotFound, DamagedAdapter.
         """
         name, version = parse_reference(reference)
         if version is None:
+            if self._lacks_routing(name):
+                raise unreadable_routing(name)
             share = self.routing(name).draw(name, label)
             version = share if share and self.has(AdapterRef(name, share)) else self.current(name)
         ref = AdapterRef(name, version or "")
@@ -59,12 +69,13 @@ class AdapterCatalog:
         return ref
 
     def current(self, name: str) -> str | None:
-        """The version that a bare name means, shares aside; None if there is no such name."""
-        stored, sources = self._stored.get(name), self._sources.get(name)
-        if stored is not None and stored.routing.promoted:
-            return stored.routing.promoted
-        versions = [stored.newest] if stored else []
-        return max([*versions, *(sources or ())], key=int, default=None)
+        """The version that a bare name means, shares aside: the promoted one, or else the newest that requests may
+        name. None if there is no such name, or nobody knows what it means.
+        """
+        if self._lacks_routing(name):
+            return None
+        named = (version for version in self._versions(name) if self.has(AdapterRef(name, version)))
+        return self.routing(name).promoted or max(named, key=int, default=None)
 
     def has(self, ref: AdapterRef) -> bool:
         """Whether requests may name it."""
@@ -76,7 +87,7 @@ class AdapterCatalog:
 
     def routing(self, name: str) -> Routing:
         stored = self._stored.get(name)
-        return stored.routing if stored else Routing()
+        return (stored and stored.routing) or Routing()
 
     def path(self, ref: AdapterRef) -> Path:
         return self._sources.get(ref.name, {}).get(ref.version) or self.stored_path(ref)
@@ -121,18 +132,21 @@ class AdapterCatalog:
         Raises:
             AdapterNotFound.
         """
-        ref = AdapterRef(name, version or self.current(name) or "")
+        ref = AdapterRef(name, version or self._meant(name))
         if not self.knows(ref):
             raise AdapterNotFound(name if version is None else f"{name}@{version}")
         return ref
 
     def source_ref(self, name: str, version: str | None) -> AdapterRef:
         """What a folder of another name is loaded as: the version, or the one that the bare name means."""
-        return AdapterRef(name, version or self.current(name) or FLAT_VERSION)
+        return AdapterRef(name, version or self._meant(name) or FLAT_VERSION)
 
     def restore(self, ref: AdapterRef, source: Path | None) -> None:
-        """Gives a name back that was taken away, or makes one: its files are in the store, or in `source`."""
-        self._unloaded -= {(ref.name, None), (ref.name, ref.version)}
+        """Gives one version back that was taken away, or makes one: its files are in the store, or in `source`."""
+        if (ref.name, None) in self._unloaded:
+            self._unloaded.remove((ref.name, None))
+            self._unloaded |= {(ref.name, version) for version in self._stored[ref.name].versions}
+        self._unloaded.discard((ref.name, ref.version))
         if source is not None:
             self._sources.setdefault(ref.name, {})[ref.version] = source
         else:
@@ -148,16 +162,13 @@ class AdapterCatalog:
             self._unloaded.add((name, version))
         self._refs = None
 
-    def reroute(self, name: str, routing: Routing) -> None:
-        self._stored[name] = replace(self._stored[name], routing=routing)
-
     def learn(self, name: str, stored: StoredName | None) -> list[AdapterRef]:
         """Takes what is new on disk under one name, and leaves what is known to `update`; returns the new versions."""
         if stored is None:
             return []
         known = self._stored.get(name)
         versions = {**stored.versions, **(known.versions if known else {})}
-        self._stored[name] = replace(stored, versions=versions)
+        self._stored[name] = _with_routing(replace(stored, versions=versions), known)
         self._refs = None
         return [AdapterRef(name, version) for version in stored.versions if not known or version not in known.versions]
 
@@ -166,6 +177,7 @@ class AdapterCatalog:
         changes = StoreChanges()
         for name, new in names.items():
             old = self._stored.get(name)
+            new = _with_routing(new, old) if new else None
             before, after = (stored.versions if stored else {} for stored in (old, new))
             for version in before.keys() | after.keys():
                 ref = AdapterRef(name, version)
@@ -190,8 +202,27 @@ class AdapterCatalog:
         stored = self._stored.get(name)
         return {*(stored.versions if stored else ()), *self._sources.get(name, ())}
 
+    def _meant(self, name: str) -> str:
+        """What a bare name means to who loads it: with all versions taken away the newest. Empty: there is none."""
+        return self.current(name) or max(self._versions(name), key=int, default="")
+
+    def _lacks_routing(self, name: str) -> bool:
+        return name in self._stored and self._stored[name].routing is None
+
     def _forget_source(self, ref: AdapterRef) -> None:
         sources = self._sources.get(ref.name, {})
         sources.pop(ref.version, None)
         if not sources:
             self._sources.pop(ref.name, None)
+
+
+def unreadable_routing(name: str) -> DamagedAdapter:
+    return DamagedAdapter(
+        f"{name}/{ROUTING_FILE} cannot be read, so nobody knows which version {name!r} means: name one, or promote one",
+        reason="UNREADABLE_ROUTING",
+    )
+
+
+def _with_routing(stored: StoredName, known: StoredName | None) -> StoredName:
+    """A routing that cannot be read leaves the one that was known."""
+    return replace(stored, routing=known.routing) if stored.routing is None and known else stored

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from server.errors import DamagedAdapter
+from server.lora.store import open_plain
 
 SUMS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._-]+)")
@@ -30,10 +31,10 @@ def check_sums(folder: Path, known: Mapping[str, str]) -> None:
         DamagedAdapter: they differ, or the record itself is unreadable.
     """
     path = folder / SUMS_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
     try:
-        with path.open("rb") as record:
+        with open_plain(path) as record:
             lines = record.read(_MAX_BYTES).decode().splitlines()
         for line in lines:
             match = _LINE.fullmatch(line)
@@ -50,5 +51,5 @@ def check_sums(folder: Path, known: Mapping[str, str]) -> None:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

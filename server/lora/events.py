@@ -2,7 +2,7 @@
 
 import asyncio
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from server.lora.adapter import Adapter
 from server.lora.store import AdapterRef
 
 MAX_WATCHERS = 100
-MAX_BEHIND = 1000  # events that a watcher may leave unread
+MAX_BEHIND = 1000  # happenings that a watcher may leave unread, each with an event for every adapter it is of
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterStatus:
-    """What listings and events tell of one version of an adapter."""
+    """What is told of one version of an adapter."""
 
     ref: AdapterRef
     adapter: Adapter | None  # None: on disk only
@@ -44,30 +44,33 @@ class EventKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterEvent:
+    """Names an adapter and does not hold it, so that a watcher which does not read keeps no weights alive."""
+
     kind: EventKind
-    status: AdapterStatus | None
+    ref: AdapterRef | None  # None: SYNCED
 
 
 class Watch:
     """One watcher's unread events, and at their end the reason why there are no more."""
 
     def __init__(self) -> None:
-        self._unread: asyncio.Queue[AdapterEvent | ServingError] = asyncio.Queue()
+        self._unread: asyncio.Queue[Sequence[AdapterEvent] | ServingError] = asyncio.Queue()
         self._ended = False
 
-    async def next(self) -> AdapterEvent:
+    async def next(self) -> Sequence[AdapterEvent]:
         """Raises Overloaded when the watcher fell behind, Unavailable when the server stops."""
-        event = await self._unread.get()
-        if isinstance(event, ServingError):
-            raise event
-        return event
+        events = await self._unread.get()
+        if isinstance(events, ServingError):
+            raise events
+        return events
 
-    def put(self, event: AdapterEvent) -> None:
+    def put(self, events: Sequence[AdapterEvent]) -> None:
+        """However many they are, they count as one: what happens to all adapters at once sends nobody away."""
         if self._unread.qsize() >= MAX_BEHIND:
-            text = f"the watcher left {MAX_BEHIND} events unread; watch again for a fresh snapshot"
+            text = f"the watcher left events of {MAX_BEHIND} happenings unread; watch again for a fresh snapshot"
             self.end(Overloaded(text, reason="SLOW_WATCHER"))
         elif not self._ended:
-            self._unread.put_nowait(event)
+            self._unread.put_nowait(events)
 
     def end(self, error: ServingError) -> None:
         if not self._ended:
@@ -104,9 +107,9 @@ class AdapterEvents:
         finally:
             self._watches.remove(watch)
 
-    def publish(self, event: AdapterEvent) -> None:
+    def publish(self, events: Sequence[AdapterEvent]) -> None:
         for watch in self._watches:
-            watch.put(event)
+            watch.put(events)
 
     def close(self) -> None:
         """Sends all watchers away: the server stops."""

@@ -14,6 +14,10 @@ EvictFromDevice = Callable[[Adapter], Awaitable[int]]
 RevokeFromRequests = Callable[[Adapter], None]
 
 
+class NotAwaited(Exception):
+    """A copy need not wait for room any more: it is here already, or nobody waits for it."""
+
+
 class HostCopy:
     """An adapter in memory, the state of the files it came from, and how many requests use it."""
 
@@ -104,6 +108,7 @@ class HostMemory:
         self._copies[ref] = copy
         if old is not None:
             self._retire(ref, old)
+        self._changed.set()  # whoever loads the same waits in vain
 
     def num_awaiting(self, ref: AdapterRef) -> int:
         """Requests that wait for a copy to be here."""
@@ -145,8 +150,8 @@ class HostMemory:
         ]
 
     def revoke(self, task: "asyncio.Task[FreedBytes]") -> None:
-        """Ends the requests that still use a copy which lost its name."""
-        if task in self._retiring and self._revoke is not None:
+        """Ends the requests that still use a copy which lost its name; without any it may be leaving the device."""
+        if task in self._retiring and self._revoke is not None and self._retiring[task][1].num_users:
             self._revoke(self._retiring[task][1].adapter)
 
     def has_room(self, num_bytes: int) -> bool:
@@ -160,11 +165,15 @@ class HostMemory:
 
         One set at a time: two could keep each other out.
 
+        Args:
+            sizes: bytes of each as far as they are known, or 0.
+
         Raises:
             Overloaded: they cannot be here together, whoever leaves.
         """
         assert not self._kept
         self._kept = frozenset(sizes)
+        self._changed.set()  # some that wait are next now
         try:
             if sum(sizes.values()) + self._num_kept_bytes(besides=sizes) > self.max_bytes:
                 raise self._no_room(sum(sizes.values()))
@@ -182,11 +191,14 @@ class HostMemory:
 
         Raises:
             Overloaded: there is no room, or there can be none whoever leaves.
+            NotAwaited: to wait longer would only keep others out.
         """
         if wait_for is not None:
             self._waiting.append(wait_for)
         try:
             while not await self._make_room(num_bytes, wait_for):
+                if wait_for in self._copies or wait_for not in self._awaited:
+                    raise NotAwaited
                 self._changed.clear()
                 await self._changed.wait()
         finally:
@@ -211,9 +223,9 @@ class HostMemory:
                 raise self._no_room(num_bytes)
             if idle is None:
                 return False
+            freeing = self._retire(idle, self._copies.pop(idle))
             self._evicted(idle)
-            # Shielded: the copy has lost its name, and must be freed whoever stops waiting.
-            await asyncio.shield(self._retire(idle, self._copies.pop(idle)))
+            await asyncio.shield(freeing)  # the copy has lost its name, and must be freed whoever stops waiting
         return True
 
     def _is_next(self, ref: AdapterRef) -> bool:

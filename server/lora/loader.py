@@ -5,12 +5,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from adapters.errors import AdapterFormatError, AdapterIncompatibleError
 from adapters.format import AdapterFiles, read_adapter
 from server.errors import AdapterChanged, AdapterNotFound, IncompatibleAdapter, InvalidAdapter, Overloaded, ServingError
-from server.lora.adapter import Adapter
+from server.lora.adapter import Adapter, CheckedAdapter
 from server.lora.base_weights import BaseWeights
 from server.lora.digests import SUMS_FILE, check_sums
 from server.lora.disk_workers import DiskWorkers
@@ -43,7 +44,7 @@ class AdapterLoader:
         self._disk = disk
         self._memory = memory
         self._num_generations = 0
-        self._loaded: dict[AdapterRef, tuple[str, int]] = {}  # digest and generation of the last load
+        self._loaded: dict[AdapterRef, _LastLoad] = {}
 
     async def load(self, ref: AdapterRef, folder: Path, *, same_if_unchanged: bool, wait: bool) -> HostCopy:
         """A copy of what is in the folder: a new generation, or the name's last one if the content is still the same.
@@ -56,60 +57,46 @@ class AdapterLoader:
 
         Raises:
             AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged, Overloaded.
+            NotAwaited: while it waited.
         """
-        files, source = await self.read(ref.name, folder)
-        size = files.num_bytes
+        checked, source = await self._disk.run(self._read, ref.name, folder)
+        size = checked.num_bytes
         if must_wait := wait and not self._memory.has_room(size):
-            del files
+            del checked
         async with self._memory.reserve(size, ref if wait else None):
             if must_wait:
-                files, source = await self.read(ref.name, folder)
-            digest, generation = self._loaded.get(ref, ("", 0))
-            if not same_if_unchanged or digest != files.digest:
-                generation = self.next_generation()
-            return await self.place(ref, files, source, generation)
-
-    async def read(self, name: str, folder: Path) -> tuple[AdapterFiles, Fingerprint | None]:
-        """The checked files, and the state of the folder in which they were read.
-
-        Raises:
-            AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged, Overloaded.
-        """
-        return await self._disk.run(self._read, name, folder)
-
-    async def place(
-        self, ref: AdapterRef, files: AdapterFiles, source: Fingerprint | None, generation: int
-    ) -> HostCopy:
-        """The weights in host memory; the caller has reserved the room.
-
-        Raises:
-            IncompatibleAdapter.
-        """
-        try:
-            adapter = await self._disk.run(
-                Adapter.from_files, files, ref.name, ref.version, generation, self._served.weights
-            )
-        except AdapterFormatError as fault:
-            raise _refusal(ref.name, fault) from fault
-        return HostCopy(adapter, source)
-
-    def next_generation(self) -> int:
-        self._num_generations += 1
-        return self._num_generations
+                checked, source = await self._disk.run(self._read, ref.name, folder)
+                if checked.num_bytes > size:
+                    raise AdapterChanged(f"adapter {ref.name!r} grew while it waited for room; try again")
+            last = self._loaded.get(ref)
+            if same_if_unchanged and last is not None and last.digest == checked.files.digest:
+                generation = last.generation
+            else:
+                self._num_generations += 1
+                generation = self._num_generations
+            return HostCopy(await self._disk.run(self._copied, checked, ref, generation), source)
 
     def remember(self, ref: AdapterRef, adapter: Adapter) -> None:
         """This is what the name means now."""
-        self._loaded[ref] = adapter.digest, adapter.generation
+        self._loaded[ref] = _LastLoad(adapter.digest, adapter.generation, adapter.num_bytes)
 
     def forget(self, ref: AdapterRef) -> None:
         self._loaded.pop(ref, None)
 
     def generation(self, ref: AdapterRef) -> int:
         """What the name means, in memory or evicted from it; 0: it was never loaded."""
-        return self._loaded.get(ref, ("", 0))[1]
+        last = self._loaded.get(ref)
+        return last.generation if last else 0
 
-    def _read(self, name: str, folder: Path) -> tuple[AdapterFiles, Fingerprint | None]:
-        """A folder that changes under the reading is not believed; and if the files of a published adapter fail their
+    def num_bytes(self, ref: AdapterRef) -> int:
+        """Memory that it took when it was last loaded; 0: it never was."""
+        last = self._loaded.get(ref)
+        return last.num_bytes if last else 0
+
+    def _read(self, name: str, folder: Path) -> tuple[CheckedAdapter, Fingerprint | None]:
+        """The checked files, and the state of the folder in which they were read.
+
+        A folder that changes under the reading is not believed; and if the files of a published adapter fail their
         digests, that is the fault to report, whatever else it led to. Worker thread.
         """
         before = fingerprint(folder)
@@ -121,10 +108,11 @@ class AdapterLoader:
             files = read_adapter(folder, self._served.weights.shapes, self._served.max_rank)
             digests = files.file_digests
             self._check_base(files)
+            checked = CheckedAdapter.from_files(files, self._served.weights)
         except AdapterFormatError as error:
             fault = error
         except MemoryError as error:
-            raise Overloaded(f"no memory to read adapter {name!r}", reason="ADAPTER_MEMORY") from error
+            raise _no_memory(name) from error
         if fingerprint(folder) != before:
             raise AdapterChanged(f"the files of adapter {name!r} changed while they were read; try again")
         check_sums(folder, digests)
@@ -132,7 +120,14 @@ class AdapterLoader:
             log.info("adapter %s: never opened: %s", name, ", ".join(map(repr, ignored[:_MAX_NAMES])))
         if fault is not None:
             raise _refusal(name, fault) from fault
-        return files, before
+        return checked, before
+
+    def _copied(self, checked: CheckedAdapter, ref: AdapterRef, generation: int) -> Adapter:
+        """Worker thread."""
+        try:
+            return Adapter.copied(checked, ref.name, ref.version, generation)
+        except (MemoryError, OSError) as error:
+            raise _no_memory(ref.name) from error
 
     def _check_base(self, files: AdapterFiles) -> None:
         theirs, ours = files.base_fingerprint, self._served.fingerprint
@@ -142,6 +137,16 @@ class AdapterLoader:
                 f"served is {self._served.name} with fingerprint {ours[:12]!r}",
                 "WRONG_BASE",
             )
+
+
+class _LastLoad(NamedTuple):
+    digest: str
+    generation: int
+    num_bytes: int
+
+
+def _no_memory(name: str) -> Overloaded:
+    return Overloaded(f"the system has no memory for adapter {name!r}", reason="ADAPTER_MEMORY")
 
 
 def _refusal(name: str, fault: AdapterFormatError) -> ServingError:

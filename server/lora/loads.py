@@ -1,18 +1,18 @@
 """Adapters on their way from disk to host memory. Event loop."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from pathlib import Path
 
 from server.errors import AdapterNotFound, ServingError
 from server.lora.catalog import AdapterCatalog
-from server.lora.disk_workers import DiskWorkers
 from server.lora.events import EventKind
-from server.lora.host_memory import HostCopy, HostMemory
+from server.lora.host_memory import HostCopy, HostMemory, NotAwaited
 from server.lora.loader import AdapterLoader
 from server.lora.status_board import StatusBoard
-from server.lora.store import AdapterRef, fingerprint, num_bytes
+from server.lora.store import AdapterRef
 from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -27,14 +27,12 @@ class AdapterLoads:
         memory: HostMemory,
         loader: AdapterLoader,
         board: StatusBoard,
-        disk: DiskWorkers,
         metrics: Metrics,
     ) -> None:
         self._catalog = catalog
         self._memory = memory
         self._loader = loader
         self._board = board
-        self._disk = disk
         self._metrics = metrics
         self._loading: dict[AdapterRef, asyncio.Task[None]] = {}
 
@@ -42,7 +40,7 @@ class AdapterLoads:
         """The copy in memory, loaded as soon as there is room if it is only on disk.
 
         Raises:
-            Those of `acquire_all`.
+            Those of `AdapterCache.hold`.
         """
         while (copy := self._memory.get(ref)) is None:
             if not self._catalog.has(ref):
@@ -56,7 +54,11 @@ class AdapterLoads:
         return copy
 
     async def read(self, ref: AdapterRef, folder: Path, *, same_if_unchanged: bool, wait: bool = False) -> HostCopy:
-        """`AdapterLoader.load`, counted; a refusal is shown in listings."""
+        """`AdapterLoader.load`, counted; a refusal is shown in listings.
+
+        Raises:
+            Those of `AdapterLoader.load`.
+        """
         started = time.monotonic()
         try:
             copy = await self._loader.load(ref, folder, same_if_unchanged=same_if_unchanged, wait=wait)
@@ -85,20 +87,13 @@ class AdapterLoads:
         )
         self._board.publish(kind, ref)
 
-    async def num_bytes(self, ref: AdapterRef) -> int:
-        """Size of its files, in memory or not."""
-        copy = self._memory.get(ref)
-        if copy is not None:
-            return copy.adapter.num_bytes_disk
-        source = await self._disk.run(fingerprint, self._catalog.path(ref))
-        return num_bytes(source) if source else 0
-
     async def _load_missing(self, ref: AdapterRef) -> None:
         try:
-            copy = await self.read(ref, self._catalog.path(ref), same_if_unchanged=True, wait=True)
-            if not self._catalog.has(ref):
-                raise AdapterNotFound(str(ref))
-            if self._memory.get(ref) is None:
-                self.put(ref, copy, EventKind.LOADED)
+            with contextlib.suppress(NotAwaited):
+                copy = await self.read(ref, self._catalog.path(ref), same_if_unchanged=True, wait=True)
+                if not self._catalog.has(ref):
+                    raise AdapterNotFound(str(ref))
+                if self._memory.get(ref) is None:
+                    self.put(ref, copy, EventKind.LOADED)
         finally:
             del self._loading[ref]

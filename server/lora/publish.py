@@ -18,6 +18,7 @@ from typing import BinaryIO
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from server.errors import AdapterExists, InvalidRequest, Overloaded, StoreNotWritable
 from server.lora.digests import write_sums
+from server.lora.routing import VERSION
 from server.lora.store import AdapterRef, AdapterStore, disk_errors, fsync_folder
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -154,6 +155,10 @@ class Publication:
             stored = self._store.look(name)
             if version is None:
                 version = str(int(stored.newest) + 1) if stored else "1"
+                if not VERSION.fullmatch(version):
+                    raise StoreNotWritable(
+                        f"no number of nine digits follows the newest version of {name}: name a version"
+                    )
             ref = AdapterRef(name, version)
             if stored and version in stored.versions:
                 raise AdapterExists(f"{ref} is in the store; a version never changes: upload another", field="name")
@@ -180,6 +185,7 @@ def remove_leftovers(store: AdapterStore) -> None:
 
     Raises:
         OSError: the store cannot be read or written.
+        Overloaded: another process keeps its lock.
     """
     scratch = store.root / ".publish"
     if not scratch.is_dir():

@@ -1,10 +1,12 @@
 """Operators say which version a bare name means: promotion, rollback, shares of the traffic. Event loop."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from server.errors import AdapterNotFound, InvalidRequest
 from server.lora.cache import AdapterCache
+from server.lora.catalog import unreadable_routing
 from server.lora.events import AdapterStatus, EventKind
 from server.lora.routing import Routing
 from server.lora.store import AdapterRef, parse_reference
@@ -22,13 +24,15 @@ class AdapterRouter:
         The version is loaded first: a name never comes to mean one that cannot be served.
 
         Raises:
-            Those of `AdapterCache.acquire_all`; StoreNotWritable.
+            Those of `AdapterCache.hold`; StoreNotWritable.
         """
         adapters, name = self._adapters, _bare(name)
+        if version:  # before the name is locked, since it may wait for room
+            await adapters.loads.copy(await self._stored(name, version))
         async with adapters.claims.changing(name):
             if version:
-                await adapters.loads.copy(await self._stored(name, version))
-            await self._write(name, Routing(version))
+                await self._stored(name, version)
+            await self._write(name, lambda _: Routing(version))
         return await adapters.get(name)
 
     async def set_traffic(self, name: str, percent_by_version: Mapping[str, int]) -> list[AdapterStatus]:
@@ -37,16 +41,18 @@ class AdapterRouter:
         Returns the name's versions.
 
         Raises:
-            InvalidRequest, AdapterNotFound, Overloaded, StoreNotWritable.
+            InvalidRequest, AdapterNotFound, DamagedAdapter, Overloaded, StoreNotWritable.
         """
         adapters, name = self._adapters, _bare(name)
-        if sum(percent_by_version.values()) > 100:
-            raise InvalidRequest("the shares come to more than 100 per cent", field="percent_by_version")
+        if (total := sum(percent_by_version.values())) > 100:
+            shares = ", ".join(f"{version}: {percent}" for version, percent in percent_by_version.items())
+            raise InvalidRequest(
+                f"the shares come to {total} per cent, more than 100 per cent: {shares}", field="percent_by_version"
+            )
         async with adapters.claims.changing(name):
             for version in percent_by_version:
                 await self._stored(name, version)
-            shares = {version: percent for version, percent in percent_by_version.items() if percent}
-            await self._write(name, replace(adapters.catalog.routing(name), percent_by_version=shares))
+            await self._write(name, partial(_with_shares, name, percent_by_version))
         return [adapters.board.status(ref) for ref in adapters.catalog.versions(name)]
 
     async def _stored(self, name: str, version: str) -> AdapterRef:
@@ -55,14 +61,22 @@ class AdapterRouter:
             raise AdapterNotFound(str(ref))
         return ref
 
-    async def _write(self, name: str, routing: Routing) -> None:
+    async def _write(self, name: str, change: Callable[[Routing | None], Routing]) -> None:
         adapters = self._adapters
         await adapters.look(name)
-        if not adapters.catalog.is_stored(AdapterRef(name, adapters.catalog.current(name) or "")):
+        if not any(map(adapters.catalog.is_stored, adapters.catalog.versions(name))):
             raise AdapterNotFound(name)
-        await adapters.disk.run(adapters.store.write_routing, name, routing)
-        adapters.catalog.reroute(name, routing)
+        await adapters.disk.run(adapters.store.change_routing, name, change)
+        await adapters.look(name)
         adapters.board.publish(EventKind.UPDATED, *adapters.catalog.versions(name))
+
+
+def _with_shares(name: str, percent_by_version: Mapping[str, int], routing: Routing | None) -> Routing:
+    """What the store has now, maybe by another server, with other shares."""
+    if routing is None:
+        raise unreadable_routing(name)
+    shares = {version: percent for version, percent in percent_by_version.items() if percent}
+    return replace(routing, percent_by_version=shares)
 
 
 def _bare(name: str) -> str:

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+VERSION = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +38,20 @@ class Routing:
     @classmethod
     def from_json(cls, text: str) -> "Routing":
         """Raises ValueError for anything but what `to_json` writes."""
-        raw = json.loads(text)
+        try:
+            raw = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
         if not isinstance(raw, dict) or raw.keys() != {"promoted", "percent_by_version"}:
             raise ValueError("promoted and percent_by_version are needed, and nothing else")
         promoted, percents = raw["promoted"], raw["percent_by_version"]
-        if not isinstance(promoted, str) or (promoted and not promoted.isdecimal()):
-            raise ValueError(f"promoted is {promoted!r}")
+        if not isinstance(promoted, str) or (promoted and not VERSION.fullmatch(promoted)):
+            raise ValueError(f"promoted is {promoted!r:.100}")
         if not isinstance(percents, dict) or not all(
-            version.isdecimal() and type(percent) is int and 0 < percent <= 100 for version, percent in percents.items()
+            VERSION.fullmatch(version) and type(percent) is int and 0 < percent <= 100
+            for version, percent in percents.items()
         ):
-            raise ValueError(f"percent_by_version is {percents!r}")
+            raise ValueError(f"percent_by_version is {percents!r:.100}")
         if sum(percents.values()) > 100:
             raise ValueError("the shares come to more than 100 per cent")
         return cls(promoted, percents)

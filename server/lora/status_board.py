@@ -38,21 +38,22 @@ class StatusBoard:
         return [self.status(ref) for ref in self._catalog.refs(after, limit)]
 
     async def watch(self) -> AsyncGenerator[AdapterEvent, None]:
-        """Every adapter as it is, then everything that happens.
+        """Every adapter, then everything that happens; what `status` says of them is to be asked as late as possible.
 
         Raises:
             Overloaded, Unavailable.
         """
         with self.events.watch() as watch:
-            for status in self.statuses():
-                yield AdapterEvent(EventKind.SNAPSHOT, status)
+            for ref in self._catalog.refs():
+                yield AdapterEvent(EventKind.SNAPSHOT, ref)
             yield AdapterEvent(EventKind.SYNCED, None)
             while True:
-                yield await watch.next()
+                for event in await watch.next():
+                    yield event
 
     def publish(self, kind: EventKind, *refs: AdapterRef) -> None:
-        for ref in refs:
-            self.events.publish(AdapterEvent(kind, self.status(ref)))
+        if refs:
+            self.events.publish([AdapterEvent(kind, ref) for ref in refs])
 
     def refused(self, ref: AdapterRef, message: str) -> None:
         """A load failed; names that nobody has are not remembered."""

@@ -10,26 +10,29 @@
 import contextlib
 import errno
 import fcntl
+import io
 import logging
 import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from server.errors import InvalidRequest, Overloaded, StoreNotWritable
-from server.lora.routing import Routing
+from server.lora.routing import VERSION, Routing
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_VERSION = re.compile(r"0|[1-9][0-9]{0,8}")
 FLAT_VERSION = "1"
 ROUTING_FILE = "routing.json"
 _MAX_ROUTING_BYTES = 1 << 16
+_LOCK_SECONDS = 10  # that a change waits for others: a process that hangs must not take the disk threads with it
+_LOCK_POLL_SECONDS = 0.02
 
 # Time, size and inode of each of an adapter's files: equal as long as nobody has changed them.
 Fingerprint = tuple[int, ...]
@@ -37,7 +40,7 @@ Fingerprint = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """A name with the version it stands for."""
+    """A name with the version it stands for; the empty version: none yet."""
 
     name: str
     version: str
@@ -47,7 +50,7 @@ class AdapterRef:
         return self.name, int(self.version)
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.version}"
+        return f"{self.name}@{self.version}" if self.version else self.name
 
 
 def parse_reference(text: str, field: str = "adapter") -> tuple[str, str | None]:
@@ -57,7 +60,7 @@ def parse_reference(text: str, field: str = "adapter") -> tuple[str, str | None]
         InvalidRequest: characters that a name cannot have.
     """
     name, at, version = text.partition("@")
-    if not _NAME.fullmatch(name) or (at and not _VERSION.fullmatch(version)):
+    if not _NAME.fullmatch(name) or (at and not VERSION.fullmatch(version)):
         raise InvalidRequest(
             f"{text[:160]!r} is no adapter name: 1 to 128 letters, digits, '.', '_' or '-', the first a letter or "
             "digit, then '@' and a number for one version",
@@ -72,7 +75,7 @@ class StoredName:
 
     versions: Mapping[str, Fingerprint]  # never empty
     is_flat: bool  # version 1 lies in the name's own folder
-    routing: Routing
+    routing: Routing | None  # None: there is one, and it cannot be read
 
     @property
     def newest(self) -> str:
@@ -101,7 +104,7 @@ class AdapterStore:
         """What is on disk under a name now."""
         folder = os.path.join(self.root, name)
         versions = {}
-        routing = Routing()
+        routing: Routing | None = Routing()
         flat = None
         try:
             if name in self.reserved or not stat.S_ISDIR(os.lstat(folder).st_mode):
@@ -112,7 +115,7 @@ class AdapterStore:
                         flat = fingerprint(folder)
                     elif entry.name == ROUTING_FILE:
                         routing = _read_routing(entry.path)
-                    elif _VERSION.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                    elif VERSION.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                         found = fingerprint(entry.path)
                         if found is not None:
                             versions[entry.name] = found
@@ -147,10 +150,21 @@ class AdapterStore:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps all others from changing the store, other servers included. Held for moments."""
-        handle = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        """Keeps all others from changing the store, other servers included. Held for moments.
+
+        Raises:
+            Overloaded: another one holds it for longer.
+        """
+        path = self.root / ".lock"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            deadline = time.monotonic() + _LOCK_SECONDS
+            while not _is_locked(handle):
+                if time.monotonic() > deadline:
+                    raise Overloaded(
+                        f"{path} has been held by another process for {_LOCK_SECONDS} seconds", reason="STORE_LOCKED"
+                    )
+                time.sleep(_LOCK_POLL_SECONDS)
             yield
         finally:
             os.close(handle)
@@ -161,15 +175,19 @@ class AdapterStore:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def write_routing(self, name: str, routing: Routing) -> None:
+    def change_routing(self, name: str, change: Callable[[Routing | None], Routing]) -> None:
         """Changes what a bare name means, for all servers on this store and for good.
 
+        Args:
+            change: makes the new routing from the one that is there, which is None if it cannot be read.
+
         Raises:
-            Overloaded, StoreNotWritable.
+            Overloaded, StoreNotWritable; whatever `change` raises.
         """
         with disk_errors(), contextlib.ExitStack() as undo:
             scratch = self.scratch()
             undo.enter_context(self.lock())
+            routing = change(_read_routing(os.path.join(self.root, name, ROUTING_FILE)))
             handle, temporary = tempfile.mkstemp(dir=scratch)
             undo.callback(_unlink_if_there, temporary)
             with open(handle, "w") as file:
@@ -196,11 +214,6 @@ def fingerprint(folder: str | Path) -> Fingerprint | None:
     return tuple(result)
 
 
-def num_bytes(source: Fingerprint) -> int:
-    """Size of the files."""
-    return sum(source[1::3])
-
-
 def fsync_folder(folder: Path) -> None:
     """Makes renames into a folder last."""
     handle = os.open(folder, os.O_RDONLY)
@@ -218,7 +231,17 @@ def disk_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise Overloaded(f"no room in the adapters folder: {error.strerror}", reason="DISK_FULL") from error
-        raise StoreNotWritable(f"the adapters folder cannot be written: {error.strerror}") from error
+        where = error.filename2 or error.filename or "the adapters folder"
+        raise StoreNotWritable(f"{where} cannot be written: {error.strerror}") from error
+
+
+def _is_locked(handle: int) -> bool:
+    """Takes the lock if nobody has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _unlink_if_there(path: str) -> None:
@@ -226,14 +249,17 @@ def _unlink_if_there(path: str) -> None:
         os.unlink(path)
 
 
-def _read_routing(path: str) -> Routing:
+def open_plain(path: str | Path) -> io.BufferedReader:
+    """Opens a file for reading that strangers may have put there: links are not followed, pipes not waited for."""
+    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
+
+
+def _read_routing(path: str) -> Routing | None:
     try:
-        with open(path, "rb", opener=_no_links) as file:
+        with open_plain(path) as file:
             return Routing.from_json(file.read(_MAX_ROUTING_BYTES).decode())
-    except (OSError, ValueError) as error:
-        log.error("%s is ignored: %s", path, error)
+    except FileNotFoundError:
         return Routing()
-
-
-def _no_links(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        log.error("%s cannot be read, the name means what it did before: %s", path, error)
+        return None

@@ -1,8 +1,9 @@
 """Adapters that come over the wire: caps, checks, publication. Event loop; files are written in worker threads."""
 
 import contextlib
-import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace as replaced
+from functools import partial
 
 from server.errors import Overloaded
 from server.lora.cache import AdapterCache
@@ -36,20 +37,21 @@ class Upload:
         async with adapters.claims.changing(name):
             await adapters.look(name)
             current = adapters.catalog.current(name)
-            adapters.claims.check(
+            claim = partial(
+                adapters.claims.check,
                 AdapterRef(name, current or ""),
-                taken=current is not None,
+                taken=bool(adapters.catalog.versions(name)),
                 replace=replace,
                 expected_generation=expected_generation,
             )
+            claim()
             await adapters.disk.run(publication.complete)
-            started = time.monotonic()
-            files, source = await adapters.loader.read(name, publication.folder)
-            async with adapters.memory.reserve(files.num_bytes):
+            copy = await adapters.loads.read(AdapterRef(name, ""), publication.folder, same_if_unchanged=False)
+            claim()  # again: a request may have loaded the current one meanwhile
+            async with adapters.memory.reserve(copy.adapter.num_bytes):
                 ref = await adapters.disk.run(publication.publish, name, version)
-                copy = await adapters.loader.place(ref, files, source, adapters.loader.next_generation())
                 await adapters.look(name)
-            adapters.metrics.adapter_loaded(name, time.monotonic() - started)
+            copy.adapter = replaced(copy.adapter, version=ref.version)
             adapters.catalog.restore(ref, None)
             adapters.loads.put(ref, copy, EventKind.LOADED, pin=pin)
         return adapters.board.status(ref)

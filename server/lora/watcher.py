@@ -35,26 +35,36 @@ class StoreWatcher:
         self._last: Names = {}
         self._outdated: set[AdapterRef] = set()  # changed on disk, and there was no room yet for the new content
         self._failed = False
+        self._scan_seconds = 0.0
 
     async def run(self) -> None:
         """Watches until it is cancelled."""
-        seconds = 0.0
         while self._interval:
-            await asyncio.sleep(max(self._interval, _REST_PER_SCAN * seconds))
-            started = time.monotonic()
+            await asyncio.sleep(max(self._interval, _REST_PER_SCAN * self._scan_seconds))
             try:
-                settled = await self._adapters.disk.run(self._look, self._adapters.catalog.stored())
-            except OSError as error:  # the whole store is away: better the adapters of before than none
-                if not self._failed:
-                    log.error("the adapters folder cannot be read, nothing changes until it can: %s", error)
-                self._failed = True
-                continue
-            self._failed = False
-            seconds = time.monotonic() - started
-            try:
-                await self.apply(settled)
+                await self.look()
             except Exception:  # a bug of ours must not end the watch
                 log.exception("what changed in the adapters folder was not taken")
+
+    async def look(self) -> None:
+        """Looks once, and takes what has settled.
+
+        A name that was uploaded or promoted here during the look is left for the next one: this one saw it before.
+        """
+        catalog = self._adapters.catalog
+        known = catalog.stored()
+        started = time.monotonic()
+        try:
+            settled = await self._adapters.disk.run(self._settled, known)
+        except OSError as error:  # the whole store is away: better the adapters of before than none
+            if not self._failed:
+                log.error("the adapters folder cannot be read, nothing changes until it can: %s", error)
+            self._failed = True
+            return
+        self._failed = False
+        self._scan_seconds = time.monotonic() - started
+        now = catalog.stored()
+        await self.apply({name: found for name, found in settled.items() if now.get(name) == known.get(name)})
 
     async def apply(self, names: Mapping[str, StoredName | None]) -> None:
         """Takes what is on disk now: new names appear, vanished ones go, changed ones become a new generation.
@@ -65,9 +75,10 @@ class StoreWatcher:
         adapters = self._adapters
         changes = adapters.catalog.update(names)
         adapters.board.publish(EventKind.ADDED, *changes.added)
-        for ref in changes.removed:
-            if not adapters.catalog.knows(ref):
-                adapters.forget(ref, EventKind.REMOVED)
+        gone = [ref for ref in changes.removed if not adapters.catalog.knows(ref)]
+        for ref in gone:
+            adapters.forget(ref)
+        adapters.board.publish(EventKind.REMOVED, *gone)
         adapters.board.publish(EventKind.UPDATED, *changes.rerouted)
         for ref in changes.changed:
             adapters.board.clear(ref)
@@ -98,7 +109,7 @@ class StoreWatcher:
             else:
                 adapters.loads.put(ref, fresh, EventKind.REPLACED)
 
-    def _look(self, known: Names) -> dict[str, StoredName | None]:
+    def _settled(self, known: Names) -> dict[str, StoredName | None]:
         """What has settled and is not known yet. Worker thread."""
         found = self._adapters.store.scan()
         last, self._last = self._last, found

@@ -125,7 +125,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         """Errors: RESOURCE_EXHAUSTED, UNAVAILABLE."""
         async with aclosing(self._adapters.board.watch()) as events:
             async for event in events:
-                adapter = self._message(event.status) if event.status else None
+                adapter = self._message(self._adapters.board.status(event.ref)) if event.ref else None
                 yield pb.AdapterEvent(type=event.kind.name, adapter=adapter)
 
     def _message(self, status: AdapterStatus) -> pb.Adapter:

@@ -78,6 +78,22 @@ def test_written_and_read_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_failed_replacement_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read(folder)
+    rename = Path.rename
+
+    def fail_for_new(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(KeyboardInterrupt):
+        write_adapter(folder, before.config, before.weights)
+    assert read(folder).digest == before.digest
+    assert [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}-")] == []
+
+
 def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError):
@@ -142,6 +158,7 @@ BROKEN_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "endless header": (_header({}, length=2**62), "does not fit"),
     "header is no JSON": (_raw(struct.pack("<Q", 4) + b"nope"), "not valid JSON"),
     "header is a bomb": (_raw(struct.pack("<Q", 200_000) + b"[" * 200_000), "not valid JSON"),
+    "entry is no object": (_header(dict.fromkeys(tensors(), "F32")), "is not an object"),
     "many empty tensors": (_header(EMPTY), "does not have"),
     "not a number": (_value(math.nan), "not finite"),
     "infinite": (_value(math.inf), "not finite"),
@@ -170,6 +187,15 @@ def test_broken_files(folder: Path, fault: str) -> None:
         read(folder)
 
 
+@pytest.mark.parametrize("name", ["\ud800", "two\nlines \x1b[31m", "x" * 1_000_000])
+def test_what_a_file_says_is_quoted_in_one_short_line(folder: Path, name: str) -> None:
+    _header({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})(folder)
+    with pytest.raises(AdapterFormatError, match="unexpected tensor") as caught:
+        read(folder)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value).encode()) < 2100
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -189,6 +215,8 @@ def test_broken_files(folder: Path, fault: str) -> None:
         ({"rank_pattern": {"(": 4}}, "regular expression"),
         ({"rank_pattern": {"q_proj": "4"}}, "q_proj is '4'"),
         ({"rank_pattern": [4]}, "rank_pattern"),
+        ({"rank_pattern": {"\ud800": 4}}, "regular expression"),
+        ({"layers_pattern": ["a)(b"], "layers_to_transform": [0]}, "regular expression"),
         ({"use_rslora": "yes"}, "use_rslora"),
         ({"lora_dropout": "abc"}, "lora_dropout is 'abc'"),
         ({"lora_dropout": [1]}, "lora_dropout"),
@@ -294,6 +322,8 @@ def test_other_files_are_never_opened(folder: Path) -> None:
         ({"target_modules": ["q_proj"], "layers_to_transform": 0}, Q, True),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, Q, True),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["blocks"]}, Q, False),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers|x"}, Q, False),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "(?P<layer>layers)"}, Q, True),
     ],
 )
 def test_targets_as_peft_means_them(config: dict[str, Any], module: str, expected: bool) -> None:

@@ -8,7 +8,7 @@ from adapters.config import AdapterConfig
 from adapters.errors import AdapterIncompatibleError
 from adapters.format import AdapterFiles, LoRAWeights
 from adapters.tensors import LinearShape
-from server.lora.adapter import Adapter
+from server.lora.adapter import Adapter, CheckedAdapter
 from server.lora.base_weights import BaseWeights
 
 WEIGHT = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
@@ -37,6 +37,14 @@ def test_factors_of_any_width_lie_beside_float32_extras() -> None:
     assert adapter.weights["b"].bias is not None
     assert adapter.weights["b"].bias.tolist() == [0.0, 2.0, 0.0]
     assert adapter.no_mix == "it adds biases"
+
+
+def test_a_copy_of_the_bases_own_weight_takes_no_room() -> None:
+    base = BaseWeights({"a": LinearShape(5, 3)}, torch.float32)
+    base.add("a", lambda start, end: WEIGHT[start:end])
+    config = AdapterConfig(rank=1, alpha=2, target_modules=("a",))
+    files = AdapterFiles(config, {"a": lora()}, {}, "", 10_000, base_weights={"a": WEIGHT.clone()})
+    assert CheckedAdapter.from_files(files, base).num_bytes == 4 * (5 + 3)
 
 
 def test_a_bias_that_is_the_bases_own_is_nothing() -> None:

@@ -1,8 +1,12 @@
 """Host memory of adapters: loading once, using, replacing, unloading, making room."""
 
 import asyncio
+import errno
+import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +21,8 @@ from server.errors import (
     Overloaded,
 )
 from server.lora.adapter import Adapter
-from server.lora.cache import UnloadMode
+from server.lora.cache import AdapterCache, UnloadMode
+from server.lora.host_memory import HostCopy
 from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
 
@@ -127,6 +132,24 @@ async def test_room_is_made_by_the_least_recently_used(tmp_path: Path, make_adap
         pass
 
 
+async def test_room_is_what_the_weights_take(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter("a")
+    with pytest.raises(Overloaded, match=f"{ADAPTER_BYTES:,} bytes do not fit"):
+        await make_cache(tmp_path, max_bytes=ADAPTER_BYTES - 1)[0].load("a")
+    cache, _ = make_cache(tmp_path, max_bytes=ADAPTER_BYTES)
+    await cache.load("a")
+
+    def none_left(*args: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("server.lora.adapter.lazy_zeros", none_left)
+    await cache.unload("a")
+    with pytest.raises(Overloaded, match="no memory for adapter 'a'"):
+        await cache.load("a")
+
+
 async def test_requests_wait_for_room_in_order_of_arrival(tmp_path: Path, make_adapter: MakeAdapter) -> None:
     for name in "abcd":
         make_adapter(name)
@@ -154,6 +177,52 @@ async def test_requests_wait_for_room_in_order_of_arrival(tmp_path: Path, make_a
     assert served == ["c", "c", "d"]
 
 
+def _use(cache: AdapterCache, name: str) -> "asyncio.Task[None]":
+    async def use() -> None:
+        async with cache.acquire(name):
+            pass
+
+    return asyncio.create_task(use())
+
+
+async def _until_waiting(cache: AdapterCache, *names: str) -> None:
+    """Until the loads of these adapters wait for room."""
+    async with asyncio.timeout(10):
+        while [ref.name for ref in cache.memory._waiting] != list(names):
+            await asyncio.sleep(0.005)
+
+
+async def test_an_operator_loads_what_waits_behind_another(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    """Its requests go on, and its copy does not keep out the one that is first."""
+    for name, rank in (("used", 4), ("first", 7), ("behind", 2)):
+        make_adapter(name, r=rank)
+    cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES)
+    async with cache.acquire("used"):
+        first = _use(cache, "first")
+        await _until_waiting(cache, "first")
+        behind = _use(cache, "behind")
+        await _until_waiting(cache, "first", "behind")
+        await cache.load("behind")
+        await asyncio.wait_for(behind, 10)
+    await asyncio.wait_for(first, 10)
+
+
+async def test_a_load_that_nobody_awaits_any_more_lets_others_pass(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for name, rank in (("used", 4), ("large", 7), ("small", 2)):
+        make_adapter(name, r=rank)
+    cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES)
+    async with cache.acquire("used"):
+        large = _use(cache, "large")
+        await _until_waiting(cache, "large")
+        small = _use(cache, "small")
+        await _until_waiting(cache, "large", "small")
+        large.cancel()
+        await asyncio.wait_for(small, 10)
+        again = _use(cache, "large")
+        await _until_waiting(cache, "large")
+    await asyncio.wait_for(again, 10)
+
+
 async def test_the_parts_of_a_mixture_wait_for_room_together(tmp_path: Path, make_adapter: MakeAdapter) -> None:
     """However many mixtures want the room at once, none holds what another waits for."""
     for name in "abcd":
@@ -161,7 +230,8 @@ async def test_the_parts_of_a_mixture_wait_for_room_together(tmp_path: Path, mak
     cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES + 5000)
 
     async def use(*names: str) -> None:
-        async with cache.acquire_all(names) as adapters:
+        with ExitStack() as held:
+            adapters = await cache.hold(names, held)
             assert [adapter.name for adapter in adapters] == list(names)
             await asyncio.sleep(0)
 
@@ -174,15 +244,13 @@ async def test_a_mixture_that_can_never_fit_is_refused(tmp_path: Path, make_adap
     for name in "abc":
         make_adapter(name)
     cache, _ = make_cache(tmp_path, max_bytes=2 * ADAPTER_BYTES + 5000)
-    with pytest.raises(Overloaded, match="--adapter-host-bytes"):
-        async with cache.acquire_all("abc"):
-            pass
-    await cache.pin("a")
-    with pytest.raises(Overloaded, match="pinned"):
-        async with cache.acquire_all("bc"):
-            pass
-    async with cache.acquire_all("ab"):
-        pass
+    with ExitStack() as held:
+        with pytest.raises(Overloaded, match="--adapter-host-bytes"):
+            await cache.hold("abc", held)
+        await cache.pin("a")
+        with pytest.raises(Overloaded, match="pinned"):
+            await cache.hold("bc", held)
+        await cache.hold("ab", held)
 
 
 async def test_a_source_folder_under_another_name(tmp_path: Path, make_adapter: MakeAdapter) -> None:
@@ -221,6 +289,44 @@ async def test_one_version_can_be_unloaded(tmp_path: Path, make_adapter: MakeAda
     with pytest.raises(AdapterNotFound):
         async with cache.acquire("a@1"):
             pass
+
+
+async def test_loading_one_version_brings_back_no_other(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for version in "123":
+        make_adapter(version, root=tmp_path / "a")
+    cache, _ = make_cache(tmp_path)
+    await cache.unload("a")
+    await cache.load("a@2")
+    assert [str(status.ref) for status in cache.statuses()] == ["a@2"]
+    async with cache.acquire("a") as adapter:
+        assert adapter.version == "2"
+    with pytest.raises(AdapterNotFound):
+        async with cache.acquire("a@3"):
+            pass
+    await cache.unload("a")
+    assert (await cache.load("a")).version == "3", "with all of them taken away a bare name is the newest"
+    await cache.unload("a@3")
+    assert (await cache.load("a@1")).version == "1"
+    async with cache.acquire("a") as adapter:
+        assert adapter.version == "1"
+
+
+async def test_a_compare_and_swap_against_a_requests_load(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter("a")
+    cache, _ = make_cache(tmp_path)
+    load = cache.loader.load
+
+    async def load_after_a_request(*args: Any, **kwargs: Any) -> HostCopy:
+        copy = await load(*args, **kwargs)
+        monkeypatch.undo()
+        async with cache.acquire("a"):
+            return copy
+
+    monkeypatch.setattr(cache.loader, "load", load_after_a_request)
+    with pytest.raises(AdapterChanged, match="somebody else"):
+        await cache.load("a", expected_generation=0)
 
 
 async def test_unloading_catches_a_load_in_flight(tmp_path: Path, make_adapter: MakeAdapter) -> None:
@@ -360,6 +466,26 @@ async def test_unload_by_force_ends_what_is_draining_too(tmp_path: Path, make_ad
     assert (await forced).host == (await draining).host == ADAPTER_BYTES
     with pytest.raises(AdapterNotFound):
         await cache.unload("a", UnloadMode.FORCE)
+
+
+async def test_a_copy_that_is_leaving_the_device_is_not_revoked(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    """The engine would remember it for ever: its Evict is on the way already."""
+    make_adapter("a")
+    cache, _ = make_cache(tmp_path)
+    leave = asyncio.Event()
+    revoked: list[Adapter] = []
+
+    async def evict(adapter: Adapter) -> int:
+        await leave.wait()
+        return 0
+
+    cache.connect(evict, revoked.append)
+    await cache.load("a")
+    unloads = [asyncio.create_task(cache.unload("a", mode)) for mode in (UnloadMode.DRAIN, UnloadMode.FORCE)]
+    await asyncio.sleep(0.01)
+    leave.set()
+    await asyncio.gather(*unloads)
+    assert revoked == []
 
 
 async def test_requests_that_wait_for_a_load_are_told(tmp_path: Path, make_adapter: MakeAdapter) -> None:

@@ -100,8 +100,7 @@ class Lives(RuleBasedStateMachine):
 
         async def look_twice() -> None:
             for _ in range(2):
-                settled = await self.cache.disk.run(self.watcher._look, self.cache.catalog.stored())
-                await self.watcher.apply(settled)
+                await self.watcher.look()
 
         self.run(look_twice())
         reloaded = []

@@ -61,6 +61,20 @@ def test_versions_follow_one_another(tmp_path: Path) -> None:
     assert scratch(store) == []
 
 
+def test_the_last_version_has_no_successor(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    publish(store, "a", "999999999")
+    with pytest.raises(StoreNotWritable, match="name a version"):
+        publish(store, "a")
+    assert publish(store, "a", "5").version == "5"
+
+
+def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a" / "1" / "notes").mkdir(parents=True)
+    with pytest.raises(StoreNotWritable, match=f"{tmp_path}/a/1 cannot be written: Directory not empty"):
+        publish(AdapterStore(tmp_path), "a")
+
+
 def test_a_flat_adapter_gets_its_second_version(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / CONFIG).write_bytes(b"{}")
@@ -83,6 +97,7 @@ def test_the_digests_are_those_of_sha256sum(tmp_path: Path) -> None:
         lambda folder: (folder / CONFIG).write_bytes(b"{}"),
         lambda folder: (folder / SUMS_FILE).write_bytes(b"nonsense"),
         lambda folder: (folder / SUMS_FILE).write_bytes(b"\xff"),
+        lambda folder: (folder / SUMS_FILE).symlink_to((folder / SUMS_FILE).rename(folder / "elsewhere")),
         lambda folder: (folder / SUMS_FILE).write_text(f"{'0' * 64}  ../../secret\n"),
     ],
 )
@@ -255,6 +270,14 @@ def test_two_servers_publish_at_once(tmp_path: Path) -> None:
     assert sorted(map(int, versions)) == list(range(1, 21))
     for version in versions:
         assert_whole(tmp_path / "a" / version)
+
+
+def test_a_lock_that_is_never_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.lora.store._LOCK_SECONDS", 0.1)
+    store = AdapterStore(tmp_path)
+    with store.lock(), pytest.raises(Overloaded, match=r"/\.lock has been held by another process for 0\.1 seconds"):
+        publish(store, "a")
+    assert publish(store, "a").version == "1"
 
 
 def test_a_publisher_waits_for_the_lock_of_another_process(tmp_path: Path) -> None:

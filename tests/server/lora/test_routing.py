@@ -1,16 +1,17 @@
 """Which version a bare name means."""
 
+import asyncio
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from server.errors import AdapterNotFound, IncompatibleAdapter, InvalidRequest
+from server.errors import AdapterNotFound, DamagedAdapter, IncompatibleAdapter, InvalidRequest
 from server.lora.catalog import AdapterCatalog
 from server.lora.router import AdapterRouter
 from server.lora.routing import Routing
 from server.lora.store import AdapterStore
-from tests.server.lora.conftest import MakeAdapter, make_cache
+from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
 
 def test_shares_are_kept_and_labels_stick() -> None:
@@ -67,6 +68,31 @@ async def test_what_cannot_be_served_is_not_promoted(tmp_path: Path, make_adapte
                                 ("a@1", "1", InvalidRequest), ("a", "x", InvalidRequest)):  # fmt: skip
         with pytest.raises(kind):
             await router.promote(name, version)
+
+
+async def test_shares_keep_the_promotion_of_another_server(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for version in "12":
+        make_adapter(version, root=tmp_path / "a")
+    here, there = (AdapterRouter(make_cache(tmp_path)[0]) for _ in range(2))
+    await there.promote("a", "1")
+    statuses = await here.set_traffic("a", {"2": 10})
+    assert [status.current for status in statuses] == [True, False]
+    (tmp_path / "a" / "routing.json").write_text("{")
+    with pytest.raises(DamagedAdapter):
+        await here.set_traffic("a", {"2": 20})
+    assert (await there.promote("a", "2")).current
+
+
+async def test_a_promotion_that_waits_for_room_locks_no_name(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("1", root=tmp_path / "a")
+    make_adapter("used")
+    cache, _ = make_cache(tmp_path, max_bytes=ADAPTER_BYTES)
+    async with cache.acquire("used"):
+        promoting = asyncio.create_task(AdapterRouter(cache).promote("a", "1"))
+        while not (await cache.get("a")).num_waiting:
+            await asyncio.sleep(0.005)
+        assert not cache.claims.changing("a").locked()
+    assert (await promoting).current
 
 
 async def test_a_share_of_the_traffic(tmp_path: Path, make_adapter: MakeAdapter) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import AdapterNotFound, InvalidRequest
+from server.errors import AdapterNotFound, DamagedAdapter, InvalidRequest
 from server.lora.catalog import AdapterCatalog
 from server.lora.routing import Routing
 from server.lora.store import AdapterRef, AdapterStore, fingerprint, parse_reference
@@ -109,20 +109,29 @@ def test_files_that_change_change_the_fingerprint(store: AdapterStore) -> None:
     assert fingerprint(store.root / "empty") is None
 
 
-def test_routing_is_kept_and_a_broken_one_ignored(store: AdapterStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_routing_is_kept_and_a_broken_one_means_nothing(store: AdapterStore, caplog: pytest.LogCaptureFixture) -> None:
     routing = Routing("2", {"10": 25})
-    store.write_routing("many", routing)
+    store.change_routing("many", lambda _: routing)
     assert store.scan()["many"].routing == routing
     assert AdapterCatalog(store).current("many") == "2"
     assert list((store.root / ".publish").iterdir()) == []
-    for text in ("{", "[]", '{"promoted": "2"}', '{"promoted": "x", "percent_by_version": {}}',
+    known = AdapterCatalog(store)
+    for text in ("{", "[]", "[" * 60_000, '{"promoted": "%s", "percent_by_version": {}}' % ("9" * 5000),
+                 '{"promoted": "", "percent_by_version": {"%s": 1}}' % ("9" * 5000),
+                 '{"promoted": "2"}', '{"promoted": "x", "percent_by_version": {}}',
                  '{"promoted": "", "percent_by_version": {"2": 101}}',
                  '{"promoted": "", "percent_by_version": {"2": "1"}}',
                  '{"promoted": "", "percent_by_version": {"2": 60, "3": 60}}'):  # fmt: skip
         (store.root / "many" / "routing.json").write_text(text)
         caplog.clear()
-        assert store.scan()["many"].routing == Routing()
-        assert "routing.json is ignored" in caplog.text
+        assert store.scan()["many"].routing is None
+        assert "routing.json cannot be read" in caplog.text
+        assert len(caplog.text) < 1000
+        with pytest.raises(DamagedAdapter, match="name one, or promote one"):
+            AdapterCatalog(store).resolve("many")
+        assert AdapterCatalog(store).resolve("many@10").version == "10"
+        known.update(store.scan())
+        assert known.current("many") == "2", "a server that knew it goes on"
 
 
 def test_many_adapters_are_an_index(tmp_path: Path) -> None:

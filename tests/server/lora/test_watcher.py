@@ -2,6 +2,8 @@
 
 import asyncio
 import shutil
+import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ from server.errors import AdapterNotFound, Overloaded, Unavailable
 from server.lora import events
 from server.lora.cache import AdapterCache
 from server.lora.events import AdapterEvent, EventKind
+from server.lora.router import AdapterRouter
+from server.lora.store import StoredName
 from server.lora.watcher import StoreWatcher
 from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
@@ -97,6 +101,44 @@ async def test_promotion_by_another_server(tmp_path: Path, make_adapter: MakeAda
         await eventually(lambda: cache.catalog.current("a") == "1")
 
 
+async def test_a_look_does_not_undo_what_happened_meanwhile(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in "12":
+        make_adapter(version, root=tmp_path / "a")
+    cache, _ = make_cache(tmp_path)
+    watcher = StoreWatcher(cache, interval=1)
+    (tmp_path / "a" / "routing.json").write_text('{"promoted": "2", "percent_by_version": {}}')
+    await watcher.look()
+    scan = cache.store.scan
+    scanned, promoted = threading.Event(), threading.Event()
+
+    def slow_scan() -> dict[str, StoredName]:
+        found = scan()
+        scanned.set()
+        promoted.wait(10)
+        return found
+
+    monkeypatch.setattr(cache.store, "scan", slow_scan)
+    looking = asyncio.create_task(watcher.look())
+    await asyncio.to_thread(scanned.wait, 10)
+    await AdapterRouter(cache).promote("a", "1")
+    promoted.set()
+    await looking
+    assert cache.catalog.current("a") == "1"
+
+
+async def test_a_bug_does_not_end_the_watch(
+    tmp_path: Path, make_adapter: MakeAdapter, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with watched(tmp_path) as cache:
+        with monkeypatch.context() as broken:
+            broken.setattr(cache.store, "scan", lambda: 1 / 0)
+            await eventually(lambda: "was not taken" in caplog.text)
+        make_adapter("a")
+        await eventually(lambda: names(cache) == ["a@1"])
+
+
 async def test_a_store_that_is_away_takes_nothing_with_it(
     tmp_path: Path, make_adapter: MakeAdapter, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -148,8 +190,8 @@ async def test_events_tell_a_life(tmp_path: Path, make_adapter: MakeAdapter) -> 
                 ("FAILED", "b"), ("UNLOADED", "b"), ("LOADED", "a"), ("EVICTED", "a"), ("REPLACED", "a")]  # fmt: skip
     for kind, name in expected:
         event = await anext(stream)
-        assert event.status is not None
-        assert (event.kind.name, event.status.ref.name) == (kind, name)
+        assert event.ref is not None
+        assert (event.kind.name, event.ref.name) == (kind, name)
     cache.board.events.close()
     with pytest.raises(Unavailable):
         await anext(stream)
@@ -174,6 +216,34 @@ async def test_a_slow_watcher_is_sent_away(
     with pytest.raises(Overloaded, match="fresh snapshot"):
         await _read_to_the_end(stream)
     assert (await anext(cache.board.watch())).kind is EventKind.SNAPSHOT
+
+
+async def test_many_adapters_at_once_send_no_watcher_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "MAX_BEHIND", 5)
+    cache, _ = make_cache(tmp_path)
+    watcher = StoreWatcher(cache, interval=1)
+    stream = cache.board.watch()
+    assert (await anext(stream)).kind is EventKind.SYNCED
+    for index in range(20):
+        (tmp_path / f"a{index}").mkdir()
+        (tmp_path / f"a{index}" / "adapter_config.json").write_text("{}")
+    await watcher.apply(cache.store.scan())
+    await watcher.apply(dict.fromkeys(cache.catalog.stored()))
+    kinds = Counter([(await anext(stream)).kind for _ in range(40)])
+    assert kinds == {EventKind.ADDED: 20, EventKind.REMOVED: 20}
+
+
+async def test_what_was_evicted_is_seen_without_its_weights(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        make_adapter(name)
+    cache, _ = make_cache(tmp_path, max_bytes=ADAPTER_BYTES + 5000)
+    seen = []
+    monkeypatch.setattr(cache.memory, "_evicted", lambda ref: seen.append(cache.board.status(ref).adapter))
+    await cache.load("a")
+    await cache.load("b")
+    assert seen == [None]
 
 
 async def test_a_change_waits_for_room(tmp_path: Path, make_adapter: MakeAdapter) -> None:

@@ -6,21 +6,25 @@ import hashlib
 import resource
 import shutil
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from server.engine.request import SamplingParams
 from server.lora.adapter import Adapter
+from server.lora.store import AdapterRef
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1.inference_pb2 import GenerateResponse
 from server.rpc import adapters as service
 from tests.conftest import ADAPTERS
 from tests.server.rpc.conftest import Running, Serve
-from tests.server.rpc.test_inference import ask, failure, mix
+from tests.server.rpc.test_inference import ask, failure, idle, mix
 
 STORM_ROUNDS = 100  # a thousand take a minute and show the same
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -410,6 +414,18 @@ async def test_unload_modes(running: Running) -> None:
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+async def test_a_reader_that_stalls_does_not_hold_its_adapter(running: Running) -> None:
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    async with aclosing(running.engine.generate([40, 41, 42], params, {"plain": 1.0})) as outputs:
+        tokens = list((await anext(outputs)).token_ids)
+        await idle(running)
+        unload = pb.UnloadAdapterRequest(name="plain", mode=pb.FORCE)
+        assert (await running.adapters.UnloadAdapter(unload, timeout=10)).freed_bytes_host > 0
+        async for output in outputs:
+            tokens += output.token_ids
+    assert len(tokens) == 20
+
+
 async def test_force_ends_mixtures_too(running: Running) -> None:
     """A request that sums several adapters uses every one of them."""
     request = mix({"plain": 0.5, "attention": 0.5})
@@ -489,6 +505,26 @@ async def test_watching(running: Running) -> None:
     draining = asyncio.create_task(running.server.drain(grace=5))
     assert (await failure(anext(events))).code() == grpc.StatusCode.UNAVAILABLE
     await draining
+
+
+async def test_a_watcher_that_does_not_read_keeps_no_weights(running: Running) -> None:
+    """Its call stands where it hands an event on."""
+    for kind in (pb.AdapterEvent.SNAPSHOT, pb.AdapterEvent.REPLACED):
+        await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain"))
+        watching = service.AdaptersService(running.engine, 1).WatchAdapters(pb.WatchAdaptersRequest(), None)
+        async with aclosing(watching) as events:
+            event = await anext(events)
+            if kind == pb.AdapterEvent.REPLACED:
+                await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain", replace=True))
+            while (event.type, event.adapter.name) != (kind, "plain"):
+                event = await anext(events)
+            copy = running.engine.adapters.memory.get(AdapterRef("plain", "1"))
+            assert copy is not None
+            weights = weakref.ref(next(iter(copy.adapter.weights.values())).lora_a)
+            del copy
+            await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
+            gc.collect()
+            assert weights() is None
 
 
 def resident_bytes() -> int:

@@ -10,6 +10,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from server.lora.adapter import Adapter
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1.adapters_pb2 import ListAdaptersRequest
 from tests.conftest import ADAPTERS, EOS, VOCAB_SIZE, byte_tokenizer
@@ -263,6 +264,22 @@ async def test_a_step_that_crashes_fails_its_requests_and_no_others(
     assert (await running.inference.Generate(ask())).token_ids == expected
     assert (await running.inference.Generate(ask(adapter="plain"))).token_ids
     assert running.parts.scheduler.allocator.usage == 0
+
+
+async def test_a_step_that_crashes_leaves_no_weights_in_slots(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = running.parts.runner.lora
+    write, slots = lora.write, dict[int, Adapter | None]()
+
+    def written(slot: int, adapter: Adapter | None) -> None:
+        slots[slot] = adapter
+        write(slot, adapter)
+
+    monkeypatch.setattr(lora, "write", written)
+    monkeypatch.setattr(running.parts.runner, "forward", lambda batch: 1 / 0)
+    await failure(running.inference.Generate(ask(adapter="plain")))
+    assert list(slots.values()) == [None]
 
 
 async def test_a_row_that_is_not_finite_fails_alone(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
