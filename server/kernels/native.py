@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.kernels import LayerWeights, Storage
-from server.kernels.memory import Arena
+from server.kernels.memory import Arena, lazy_zeros
 
 PANEL = 16  # output features of a packed panel
 
@@ -112,7 +112,6 @@ class PackedLinear:
         self.struct = _LinearStruct(
             data.data_ptr(), pointer(scale), pointer(bias), in_features, out_features, _LINEAR_KINDS[data.dtype]
         )
-        self.group = LinearGroup([self])
 
     def _panels(self, first: int = 0, end: int | None = None) -> Tensor:
         """Panels `first` to `end`, [n, in, 16]: a view of the data, or a copy of what lies in pairs."""
@@ -122,23 +121,29 @@ class PackedLinear:
         return data.transpose(2, 3).flatten(1, 2)[:, : self.in_features]
 
     def merged(self, lora: LayerWeights, out: Tensor | None = None) -> "PackedLinear":
-        """The layer that gives the outputs of `lora`, summed in float32, in the memory of `out` if given."""
+        """The layer that gives the outputs of `lora`, summed in float32, in the memory of `out` if given.
+
+        Where only a bias comes in, the weight is this layer's own.
+        """
         assert self.scale is None, "8-bit weights cannot take a sum"
+        data = self._sum(lora, out) if lora.changes_weight else self.data
+        bias = lora.merged_bias(self.own_bias)
+        bias = None if bias is None else _padded(bias, len(data) * PANEL)
+        return PackedLinear(data, None, bias, self.in_features, self.out_features)
+
+    def _sum(self, lora: LayerWeights, out: Tensor | None) -> Tensor:
+        """The data of gain ⊙ (W + scaling · B A); beside it only bfloat16 takes memory, a float32 copy."""
         panels, rank = len(self.data), len(lora.lora_b)
         b = torch.zeros(rank, panels * PANEL)
         b[:, : self.out_features] = lora.lora_b
         b = b.view(rank, panels, PANEL).transpose(0, 1)
         a = lora.lora_a.float().T.expand(panels, -1, -1)
-        data = torch.empty_like(self.data) if out is None else out
-        total = data if data.dtype == torch.float32 else None
-        total = torch.baddbmm(self._panels().float(), a, b, alpha=lora.scaling, out=total)
+        data = lazy_zeros(tuple(self.data.shape), self.data.dtype) if out is None else out
+        total = data.copy_(self.data) if data.dtype == torch.float32 else self._panels().float()
+        total.baddbmm_(a, b, alpha=lora.scaling)
         if lora.gain is not None:
             total *= _padded(lora.gain, panels * PANEL).view(panels, 1, PANEL)
-        if total is not data:
-            data.copy_(_pairs(total))
-        bias = lora.merged_bias(self.own_bias)
-        bias = None if bias is None else _padded(bias, panels * PANEL)
-        return PackedLinear(data, None, bias, self.in_features, self.out_features)
+        return data if total is data else data.copy_(_pairs(total))
 
     @property
     def own_bias(self) -> Tensor | None:
@@ -211,13 +216,9 @@ def pack_linear(
 
 def _pairs(panels: Tensor) -> Tensor:
     """[panels, in, 16] → [panels, ceil(in / 2), 16, 2]"""
-    even: Tensor = functional.pad(panels, (0, 0, 0, panels.shape[1] % 2))
-    return even.view(len(even), -1, 2, PANEL).transpose(2, 3)
-
-
-def linear(x: Tensor, packed: PackedLinear) -> Tensor:
-    """y [..., out] = x [..., in] @ weight.T + bias"""
-    return linear_many(x, packed.group)[0]
+    if panels.shape[1] % 2:
+        panels = functional.pad(panels, (0, 0, 0, 1))
+    return panels.view(len(panels), -1, 2, PANEL).transpose(2, 3)
 
 
 def linear_many(x: Tensor, group: LinearGroup) -> list[Tensor]:
