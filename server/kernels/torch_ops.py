@@ -12,7 +12,7 @@ from server.kernels import Kernels, LayerWeights, Segment
 
 
 class MergeableLayers:
-    """Frozen layers as they are, whose weights may be swapped for their sums with an adapter; half a `LinearGroup`."""
+    """Frozen layers as they are, whose weights may be swapped for their sums with an adapter: all but the slots."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers: Sequence[Any] = layers
