@@ -8,7 +8,8 @@ that a call is little more than its pointers. The library needs torch imported f
 
 import ctypes
 import importlib.machinery
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -74,6 +75,18 @@ def set_isa(name: str | None) -> None:
     """Uses a given instruction set (for tests); None: the widest that this processor has."""
     if _loaded().loraplex_set_isa(name.encode() if name else None):
         raise ValueError(f"this processor or build has no {name} kernels")
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Within, x is not rounded for bfloat16 weights: another order of sums changes as little as in float32."""
+    chosen = isa()
+    if chosen == "avx512_bf16":
+        set_isa("avx512")
+    try:
+        yield
+    finally:
+        set_isa(chosen)
 
 
 def _loaded() -> ctypes.CDLL:
@@ -181,7 +194,14 @@ class LinearGroup:
         self._strides = (INT * len(self.outs))(*self.outs)
         self.pointers = ctypes.addressof(self._structs)
         self.strides = ctypes.addressof(self._strides)
-        self.outputs_type = POINTER * len(self.outs)
+
+
+class Outputs:
+    """What the layers of a group give, [..., out] each, and a table of addresses for all calls that write to it."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self.pointers = (POINTER * len(tensors))(*[y.data_ptr() for y in tensors])
 
 
 def pack_linear(
@@ -221,17 +241,15 @@ def _pairs(panels: Tensor) -> Tensor:
     return panels.view(len(panels), -1, 2, PANEL).transpose(2, 3)
 
 
-def linear_many(x: Tensor, group: LinearGroup) -> list[Tensor]:
-    """[y [..., out] = x [..., in] @ weight.T + bias for each layer of the group]"""
+def linear(x: Tensor, group: LinearGroup) -> Outputs:
+    """y [..., out] = x [..., in] @ weight.T + bias for each layer of the group."""
     assert x.shape[-1] == group.in_features
-    shape = x.shape[:-1]
     x = contiguous(x)
-    ys = [torch.empty((*shape, out)) for out in group.outs]
-    outputs = group.outputs_type(*[y.data_ptr() for y in ys])
+    outputs = Outputs([torch.empty((*x.shape[:-1], out)) for out in group.outs])
     rows = x.numel() // group.in_features
-    if _linear(x.data_ptr(), rows, len(ys), group.pointers, outputs, group.strides):
+    if _linear(x.data_ptr(), rows, len(group.outs), group.pointers, outputs.pointers, group.strides):
         raise MemoryError(f"no scratch memory for {rows} rows")
-    return ys
+    return outputs
 
 
 def pointer(tensor: Tensor | None) -> int:

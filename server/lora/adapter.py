@@ -84,9 +84,9 @@ class WeightedAdapter(NamedTuple):
 
 
 def _check_invocation(files: AdapterFiles) -> None:
-    """PEFT masks the bypass of tokens before the invocation, but a trained bias is the base layer's own, for every token.
+    """PEFT masks the bypass of tokens before the invocation, but applies a trained bias to every token.
 
-    Their K and V would be the adapter's, where aLoRA has the base's.
+    So their K and V would not be the base's, as those of an aLoRA are here.
     """
     config = files.config
     if config.invocation_tokens and config.bias != "none" and files.base_biases:
