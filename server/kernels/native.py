@@ -72,7 +72,7 @@ def isa() -> str:
 
 
 def set_isa(name: str | None) -> None:
-    """Uses a given instruction set (for tests); None: the widest that this processor has."""
+    """Uses a given instruction set; None: the widest that this processor has."""
     if _loaded().loraplex_set_isa(name.encode() if name else None):
         raise ValueError(f"this processor or build has no {name} kernels")
 
@@ -145,7 +145,7 @@ class PackedLinear:
         return PackedLinear(data, None, bias, self.in_features, self.out_features)
 
     def _sum(self, lora: LayerWeights, out: Tensor | None) -> Tensor:
-        """The data of gain ⊙ (W + scaling · B A); beside it only bfloat16 takes memory, a float32 copy."""
+        """The data of gain ⊙ (W + scaling · B A), added up in place; bfloat16 takes a float32 copy meanwhile."""
         panels, rank = len(self.data), len(lora.lora_b)
         b = torch.zeros(rank, panels * PANEL)
         b[:, : self.out_features] = lora.lora_b
