@@ -66,6 +66,7 @@ def test_a_bias_alone_takes_no_memory(make_group: MakeGroup) -> None:
     only_bias = [random_weights(0, out, bias=True) for out in OUTS]
     assert group.merge(only_bias) == 0
     for y, own, lora in zip(group(x, ()), base, only_bias, strict=True):
+        assert lora.bias is not None
         torch.testing.assert_close(y, own + lora.bias)
     assert group.merge([random_weights(5, out) for out in OUTS]) > 0
     assert not any(map(torch.equal, group(x, ()), base))

@@ -68,7 +68,7 @@ def test_what_follows_from_a_layer_that_lacks_something() -> None:
 
 def test_where_an_invoked_adapter_begins() -> None:
     plain, invoked = made({"a": lora()}), made({"a": lora()}, invocation_tokens=(7, 9))
-    prompts = [7, 9, 7, 7, 9, 7], [7, 9], [9, 7], [7], []
+    prompts: list[list[int]] = [[7, 9, 7, 7, 9, 7], [7, 9], [9, 7], [7], []]
     assert [invoked.first_token(prompt) for prompt in prompts] == [3, 0, None, None, None]
     assert [plain.first_token(prompt) for prompt in prompts] == [0] * 5
 
