@@ -27,7 +27,7 @@ class AttentionStep(Protocol):
     """Whoever answers a layer's attention during one forward."""
 
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        """Query [num_heads, num_tokens, head_dim] → output [num_tokens, num_heads, head_dim]; K and V as the query."""
+        """Query [num_tokens, num_heads, head_dim] → output of its shape; K and V with num_kv_heads."""
 
 
 class PagedCache(Protocol):
@@ -58,7 +58,8 @@ def paged_attention(
         raise TypeError("the model does not pass its keyword arguments on to the attention function")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
-    output = attention_step.attend(getattr(module, "layer_idx", None), query[0], key[0], value[0], options)
+    query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    output = attention_step.attend(getattr(module, "layer_idx", None), query, key, value, options)
     return output[None], None
 
 

@@ -88,7 +88,7 @@ def _merge_policy(config: EngineConfig, runner: ModelRunner) -> MergePolicy | No
         return None
     if runner.lora.no_merge:
         raise ConfigError(f"--merge-policy auto: no adapter can be merged: {runner.lora.no_merge}")
-    costs = measure_merge_costs(runner)
+    costs = measure_merge_costs(runner, config.max_lora_rank)
     log.info(
         "merging takes %.0f ms; a bypass of %s",
         1000 * costs.merge_seconds,

@@ -28,7 +28,8 @@ class CpuKVCache:
 
     def options(self, layer: int, num_heads: int, options: AttentionOptions) -> native_attention.AttentionOptions:
         """How a layer attends, as the kernel wants it; made once."""
-        key = (layer, num_heads, options._replace(sinks=None), options.sinks is None)
+        scaling, sliding_window, softcap, sinks = options
+        key = (layer, num_heads, scaling, sliding_window, softcap, sinks is None)
         made = self._options.get(key)
         if made is None:
             made = self._options[key] = native_attention.AttentionOptions(num_heads, **options._asdict())
@@ -46,13 +47,12 @@ class CpuAttentionStep:
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         assert layer is not None
         cache = self._cache.layer(layer)
-        native_attention.write_kv(cache, _by_token(key), _by_token(value), self._slot_mapping)
-        made = self._cache.options(layer, query.shape[0], options)
-        return native_attention.paged_attention(_by_token(query), cache, made, self._batch)
+        native_attention.write_kv(cache, _side_by_side(key), _side_by_side(value), self._slot_mapping)
+        made = self._cache.options(layer, query.shape[1], options)
+        return native_attention.paged_attention(_side_by_side(query), cache, made, self._batch)
 
 
-def _by_token(heads: Tensor) -> Tensor:
-    """[num_heads, num_tokens, head_dim] → [num_tokens, num_heads, head_dim] with a token's heads side by side."""
-    tokens = heads.transpose(0, 1)
-    side_by_side = tokens.stride(2) == 1 and tokens.stride(1) == tokens.shape[2]
-    return tokens if side_by_side else tokens.contiguous()
+def _side_by_side(tokens: Tensor) -> Tensor:
+    """[num_tokens, num_heads, head_dim] with a token's heads side by side, as the kernels read them."""
+    _, of_head, of_element = tokens.stride()
+    return tokens if of_element == 1 and of_head == tokens.shape[2] else tokens.contiguous()

@@ -71,11 +71,11 @@ class CudaAttentionStep:
         assert options.softcap is None
         assert options.sinks is None
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys.flatten(0, 1).index_copy_(0, self._slot_mapping, key.transpose(0, 1))
-        values.flatten(0, 1).index_copy_(0, self._slot_mapping, value.transpose(0, 1))
+        keys.flatten(0, 1).index_copy_(0, self._slot_mapping, key)
+        values.flatten(0, 1).index_copy_(0, self._slot_mapping, value)
         window = -1 if options.sliding_window is None else options.sliding_window - 1  # tokens before the query's own
         output: Tensor = self._cache.varlen_attn(
-            query.transpose(0, 1), keys, values,
-            scale=options.scaling, window_size=(window, 0), enable_gqa=query.shape[0] != key.shape[0], **self._options,
+            query, keys, values,
+            scale=options.scaling, window_size=(window, 0), enable_gqa=query.shape[1] != key.shape[1], **self._options,
         )  # fmt: skip
         return output

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from server.engine.attention import AttentionOptions, AttentionStep
-from server.kernels import native_fused
+from server.kernels import native, native_fused
 
 _TOLERANCE = 1e-5  # of the largest output: rounding in another order
 
@@ -43,8 +43,11 @@ class _RecordingStep:
 
 
 @torch.inference_mode()
+@native.float32_products()
 def fuse(model: nn.Module, run: Callable[[AttentionStep], Any], step: AttentionStep) -> Counter[str]:
     """Gives the parts of a model fused forwards; says how many of each kind.
+
+    Meanwhile x is not rounded for bfloat16 weights, which makes more of the last bit of an x than `_TOLERANCE`.
 
     Args:
         run: computes one forward of the model on the CPU, with the step it is given.
@@ -132,11 +135,10 @@ def _rms_norm(weight: Tensor, eps: float) -> Forward:
 
 
 def _gated(module: Any, gate_and_up: Callable[[Tensor, Tensor], Tensor]) -> Forward:
-    gate, up, down = module.gate_proj, module.up_proj, module.down_proj
+    gate, up, down = module.gate_proj.forward, module.up_proj.forward, module.down_proj.forward
 
     def forward(x: Tensor) -> Tensor:
-        gated = gate_and_up(gate(x).flatten(0, -2), up(x).flatten(0, -2))
-        y: Tensor = down(gated.view(*x.shape[:-1], -1))
+        y: Tensor = down(gate_and_up(gate(x), up(x)))
         return y
 
     return forward
@@ -144,8 +146,8 @@ def _gated(module: Any, gate_and_up: Callable[[Tensor, Tensor], Tensor]) -> Forw
 
 def _attention(module: Any, layer: int | None, options: AttentionOptions) -> Forward:
     """Projections, rotary embedding in place, attention, projection."""
-    q_proj, k_proj, v_proj, o_proj = module.q_proj, module.k_proj, module.v_proj, module.o_proj
-    head_dim = module.head_dim
+    q_proj, k_proj, v_proj = module.q_proj.forward, module.k_proj.forward, module.v_proj.forward
+    o_proj, head_dim = module.o_proj.forward, module.head_dim
 
     def forward(
         hidden_states: Tensor,
@@ -155,22 +157,20 @@ def _attention(module: Any, layer: int | None, options: AttentionOptions) -> For
         attention_step: AttentionStep,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        heads = (hidden_states.shape[1], -1, head_dim)
+        num_tokens = hidden_states.shape[1]
+        heads = (num_tokens, -1, head_dim)
         query, key = q_proj(hidden_states).view(heads), k_proj(hidden_states).view(heads)
         value = v_proj(hidden_states).view(heads)
-        cos, sin = position_embeddings
-        native_fused.rotary(query, key, cos[0], sin[0])
-        attended = attention_step.attend(
-            layer, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), options
-        )
-        return o_proj(attended.view(1, heads[0], -1)), None
+        native_fused.rotary(query, key, *position_embeddings)
+        attended = attention_step.attend(layer, query, key, value, options)
+        return o_proj(attended.view(1, num_tokens, -1)), None
 
     return forward
 
 
 def _decoder_layer(module: Any, first: Tensor, second: Tensor) -> Forward:
     """Norm, attention, sum and norm, feed-forward, sum; the sums go into the layer's own input."""
-    attention, mlp = module.self_attn, module.mlp
+    attention, mlp = module.self_attn.forward, module.mlp.forward
     first_eps, second_eps = _eps(module.input_layernorm), _eps(module.post_attention_layernorm)
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:

@@ -59,9 +59,9 @@ class TorchAttentionStep:
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         assert layer is not None
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys.index_copy_(0, self._batch.slot_mapping, key.transpose(0, 1))
-        values.index_copy_(0, self._batch.slot_mapping, value.transpose(0, 1))
-        output = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format)
+        keys.index_copy_(0, self._batch.slot_mapping, key)
+        values.index_copy_(0, self._batch.slot_mapping, value)
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
         sequences = self._sequences
         if self._decode is not None:
             if options.softcap is None and options.sinks is None:
@@ -72,7 +72,7 @@ class TorchAttentionStep:
                 sequences = sequences + self._decode_sequences
         for sequence in sequences:
             output[sequence.tokens] = torch_ops.attention(
-                query[:, sequence.tokens],
+                query[sequence.tokens].transpose(0, 1),
                 keys[sequence.cached].transpose(0, 1),
                 values[sequence.cached].transpose(0, 1),
                 **options._asdict(),
@@ -103,9 +103,8 @@ class _DecodeRows:
     def attend(
         self, output: Tensor, query: Tensor, keys: Tensor, values: Tensor, *, scaling: float, sliding_window: int | None
     ) -> None:
-        by_token = query.transpose(0, 1)
         attended = torch_ops.decode_attention(
-            by_token if self._all else by_token[self._tokens],
+            query if self._all else query[self._tokens],
             keys[self._cached],
             values[self._cached],
             self._kv_lens,

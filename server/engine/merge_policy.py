@@ -58,7 +58,7 @@ class MergePolicy:
         for request, num_tokens in step:
             tokens[request.sole_adapter] += num_tokens
         if merged is None:
-            mergeable = (adapter for adapter in tokens if adapter and not adapter.no_merge)
+            mergeable = (adapter for adapter in tokens if adapter and _may_gain(adapter))
             self._favour(max(mergeable, key=tokens.__getitem__, default=None))
         favourite, total = self._favourite, tokens.total()
         if favourite is None:
@@ -110,3 +110,8 @@ class MergePolicy:
                 saved += apart - merged
                 expected += self._costs.bypass(favourite, num_tokens)
         return min(2.0, max(0.0, saved / expected)) if expected else 1.0
+
+
+def _may_gain(adapter: Adapter) -> bool:
+    """Whether all tokens of its requests take its bypass: those before an invocation take none until it is merged."""
+    return not adapter.no_merge and not adapter.invocation_tokens

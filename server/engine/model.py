@@ -135,10 +135,10 @@ class _Probe:
     head: str = ""
 
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        self.kv_shapes[layer] = (key.shape[0], key.shape[2])
+        self.kv_shapes[layer] = (key.shape[1], key.shape[2])
         self.value_sizes.add((key.shape[2], value.shape[2]))
         self.plain_attention &= options.softcap is None and options.sinks is None
-        return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
+        return query.new_zeros(*query.shape[:2], value.shape[2])
 
     def kv_shape(self, num_layers: int, name: str) -> KVShape:
         refused = f"--model {name} cannot be served: "

@@ -27,9 +27,10 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
         logits: [num_requests, vocab_size]; not changed.
     """
     logits = logits.float()
-    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
+    best = logits.argmax(dim=-1, keepdim=True)  # of a NaN or +inf, if there is one
+    finite = torch.isfinite(logits.gather(1, best)[:, 0]).tolist()
     adjusted = _adjust(logits, requests)
-    token_ids = adjusted.argmax(dim=-1).tolist()
+    token_ids = (best[:, 0] if adjusted is logits else adjusted.argmax(dim=-1)).tolist()
     drawing = [row for row, request in enumerate(requests) if not request.params.greedy and finite[row]]
     if drawing:
         drawn = _draw(adjusted[drawing], [requests[row] for row in drawing])

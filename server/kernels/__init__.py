@@ -41,6 +41,11 @@ class LayerWeights:
     gain: Tensor | None = None  # [out_features] float32: DoRA's magnitudes over norms; None: ones
     bias: Tensor | None = None  # [out_features] float32; None: zeros
 
+    @property
+    def changes_weight(self) -> bool:
+        """Whether a layer into which these weights are merged has another weight than before: a bias alone does not."""
+        return len(self.lora_a) > 0 or self.gain is not None
+
     def tensors(self) -> Iterator[Tensor]:
         for tensor in (self.lora_a, self.lora_b, self.gain, self.bias):
             if tensor is not None:
@@ -79,7 +84,7 @@ class LinearGroup(Protocol):
     def merge(self, weights: Sequence[LayerWeights | None]) -> int:
         """Computes with the layers' outputs as `LayerWeights` has them from here on, for each layer that has weights.
 
-        The base's own weights are never written: the sum lies beside them. Returns its size in bytes.
+        The base's own weights are never written: the sums lie beside them. Returns their size in bytes.
         """
 
     def unmerge(self) -> None:

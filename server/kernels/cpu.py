@@ -35,11 +35,13 @@ class CpuLinearGroup:
 
     def merge(self, weights: Sequence[LayerWeights | None]) -> int:
         layers, num_bytes = list(self._base.layers), 0
-        for index, (current, lora) in enumerate(zip(self._linear.layers, weights, strict=True)):
+        for index, (base, current, lora) in enumerate(
+            zip(self._base.layers, self._linear.layers, weights, strict=True)
+        ):
             if lora is not None:
-                memory = current.data if current is not layers[index] else None
-                layers[index] = layers[index].merged(lora, out=memory)
-                num_bytes += layers[index].data.nbytes
+                memory = current.data if current.data is not base.data else None  # of the last sum
+                layers[index] = merged = base.merged(lora, out=memory)
+                num_bytes += merged.data.nbytes if merged.data is not base.data else 0
         self._linear = native.LinearGroup(layers)
         return num_bytes
 
@@ -47,10 +49,10 @@ class CpuLinearGroup:
         self._linear = self._base
 
     def __call__(self, x: Tensor, passes: Sequence[native_lora.Segments]) -> list[Tensor]:
-        outputs = native.linear_many(x, self._linear)
+        outputs = native.linear(x, self._linear)
         for segments in passes:
             native_lora.add_lora(outputs, x, self._lora, segments)
-        return outputs
+        return outputs.tensors
 
 
 class CpuEmbeddingBypass:

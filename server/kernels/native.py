@@ -8,7 +8,8 @@ that a call is little more than its pointers. The library needs torch imported f
 
 import ctypes
 import importlib.machinery
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.kernels import LayerWeights, Storage
-from server.kernels.memory import Arena
+from server.kernels.memory import Arena, lazy_zeros
 
 PANEL = 16  # output features of a packed panel
 
@@ -71,9 +72,21 @@ def isa() -> str:
 
 
 def set_isa(name: str | None) -> None:
-    """Uses a given instruction set (for tests); None: the widest that this processor has."""
+    """Uses a given instruction set; None: the widest that this processor has."""
     if _loaded().loraplex_set_isa(name.encode() if name else None):
         raise ValueError(f"this processor or build has no {name} kernels")
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Within, x is not rounded for bfloat16 weights: another order of sums changes as little as in float32."""
+    chosen = isa()
+    if chosen == "avx512_bf16":
+        set_isa("avx512")
+    try:
+        yield
+    finally:
+        set_isa(chosen)
 
 
 def _loaded() -> ctypes.CDLL:
@@ -112,7 +125,6 @@ class PackedLinear:
         self.struct = _LinearStruct(
             data.data_ptr(), pointer(scale), pointer(bias), in_features, out_features, _LINEAR_KINDS[data.dtype]
         )
-        self.group = LinearGroup([self])
 
     def _panels(self, first: int = 0, end: int | None = None) -> Tensor:
         """Panels `first` to `end`, [n, in, 16]: a view of the data, or a copy of what lies in pairs."""
@@ -122,23 +134,29 @@ class PackedLinear:
         return data.transpose(2, 3).flatten(1, 2)[:, : self.in_features]
 
     def merged(self, lora: LayerWeights, out: Tensor | None = None) -> "PackedLinear":
-        """The layer that gives the outputs of `lora`, summed in float32, in the memory of `out` if given."""
+        """The layer that gives the outputs of `lora`, summed in float32, in the memory of `out` if given.
+
+        Where only a bias comes in, the weight is this layer's own.
+        """
         assert self.scale is None, "8-bit weights cannot take a sum"
+        data = self._sum(lora, out) if lora.changes_weight else self.data
+        bias = lora.merged_bias(self.own_bias)
+        bias = None if bias is None else _padded(bias, len(data) * PANEL)
+        return PackedLinear(data, None, bias, self.in_features, self.out_features)
+
+    def _sum(self, lora: LayerWeights, out: Tensor | None) -> Tensor:
+        """The data of gain ⊙ (W + scaling · B A), added up in place; bfloat16 takes a float32 copy meanwhile."""
         panels, rank = len(self.data), len(lora.lora_b)
         b = torch.zeros(rank, panels * PANEL)
         b[:, : self.out_features] = lora.lora_b
         b = b.view(rank, panels, PANEL).transpose(0, 1)
         a = lora.lora_a.float().T.expand(panels, -1, -1)
-        data = torch.empty_like(self.data) if out is None else out
-        total = data if data.dtype == torch.float32 else None
-        total = torch.baddbmm(self._panels().float(), a, b, alpha=lora.scaling, out=total)
+        data = lazy_zeros(tuple(self.data.shape), self.data.dtype) if out is None else out
+        total = data.copy_(self.data) if data.dtype == torch.float32 else self._panels().float()
+        total.baddbmm_(a, b, alpha=lora.scaling)
         if lora.gain is not None:
             total *= _padded(lora.gain, panels * PANEL).view(panels, 1, PANEL)
-        if total is not data:
-            data.copy_(_pairs(total))
-        bias = lora.merged_bias(self.own_bias)
-        bias = None if bias is None else _padded(bias, panels * PANEL)
-        return PackedLinear(data, None, bias, self.in_features, self.out_features)
+        return data if total is data else data.copy_(_pairs(total))
 
     @property
     def own_bias(self) -> Tensor | None:
@@ -176,7 +194,14 @@ class LinearGroup:
         self._strides = (INT * len(self.outs))(*self.outs)
         self.pointers = ctypes.addressof(self._structs)
         self.strides = ctypes.addressof(self._strides)
-        self.outputs_type = POINTER * len(self.outs)
+
+
+class Outputs:
+    """What the layers of a group give, [..., out] each, and a table of addresses for all calls that write to it."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self.pointers = (POINTER * len(tensors))(*[y.data_ptr() for y in tensors])
 
 
 def pack_linear(
@@ -211,26 +236,20 @@ def pack_linear(
 
 def _pairs(panels: Tensor) -> Tensor:
     """[panels, in, 16] → [panels, ceil(in / 2), 16, 2]"""
-    even: Tensor = functional.pad(panels, (0, 0, 0, panels.shape[1] % 2))
-    return even.view(len(even), -1, 2, PANEL).transpose(2, 3)
+    if panels.shape[1] % 2:
+        panels = functional.pad(panels, (0, 0, 0, 1))
+    return panels.view(len(panels), -1, 2, PANEL).transpose(2, 3)
 
 
-def linear(x: Tensor, packed: PackedLinear) -> Tensor:
-    """y [..., out] = x [..., in] @ weight.T + bias"""
-    return linear_many(x, packed.group)[0]
-
-
-def linear_many(x: Tensor, group: LinearGroup) -> list[Tensor]:
-    """[y [..., out] = x [..., in] @ weight.T + bias for each layer of the group]"""
+def linear(x: Tensor, group: LinearGroup) -> Outputs:
+    """y [..., out] = x [..., in] @ weight.T + bias for each layer of the group."""
     assert x.shape[-1] == group.in_features
-    shape = x.shape[:-1]
     x = contiguous(x)
-    ys = [torch.empty((*shape, out)) for out in group.outs]
-    outputs = group.outputs_type(*[y.data_ptr() for y in ys])
+    outputs = Outputs([torch.empty((*x.shape[:-1], out)) for out in group.outs])
     rows = x.numel() // group.in_features
-    if _linear(x.data_ptr(), rows, len(ys), group.pointers, outputs, group.strides):
+    if _linear(x.data_ptr(), rows, len(group.outs), group.pointers, outputs.pointers, group.strides):
         raise MemoryError(f"no scratch memory for {rows} rows")
-    return ys
+    return outputs
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -36,7 +36,7 @@ def layer_norm(
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """x = x * cos + rotate_half(x) * sin in place for q [num_tokens, heads, head_dim], k [num_tokens, kv_heads, ...].
 
-    Heads lie side by side; cos and sin [num_tokens, rotary_dim] are contiguous; elements past rotary_dim stay as is.
+    Heads lie side by side; cos and sin [..., rotary_dim] are contiguous, a row a token; elements past it stay as is.
     """
     num_tokens, heads, head_dim = q.shape
     _rotary(
@@ -46,16 +46,14 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, both [num_tokens, n] with rows any stride apart."""
-    rows, n = gate.shape
-    out = torch.empty(rows, n)
-    _silu_mul(gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), out.data_ptr(), rows, n)
+    """silu(gate) * up, both [..., n] with rows any stride apart, the same between all."""
+    out, n = torch.empty(gate.shape), gate.shape[-1]
+    _silu_mul(gate.data_ptr(), gate.stride(-2), up.data_ptr(), up.stride(-2), out.data_ptr(), gate.numel() // n, n)
     return out
 
 
 def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate, approximate="tanh") * up, both [num_tokens, n] with rows any stride apart."""
-    rows, n = gate.shape
-    out = torch.empty(rows, n)
-    _gelu_tanh_mul(gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), out.data_ptr(), rows, n)
+    """gelu(gate, approximate="tanh") * up, both as in silu_mul."""
+    out, n = torch.empty(gate.shape), gate.shape[-1]
+    _gelu_tanh_mul(gate.data_ptr(), gate.stride(-2), up.data_ptr(), up.stride(-2), out.data_ptr(), gate.numel() // n, n)
     return out

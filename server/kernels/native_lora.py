@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from server.kernels import LayerWeights, Segment
-from server.kernels.native import FLOAT, INT, KINDS, POINTER, contiguous, library, pointer
+from server.kernels.native import FLOAT, INT, KINDS, POINTER, Outputs, contiguous, library, pointer
 
 if library is not None:
     _add_lora = library.loraplex_add_lora
@@ -77,7 +77,6 @@ class LoRAGroup:
         self._strides = (INT * len(self.layers))(*(layer.out_features for layer in self.layers))
         self.pointers = ctypes.addressof(self._structs)
         self.strides = ctypes.addressof(self._strides)
-        self.outputs_type = POINTER * len(self.layers)
 
 
 class _SegmentStruct(ctypes.Structure):
@@ -93,17 +92,19 @@ class Segments:
         self.pointer = ctypes.addressof(self._table)
 
 
-def add_lora(ys: Sequence[Tensor], x: Tensor, group: LoRAGroup, segments: Segments) -> None:
+def add_lora(outputs: Outputs, x: Tensor, group: LoRAGroup, segments: Segments) -> None:
     """y[t] += scale * scaling[s] * (x[t] @ lora_a[s].T) @ lora_b[s] for each layer's y [..., out], row t of a segment.
 
     Where the slot has them, y is multiplied by its `gain` and gets its `bias` after that.
-    x is [..., in]; ys are contiguous and belong to the group's layers in order. A row outside every segment, or in one
-    whose slot is empty, stays as it is.
+    x is [..., in]; outputs are contiguous and belong to the group's layers in order. A row outside every segment, or in
+    one whose slot is empty, stays as it is.
     """
     assert x.shape[-1] == group.in_features
     x = contiguous(x)
-    outputs = group.outputs_type(*[y.data_ptr() for y in ys])
-    if _add_lora(x.data_ptr(), len(ys), group.pointers, outputs, group.strides, segments.count, segments.pointer):
+    if _add_lora(
+        x.data_ptr(), len(group.layers), group.pointers, outputs.pointers, group.strides, segments.count,
+        segments.pointer,
+    ):  # fmt: skip
         raise MemoryError("no scratch memory for the LoRA activations")
 
 

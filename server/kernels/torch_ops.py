@@ -12,14 +12,15 @@ from server.kernels import Kernels, LayerWeights, Segment
 
 
 class MergeableLayers:
-    """Frozen layers as they are, whose weights may be swapped for their sums with an adapter."""
+    """Frozen layers as they are, whose weights may be swapped for their sums with an adapter: all but the slots."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers: Sequence[Any] = layers
         self._base = [cast(nn.Parameter, layer.weight) for layer in layers]
         self._biases = [cast(nn.Parameter | None, layer.bias) for layer in layers]
 
-    def __call__(self, x: Tensor) -> list[Tensor]:
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """The layers' own, without bypasses."""
         return [layer(x) for layer in self._layers]
 
     def merge(self, weights: Sequence[LayerWeights | None]) -> int:
@@ -27,59 +28,43 @@ class MergeableLayers:
         self.unmerge()
         num_bytes = 0
         for index, (layer, base, lora) in enumerate(zip(self._layers, self._base, weights, strict=True)):
-            if lora is not None:
-                lora_a, lora_b, is_transposed = lora.lora_a.float(), lora.lora_b.float(), isinstance(layer, Conv1D)
-                factors = (lora_a.T, lora_b) if is_transposed else (lora_b.T, lora_a)
-                merged = torch.addmm(base.float(), *factors, alpha=lora.scaling)
-                if lora.gain is not None:
-                    merged *= lora.gain if is_transposed else lora.gain[:, None]
+            if lora is None:
+                continue
+            if lora.changes_weight:
+                merged = _sum(base, lora, is_transposed=isinstance(layer, Conv1D))
                 layer.weight = nn.Parameter(merged.to(base.dtype), requires_grad=False)
-                bias = lora.merged_bias(self.bias(index))
-                layer.bias = None if bias is None else nn.Parameter(bias.to(base.dtype), requires_grad=False)
                 num_bytes += layer.weight.nbytes
+            bias = lora.merged_bias(self.base_bias(index))
+            layer.bias = None if bias is None else nn.Parameter(bias.to(base.dtype), requires_grad=False)
         return num_bytes
 
     def unmerge(self) -> None:
         for layer, base, bias in zip(self._layers, self._base, self._biases, strict=True):
             layer.weight, layer.bias = base, bias
 
-    def rows(self, index: int, start: int, end: int) -> Tensor:
-        """See `LinearGroup.base_rows`."""
-        weight = self._base[index].detach()
+    def base_rows(self, layer: int, start: int, end: int) -> Tensor:
+        weight = self._base[layer].detach()
         if weight.is_mkldnn:
             weight = weight.to_dense()
-        return (weight.T if isinstance(self._layers[index], Conv1D) else weight)[start:end].float()
+        return (weight.T if isinstance(self._layers[layer], Conv1D) else weight)[start:end].float()
 
-    def bias(self, index: int) -> Tensor | None:
-        """See `LinearGroup.base_bias`."""
-        bias = self._biases[index]
+    def base_bias(self, layer: int) -> Tensor | None:
+        bias = self._biases[layer]
         return None if bias is None else bias.detach().float()
 
 
-class TorchLinearGroup:
+class TorchLinearGroup(MergeableLayers):
     """The reference of `LinearGroup`; its layers stay as they are."""
 
     def __init__(self, layers: Sequence[nn.Module], num_slots: int) -> None:
-        self._layers = MergeableLayers(layers)
+        super().__init__(layers)
         self._slots: list[list[LayerWeights | None]] = [[None] * num_slots for _ in layers]
 
     def set_slot(self, layer: int, slot: int, weights: LayerWeights | None) -> None:
         self._slots[layer][slot] = weights
 
-    def merge(self, weights: Sequence[LayerWeights | None]) -> int:
-        return self._layers.merge(weights)
-
-    def unmerge(self) -> None:
-        self._layers.unmerge()
-
-    def base_rows(self, layer: int, start: int, end: int) -> Tensor:
-        return self._layers.rows(layer, start, end)
-
-    def base_bias(self, layer: int) -> Tensor | None:
-        return self._layers.bias(layer)
-
     def __call__(self, x: Tensor, passes: Sequence[Sequence[Segment]]) -> list[Tensor]:
-        outputs = self._layers(x)
+        outputs = self.outputs(x)
         rows = x.reshape(-1, x.shape[-1])
         for segments in passes:
             for y, slots in zip(outputs, self._slots, strict=True):
@@ -137,6 +122,16 @@ def finish(y: Tensor, weights: LayerWeights) -> None:
         y *= weights.gain.to(y.dtype)
     if weights.bias is not None:
         y += weights.bias.to(y.dtype)
+
+
+def _sum(base: Tensor, lora: LayerWeights, *, is_transposed: bool) -> Tensor:
+    """gain ⊙ (W + scaling · B A) in float32, for W [out_features, in_features] or transposed."""
+    lora_a, lora_b = lora.lora_a.float(), lora.lora_b.float()
+    factors = (lora_a.T, lora_b) if is_transposed else (lora_b.T, lora_a)
+    total = torch.addmm(base.float(), *factors, alpha=lora.scaling)
+    if lora.gain is not None:
+        total *= lora.gain if is_transposed else lora.gain[:, None]
+    return total
 
 
 def attention(

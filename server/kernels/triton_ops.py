@@ -64,11 +64,11 @@ def cut_tiles(device: torch.device, segments: Sequence[Segment], num_tiles: int 
     )
 
 
-class TritonLinearGroup:
+class TritonLinearGroup(MergeableLayers):
     """Layers that stay as they are, and the bypasses of them all in two launches."""
 
     def __init__(self, device: torch.device, max_rank: int, layers: Sequence[nn.Module], num_slots: int) -> None:
-        self._layers = MergeableLayers(layers)
+        super().__init__(layers)
         self._max_rank = max_rank
         self._tables = SlotTables(device, next(layers[0].parameters()).dtype, len(layers), num_slots)
 
@@ -76,20 +76,8 @@ class TritonLinearGroup:
         assert weights is None or len(weights.lora_a) <= self._max_rank
         self._tables.set(layer, slot, weights)
 
-    def merge(self, weights: Sequence[LayerWeights | None]) -> int:
-        return self._layers.merge(weights)
-
-    def unmerge(self) -> None:
-        self._layers.unmerge()
-
-    def base_rows(self, layer: int, start: int, end: int) -> Tensor:
-        return self._layers.rows(layer, start, end)
-
-    def base_bias(self, layer: int) -> Tensor | None:
-        return self._layers.bias(layer)
-
     def __call__(self, x: Tensor, passes: Sequence[Tiles]) -> list[Tensor]:
-        outputs = self._layers(x)
+        outputs = self.outputs(x)
         if passes:
             assert all(y.is_contiguous() for y in outputs)
             rows = x.reshape(-1, x.shape[-1]).contiguous()

@@ -30,6 +30,7 @@ class CheckedAdapter:
         Raises:
             AdapterIncompatibleError: the files do not go with what this base model's weights are.
         """
+        _check_invocation(files)
         for module, weight in files.base_weights.items():
             check_own(base, module, weight)
         layers = {
@@ -94,8 +95,10 @@ class Adapter:
     def first_token(self, prompt: Sequence[int]) -> int | None:
         """Where in a prompt the adapter begins to work; None: nowhere, for it is not invoked."""
         wanted = list(self.invocation_tokens)
-        starts = range(len(prompt) - len(wanted), -1, -1)
-        return next((start for start in starts if prompt[start : start + len(wanted)] == wanted), None) if wanted else 0
+        if not wanted:
+            return 0
+        starts = (start for start in range(len(prompt) - len(wanted), -1, -1) if prompt[start] == wanted[0])
+        return next((start for start in starts if prompt[start : start + len(wanted)] == wanted), None)
 
 
 class WeightedAdapter(NamedTuple):
@@ -103,6 +106,20 @@ class WeightedAdapter(NamedTuple):
 
     adapter: Adapter
     weight: float = 1.0
+
+
+def _check_invocation(files: AdapterFiles) -> None:
+    """PEFT masks the bypass of tokens before the invocation, but applies a trained bias to every token.
+
+    So their K and V would not be the base's, as those of an aLoRA are here.
+    """
+    config = files.config
+    if config.invocation_tokens and config.bias != "none" and files.base_biases:
+        raise AdapterIncompatibleError(
+            f"bias={config.bias!r} trained biases of the base, which work on every token, and alora_invocation_tokens "
+            "has the adapter work from its invocation on; train it with bias='none', or with lora_bias",
+            "UNSUPPORTED_ADAPTER",
+        )
 
 
 def _layer(files: AdapterFiles, module: str, base: BaseWeights) -> LayerWeights | None:

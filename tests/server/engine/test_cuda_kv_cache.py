@@ -65,7 +65,7 @@ def test_equals_torch(kind: str, window: int | None, num_kv_heads: int) -> None:
     options = AttentionOptions(0.3, window, None, None)
     steps = flash.step(batch), plain.step(batch)
     for layer in range(shape.num_layers):
-        query, key, value = (torch.randn(heads, batch.num_tokens, 16) for heads in (NUM_HEADS, *[num_kv_heads] * 2))
+        query, key, value = (torch.randn(batch.num_tokens, heads, 16) for heads in (NUM_HEADS, *[num_kv_heads] * 2))
         output, expected = (attention.attend(layer, query, key, value, options) for attention in steps)
         torch.testing.assert_close(output, expected)
     assert torch.equal(flash.keys.view_as(plain.keys), plain.keys)
@@ -76,7 +76,7 @@ def test_what_lies_beyond_a_context_does_not_matter() -> None:
     """A reused block holds what others left there."""
     torch.manual_seed(0)
     batch = STEPS["mixed"]
-    query, key, value = (torch.randn(heads, batch.num_tokens, 16) for heads in (NUM_HEADS, 2, 2))
+    query, key, value = (torch.randn(batch.num_tokens, heads, 16) for heads in (NUM_HEADS, 2, 2))
 
     def attend(left_behind: float) -> Tensor:
         cache = CudaKVCache(KVShape(1, 2, 16), NUM_BLOCKS, BLOCK, torch.float32, CPU, varlen_attn)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,8 @@ COSTS = MergeCosts([(1, 1e-3), (4, 1.3e-3), (16, 2e-3), (64, 6e-3)], merge_secon
 STEP = 0.02  # seconds of a step without bypasses
 
 
-def adapter(name: str, num_bytes: int = 1000) -> Adapter:
-    return Adapter(name, "1", 1, "", 8, (), {}, num_bytes, 0)
+def adapter(name: str, num_bytes: int = 1000, **settings: Any) -> Adapter:
+    return Adapter(name, "1", 1, "", 8, (), {}, num_bytes, 0, **settings)
 
 
 A, B = adapter("a"), adapter("b")
@@ -94,6 +95,16 @@ def test_scaled_and_mixed_requests_are_others() -> None:
     simulation = Simulation()
     for _ in range(2000):
         simulation.step([request(A, weight=0.5)] * 4)
+    assert simulation.switches == 0
+
+
+@pytest.mark.parametrize("settings", [{"invocation_tokens": (1,)}, {"no_merge": "it cannot be undone"}])
+def test_who_cannot_gain_is_never_merged(settings: dict[str, Any]) -> None:
+    """An aLoRA's prompt takes no bypass while it is apart, and a correction while it is merged."""
+    simulation = Simulation()
+    on = adapter("on", **settings)
+    for _ in range(2000):
+        simulation.step([request(on)] * 4)
     assert simulation.switches == 0
 
 

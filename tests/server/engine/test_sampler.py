@@ -96,11 +96,20 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     assert result.logprob.top[0][1] == pytest.approx(float(expected[1]))
 
 
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.7, "seed": 1}, {"min_tokens": 1}], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
+@pytest.mark.parametrize("place", range(len(LOGITS)))
+def test_a_row_that_is_not_finite_fails_alone(place: int, bad: float, params: dict[str, Any]) -> None:
+    """Wherever the value stands, and even where it could not be chosen."""
     logits = LOGITS.repeat(3, 1)
-    logits[1, 2] = bad
-    results = sample(logits, [request(temperature=0.7, seed=1), request(temperature=0.7, seed=1), request()])
+    logits[1, place] = bad
+    results = sample(logits, [request(stop=frozenset({place}), **params) for _ in logits])
     assert results[1].token_id is None
-    assert results[0].token_id == token(request(temperature=0.7, seed=1))
-    assert results[2].token_id == 1
+    assert results[0].token_id == results[2].token_id == token(request(stop=frozenset({place}), **params))
+
+
+def test_a_row_without_any_logit_fails() -> None:
+    logits = torch.stack([LOGITS, torch.full_like(LOGITS, -math.inf)])
+    assert [result.token_id for result in sample(logits, [request(), request()])] == [1, None]
+    logits[1, 2] = -1e30  # one is enough
+    assert [result.token_id for result in sample(logits, [request(), request()])] == [1, 2]

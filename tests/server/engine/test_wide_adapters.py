@@ -40,6 +40,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
     "MiCA": {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
     "aLoRA": {"target_modules": "all-linear", "alora_invocation_tokens": INVOCATION},
+    "aLoRA, bias of B": {"target_modules": ["v_proj"], "lora_bias": True, "alora_invocation_tokens": INVOCATION},
 }
 
 pytestmark = [
@@ -288,6 +289,15 @@ def test_an_adapter_that_is_not_invoked_is_refused(base_dir: Path, folders: dict
     engine, _ = make_engine(base_dir)
     with pytest.raises(InvalidRequest, match=r"'aLoRA' would do nothing: .*\[7, 9\]"):
         engine.submit([7, 8, 9], engine.load(folders["aLoRA"]))
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_an_invoked_adapter_with_biases_of_the_base_is_refused(base_dir: Path, tmp_path: Path, bias: str) -> None:
+    """PEFT applies them to the tokens before the invocation, too."""
+    save_adapter(model(), tmp_path, 0, target_modules=["q_proj"], bias=bias, alora_invocation_tokens=INVOCATION)
+    engine, _ = make_engine(base_dir)
+    with pytest.raises(AdapterIncompatibleError, match=rf"bias='{bias}' .*every token"):
+        engine.load(tmp_path)
 
 
 ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [

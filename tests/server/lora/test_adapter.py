@@ -1,5 +1,7 @@
 """What becomes of an adapter's files beside the base's weights."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,12 +16,12 @@ from server.lora.base_weights import BaseWeights
 WEIGHT = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 
 
-def made(weights: dict[str, LoRAWeights], biases: dict[str, Tensor] | None = None) -> Adapter:
+def made(weights: dict[str, LoRAWeights], biases: dict[str, Tensor] | None = None, **settings: Any) -> Adapter:
     """On a base of two layers, of which the second has a bias of ones."""
     base = BaseWeights({name: LinearShape(5, 3) for name in "ab"}, torch.float32)
     base.add("a", lambda start, end: WEIGHT[start:end])
     base.add("b", lambda start, end: WEIGHT[start:end], torch.ones(3))
-    config = AdapterConfig(rank=1, alpha=2, target_modules=("a", "b"))
+    config = AdapterConfig(rank=1, alpha=2, target_modules=("a", "b"), **settings)
     return Adapter.from_files(
         AdapterFiles(config, weights, {}, "", 0, base_biases=biases or {}), "adapter", "1", 1, base
     )
@@ -70,3 +72,22 @@ def test_what_follows_from_a_layer_that_lacks_something() -> None:
     files = AdapterFiles(AdapterConfig(rank=1, alpha=1, target_modules=("a",)), {"a": cancelled}, {}, "", 0)
     with pytest.raises(AdapterIncompatibleError, match="norm of a's weights, and some of them are zero"):
         Adapter.from_files(files, "adapter", "1", 1, base)
+
+
+def test_where_an_invoked_adapter_begins() -> None:
+    plain, invoked = made({"a": lora()}), made({"a": lora()}, invocation_tokens=(7, 9))
+    prompts: list[list[int]] = [[7, 9, 7, 7, 9, 7], [7, 9], [9, 7], [7], []]
+    assert [invoked.first_token(prompt) for prompt in prompts] == [3, 0, None, None, None]
+    assert [plain.first_token(prompt) for prompt in prompts] == [0] * 5
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_would_work_before_the_invocation_are_refused(bias: str) -> None:
+    """Only what was trained; a bias of B works from the invocation on, like B itself."""
+    biases = {"b": torch.tensor([1.0, 3.0, 1.0])}
+    with pytest.raises(AdapterIncompatibleError, match=rf"bias='{bias}' .*alora_invocation_tokens"):
+        made({"b": lora()}, biases, bias=bias, invocation_tokens=(7, 9))
+    made({"b": lora()}, biases, bias=bias)
+    made({"a": lora()}, bias=bias, invocation_tokens=(7, 9))  # no layer of it has a bias
+    of_b = LoRAWeights(torch.ones(1, 5), torch.ones(3, 1), 2.0, lora_bias=torch.ones(3))
+    assert made({"b": of_b}, invocation_tokens=(7, 9), lora_bias=True).weights["b"].bias is not None
