@@ -41,7 +41,7 @@ async def ask_server(channel: grpc.aio.Channel, address: str) -> ServerFacts:
         listed = await _list_adapters(AdaptersStub(channel))
     except grpc.aio.AioRpcError as error:
         raise ServerUnreachable(f"no server at {address}: {error.code().name}: {error.details()}") from error
-    good = [adapter for adapter in listed if adapter.current and adapter.state != FAILED]
+    good = [adapter for adapter in listed if adapter.state != FAILED]
     return ServerFacts(
         model=model,
         tiers={adapter.name: AdapterTier.Name(adapter.tier).lower() for adapter in good},
