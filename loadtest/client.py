@@ -5,10 +5,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import grpc
 
+from loadtest.channel import connect
 from server.pb.loraplex.v1.inference_pb2 import GenerateRequest
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 
@@ -44,21 +44,6 @@ class CallResult:
     def ended(self) -> float:
         """When it was over, by time.monotonic()."""
         return self.due + self.total
-
-
-def connect(address: str, ca: str = "") -> grpc.aio.Channel:
-    """A channel to HOST:PORT, or over TLS to https://HOST:PORT.
-
-    Args:
-        ca: PEM file of the authorities to trust; empty: gRPC's own, or those of GRPC_DEFAULT_SSL_ROOTS_FILE_PATH.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    if not address.startswith("https://"):
-        return grpc.aio.insecure_channel(address)
-    credentials = grpc.ssl_channel_credentials(Path(ca).read_bytes() if ca else None)
-    return grpc.aio.secure_channel(address.removeprefix("https://"), credentials)
 
 
 async def call(stub: InferenceStub, request: GenerateRequest, due: float, timeout: float | None = None) -> CallResult:

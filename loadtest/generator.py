@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from loadtest.client import CallResult, call, connect
+from loadtest.channel import connect
+from loadtest.client import CallResult, call
 from loadtest.schedule import Arrival
 from server.pb.loraplex.v1.inference_pb2 import GenerateRequest, SamplingParams, TokenIds
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
@@ -90,7 +92,7 @@ class LoadGenerator:
             start: second 0 of the schedule, by time.monotonic().
         """
         self._start = start
-        async with connect(self._share.address, self._share.ca) as channel:
+        async with connect(self._share.address, Path(self._share.ca) if self._share.ca else None) as channel:
             stub = InferenceStub(channel)
             await asyncio.sleep(start - time.monotonic())
             started, cpu = time.monotonic(), time.process_time()

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.pb.loraplex.v1.adapters_pb2 import FAILED, Adapter, AdapterTier, ListAdaptersRequest
+from loadtest.channel import list_adapters
+from server.pb.loraplex.v1.adapters_pb2 import FAILED, AdapterTier
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2 import GetModelInfoRequest, ModelInfo
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
@@ -38,7 +39,7 @@ async def ask_server(channel: grpc.aio.Channel, address: str) -> ServerFacts:
     """
     try:
         model = await InferenceStub(channel).GetModelInfo(GetModelInfoRequest(), timeout=_TIMEOUT)
-        listed = await _list_adapters(AdaptersStub(channel))
+        listed = await list_adapters(AdaptersStub(channel), _TIMEOUT)
     except grpc.aio.AioRpcError as error:
         raise ServerUnreachable(f"no server at {address}: {error.code().name}: {error.details()}") from error
     good = [adapter for adapter in listed if adapter.state != FAILED]
@@ -47,16 +48,6 @@ async def ask_server(channel: grpc.aio.Channel, address: str) -> ServerFacts:
         tiers={adapter.name: AdapterTier.Name(adapter.tier).lower() for adapter in good},
         versions={adapter.name: adapter.version for adapter in good},
     )
-
-
-async def _list_adapters(stub: AdaptersStub) -> list[Adapter]:
-    request, listed = ListAdaptersRequest(), []
-    while True:
-        page = await stub.ListAdapters(request, timeout=_TIMEOUT)
-        listed += page.adapters
-        request.page_token = page.next_page_token
-        if not request.page_token:
-            return listed
 
 
 @dataclass(slots=True)

@@ -5,13 +5,14 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from loadtest.channel import connect
 from loadtest.churn import Churn
-from loadtest.client import connect
 from loadtest.environment import server_environment
 from loadtest.generator import Share
 from loadtest.observer import MetricsWatch, ServerFacts, ServerUnreachable, ask_server
@@ -44,7 +45,7 @@ async def measure(
         ServerUnreachable, WorkloadError, LoadProcessError.
         grpc.aio.AioRpcError: the server refuses the adapters of a churn.
     """
-    async with connect(target.address, target.ca) as channel:
+    async with connect(target.address, Path(target.ca) if target.ca else None) as channel:
         facts = await ask_server(channel, target.address)
         churn = Churn.of(workload.churn_adapters, facts.versions, workload.seed) if workload.churn_seconds else None
         schedule = make_schedule(workload, _adapter_names(workload, target, facts, churn), facts.model.max_model_len)

@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 import grpc
 
+from loadtest.channel import connect, list_adapters
 from server.chat_answers import Answer, shown, stream
-from server.client_channel import endpoint
 from server.client_commands import address_option, ca_file
 from server.conversation import BASE, ChatError, Conversation, Turn
 from server.pb.loraplex.v1 import adapters_pb2, inference_pb2
@@ -133,13 +133,7 @@ class ChatSession:
         return model
 
     async def _listed(self) -> list[adapters_pb2.Adapter]:
-        request, found = adapters_pb2.ListAdaptersRequest(), []
-        while True:
-            page = await self._adapters.ListAdapters(request)
-            found += page.adapters
-            request.page_token = page.next_page_token
-            if not request.page_token:
-                return found
+        return await list_adapters(self._adapters)
 
     def _choose(self, names: list[str]) -> None:
         known = {adapter.name for adapter in self._runner.run(self._listed())} | {BASE}
@@ -207,5 +201,4 @@ class ChatSession:
 
 async def _connect(address: str, ca: Path | None) -> grpc.aio.Channel:
     """On the runner's event loop, which a channel is bound to."""
-    target, credentials = endpoint(address, ca)
-    return grpc.aio.secure_channel(target, credentials) if credentials else grpc.aio.insecure_channel(target)
+    return connect(address, ca)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 import grpc
 
-from server.client_channel import endpoint
+from loadtest.channel import endpoint
 from server.pb.loraplex.v1 import inference_pb2
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 
