@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from server.kernels import Kernels, LayerWeights, LinearGroup, Storage, native, native_lora
+from server.kernels import Kernels, LayerWeights, LinearGroup, Storage, native, native_linear, native_lora
 from server.kernels.memory import Arena
 
 
@@ -16,12 +16,12 @@ class CpuLinearGroup:
 
     def __init__(self, storage: Storage, arena: Arena, layers: Sequence[nn.Module], num_slots: int) -> None:
         packed = [_pack(layer, storage, arena) for layer in layers]
-        self._base = self._linear = native.LinearGroup(packed)
+        self._base = self._linear = native_linear.LinearGroup(packed)
         self._slots = [native_lora.LoRASlots(layer.in_features, layer.out_features, num_slots) for layer in packed]
         self._lora = native_lora.LoRAGroup(self._slots)
 
     @property
-    def packed(self) -> Sequence[native.PackedLinear]:
+    def packed(self) -> Sequence[native_linear.PackedLinear]:
         return self._base.layers
 
     def set_slot(self, layer: int, slot: int, weights: LayerWeights | None) -> None:
@@ -42,14 +42,14 @@ class CpuLinearGroup:
                 memory = current.data if current.data is not base.data else None  # of the last sum
                 layers[index] = merged = base.merged(lora, out=memory)
                 num_bytes += merged.data.nbytes if merged.data is not base.data else 0
-        self._linear = native.LinearGroup(layers)
+        self._linear = native_linear.LinearGroup(layers)
         return num_bytes
 
     def unmerge(self) -> None:
         self._linear = self._base
 
     def __call__(self, x: Tensor, passes: Sequence[native_lora.Segments]) -> list[Tensor]:
-        outputs = native.linear(x, self._linear)
+        outputs = native_linear.linear(x, self._linear)
         for segments in passes:
             native_lora.add_lora(outputs, x, self._lora, segments)
         return outputs.tensors
@@ -71,7 +71,7 @@ class CpuEmbeddingBypass:
 class PackedEmbedding(nn.Module):
     """The embedding of a model whose head has the same weight: reads its rows from the packed head."""
 
-    def __init__(self, packed: native.PackedLinear) -> None:
+    def __init__(self, packed: native_linear.PackedLinear) -> None:
         super().__init__()
         self._packed = packed
 
@@ -105,8 +105,8 @@ def _tied_embedding(head: LinearGroup) -> nn.Module:
     return PackedEmbedding(head.packed[0])
 
 
-def _pack(layer: nn.Module, storage: Storage, arena: Arena) -> native.PackedLinear:
+def _pack(layer: nn.Module, storage: Storage, arena: Arena) -> native_linear.PackedLinear:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    return native.pack_linear(weight.T if isinstance(layer, Conv1D) else weight, bias, storage, arena)
+    return native_linear.pack_linear(weight.T if isinstance(layer, Conv1D) else weight, bias, storage, arena)

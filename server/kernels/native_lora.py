@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from server.kernels import LayerWeights, Segment
-from server.kernels.native import FLOAT, INT, KINDS, POINTER, Outputs, contiguous, library, pointer
+from server.kernels.native import FLOAT, INT, KINDS, POINTER, contiguous, library, pointer
+from server.kernels.native_linear import Outputs
 
 if library is not None:
     _add_lora = library.loraplex_add_lora

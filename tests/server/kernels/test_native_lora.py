@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.kernels import LayerWeights, Segment, native, native_lora
+from server.kernels import LayerWeights, Segment, native_linear, native_lora
 from server.kernels.torch_ops import TorchEmbeddingBypass, add_lora
 from tests.server.kernels.conftest import random_split
 
@@ -49,7 +49,7 @@ def segments_of(lengths: list[int], start: int = 2) -> list[Segment]:
 
 
 def add_native(ys: list[Tensor], x: Tensor, group: native_lora.LoRAGroup, segments: Sequence[Segment]) -> None:
-    native_lora.add_lora(native.Outputs(ys), x, group, native_lora.Segments(segments))
+    native_lora.add_lora(native_linear.Outputs(ys), x, group, native_lora.Segments(segments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

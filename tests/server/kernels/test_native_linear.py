@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.kernels import Storage, native
+from server.kernels import Storage, native, native_linear
 from tests.server.kernels.conftest import random_split
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -12,8 +12,8 @@ pytestmark = pytest.mark.usefixtures("isa")
 STORAGES: list[Storage] = ["float32", "bfloat16", "int8"]
 
 
-def linear(x: Tensor, packed: native.PackedLinear) -> Tensor:
-    (y,) = native.linear(x, native.LinearGroup([packed])).tensors
+def linear(x: Tensor, packed: native_linear.PackedLinear) -> Tensor:
+    (y,) = native_linear.linear(x, native_linear.LinearGroup([packed])).tensors
     return y
 
 
@@ -28,7 +28,7 @@ def as_multiplied(x: Tensor, storage: Storage) -> Tensor:
 )
 def test_linear(out_features: int, in_features: int, storage: Storage) -> None:
     weight, bias = torch.randn(out_features, in_features), torch.randn(out_features)
-    packed = native.pack_linear(weight, bias, storage)
+    packed = native_linear.pack_linear(weight, bias, storage)
     reference = packed.unpack().double()
     tolerance = {"float32": 0.0, "bfloat16": 2**-8, "int8": 0.5 / 127}[storage]
     assert (reference - weight).abs().max() <= tolerance * weight.abs().max() + 1e-12
@@ -40,7 +40,7 @@ def test_linear(out_features: int, in_features: int, storage: Storage) -> None:
 
 def test_linear_packs_transposed_parameters() -> None:
     weight, bias = torch.nn.Parameter(torch.randn(40, 50)), torch.nn.Parameter(torch.randn(50))
-    packed = native.pack_linear(weight.T, bias)
+    packed = native_linear.pack_linear(weight.T, bias)
     assert torch.equal(packed.unpack(), weight.T)
     x = torch.randn(3, 40)
     y = linear(x, packed)
@@ -51,14 +51,14 @@ def test_linear_packs_transposed_parameters() -> None:
 def test_linear_takes_bfloat16_weights_and_leading_dimensions() -> None:
     weight = torch.randn(48, 64, dtype=torch.bfloat16)
     x = torch.randn(1, 5, 64)
-    packed = native.pack_linear(weight, storage="bfloat16")
+    packed = native_linear.pack_linear(weight, storage="bfloat16")
     assert torch.equal(packed.unpack(), weight.float())
     torch.testing.assert_close(linear(x, packed), as_multiplied(x, "bfloat16") @ weight.float().T)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_linear_rows_do_not_depend_on_their_batch(storage: Storage) -> None:
-    packed = native.pack_linear(torch.randn(90, 300), torch.randn(90), storage)
+    packed = native_linear.pack_linear(torch.randn(90, 300), torch.randn(90), storage)
     x = torch.randn(900, 300)
     whole = linear(x, packed)
     for _ in range(3):
@@ -67,21 +67,23 @@ def test_linear_rows_do_not_depend_on_their_batch(storage: Storage) -> None:
 
 
 def test_linear_bits_do_not_depend_on_threads_or_grouping() -> None:
-    layers = [native.pack_linear(torch.randn(out, 300)) for out in (90, 32, 7)]
+    layers = [native_linear.pack_linear(torch.randn(out, 300)) for out in (90, 32, 7)]
     x = torch.randn(50, 300)
     expected = [linear(x, layer) for layer in layers]
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            for y, alone in zip(native.linear(x, native.LinearGroup(layers)).tensors, expected, strict=True):
+            for y, alone in zip(
+                native_linear.linear(x, native_linear.LinearGroup(layers)).tensors, expected, strict=True
+            ):
                 assert torch.equal(y, alone)
     finally:
         torch.set_num_threads(threads)
 
 
 def test_products_in_float32(isa: str) -> None:
-    packed, x = native.pack_linear(torch.randn(40, 50), storage="bfloat16"), torch.randn(3, 50)
+    packed, x = native_linear.pack_linear(torch.randn(40, 50), storage="bfloat16"), torch.randn(3, 50)
     with native.float32_products():
         torch.testing.assert_close(linear(x, packed), x @ packed.unpack().T)
     assert native.isa() == isa
