@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
+from server.adapter_tables import mib, print_adapters, print_fields, say_loaded, state_of
 from server.client_commands import address_option, connected
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
@@ -41,10 +41,10 @@ def list_adapters(address: str) -> None:
             request.page_token = answer.next_page_token
             if not request.page_token:
                 break
-    _print(found)
+    print_adapters(found)
     click.echo(
-        f"{len(found)} versions; host memory {_mib(answer.bytes_host)} of {_mib(answer.bytes_host_limit)} MiB, "
-        f"{_mib(answer.bytes_host_pinned)} pinned"
+        f"{len(found)} versions; host memory {mib(answer.bytes_host)} of {mib(answer.bytes_host_limit)} MiB, "
+        f"{mib(answer.bytes_host_pinned)} pinned"
     )
 
 
@@ -55,13 +55,7 @@ def get(address: str, name: str) -> None:
     """Show all that is known of adapter NAME."""
     with connected(address) as channel:
         adapter = AdaptersStub(channel).GetAdapter(pb.GetAdapterRequest(name=name))
-    table = Table(show_header=False)
-    for field in pb.Adapter.DESCRIPTOR.fields:
-        value = getattr(adapter, field.name)
-        if field.enum_type is not None:
-            value = field.enum_type.values_by_number[value].name
-        table.add_row(field.name, ", ".join(value) if field.name == "target_modules" else str(value))
-    Console().print(table)
+    print_fields(adapter)
 
 
 @adapters.command()
@@ -77,7 +71,7 @@ def load(address: str, source: str, replace: bool, expected_generation: int | No
         name=name, source=source, replace=replace, expected_generation=expected_generation, pin=pin
     )
     with connected(address) as channel:
-        _say_loaded(AdaptersStub(channel).LoadAdapter(request))
+        say_loaded(AdaptersStub(channel).LoadAdapter(request))
 
 
 @adapters.command()
@@ -104,7 +98,7 @@ def upload(address: str, replace: bool, expected_generation: int | None, pin: bo
     )  # fmt: skip
     with progress, connected(address) as channel:
         adapter = AdaptersStub(channel).UploadAdapter(_messages(header, paths, progress))
-    _say_loaded(adapter)
+    say_loaded(adapter)
 
 
 @adapters.command()
@@ -133,7 +127,7 @@ def unload(address: str, mode: str, name: str) -> None:
 def pin(address: str, name: str) -> None:
     """Load adapter NAME and keep it in host memory."""
     with connected(address) as channel:
-        _say_loaded(AdaptersStub(channel).PinAdapter(pb.PinAdapterRequest(name=name)))
+        say_loaded(AdaptersStub(channel).PinAdapter(pb.PinAdapterRequest(name=name)))
 
 
 @adapters.command()
@@ -170,7 +164,7 @@ def traffic(address: str, name: str, shares: Sequence[str]) -> None:
             raise click.BadParameter(f"{share!r} is not VERSION=PERCENT", param_hint="shares")
         request.percent_by_version[version] = int(percent)
     with connected(address) as channel:
-        _print(AdaptersStub(channel).SetTraffic(request).adapters)
+        print_adapters(AdaptersStub(channel).SetTraffic(request).adapters)
 
 
 @adapters.command()
@@ -201,7 +195,7 @@ def watch(address: str) -> None:
             adapter = event.adapter
             line = f"{datetime.now():%H:%M:%S} {pb.AdapterEvent.Type.Name(event.type):<8}"
             if event.HasField("adapter"):
-                line += f" {adapter.name}@{adapter.version} {_state(adapter)} generation {adapter.generation}"
+                line += f" {adapter.name}@{adapter.version} {state_of(adapter)} generation {adapter.generation}"
                 line += f": {adapter.error}" if adapter.error else ""
             click.echo(line)
 
@@ -216,44 +210,3 @@ def _messages(header: pb.UploadHeader, paths: Sequence[Path], progress: Progress
                 yield pb.UploadAdapterRequest(chunk=pb.UploadChunk(file=path.name, offset=offset, data=data))
                 offset += len(data)
                 progress.update(task, completed=offset)
-
-
-def _print(found: Sequence[pb.Adapter]) -> None:
-    table = Table()
-    for title in ("name", "version", "traffic", "state", "rank", "MiB", "running", "waiting", "digest", "error"):
-        table.add_column(
-            title, justify="right" if title in ("traffic", "rank", "MiB", "running", "waiting") else "left"
-        )
-    for adapter in found:
-        loaded = adapter.state == pb.READY
-        table.add_row(
-            adapter.name,
-            adapter.version + (" *" if adapter.current else ""),
-            f"{adapter.traffic_percent} %" if adapter.traffic_percent else "",
-            _state(adapter),
-            str(adapter.rank) if loaded else "",
-            _mib(adapter.bytes_host) if loaded else "",
-            str(adapter.requests_running),
-            str(adapter.requests_waiting),
-            adapter.digest[:12],
-            adapter.error,
-        )
-    Console().print(table)
-
-
-def _state(adapter: pb.Adapter) -> str:
-    state = pb.AdapterState.Name(adapter.state)
-    if adapter.state == pb.READY:
-        state += f" ({pb.AdapterTier.Name(adapter.tier).lower()}{', pinned' if adapter.pinned else ''})"
-    return state
-
-
-def _say_loaded(adapter: pb.Adapter) -> None:
-    click.echo(
-        f"{adapter.name}@{adapter.version}: generation {adapter.generation}, rank {adapter.rank}, "
-        f"{adapter.bytes_host:,} bytes, digest {adapter.digest[:12]}{', pinned' if adapter.pinned else ''}"
-    )
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f}"

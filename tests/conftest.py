@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # tiny matrices, and the tests of a kernel choose for themselves
 
@@ -93,6 +93,14 @@ def save_adapter(
     wrapped.unload()
 
 
+def save_base(model: PreTrainedModel, folder: Path) -> Path:
+    """A base model as a server finds it: weights, generation config and tokenizer."""
+    model.generation_config = GenerationConfig(eos_token_id=EOS)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def require_tool() -> Callable[[str], str]:
     """The path of a program; a test that lacks it is skipped, and fails in CI."""
@@ -109,12 +117,7 @@ def require_tool() -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    model = tiny_llama()
-    model.generation_config = GenerationConfig(eos_token_id=EOS)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return save_base(tiny_llama(), tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from server.errors import DamagedAdapter
-from server.lora.store import open_plain
+from server.lora.disk import open_plain
 
 SUMS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._-]+)")

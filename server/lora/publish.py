@@ -18,8 +18,9 @@ from typing import BinaryIO
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from server.errors import AdapterExists, InvalidRequest, Overloaded, StoreNotWritable
 from server.lora.digests import write_sums
+from server.lora.disk import disk_errors, fsync_folder
 from server.lora.routing import VERSION
-from server.lora.store import AdapterRef, AdapterStore, disk_errors, fsync_folder
+from server.lora.store import AdapterRef, AdapterStore
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -8,9 +8,7 @@
 """
 
 import contextlib
-import errno
 import fcntl
-import io
 import logging
 import os
 import re
@@ -22,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
-from server.errors import InvalidRequest, Overloaded, StoreNotWritable
+from server.errors import InvalidRequest, Overloaded
+from server.lora.disk import disk_errors, fsync_folder, open_plain
 from server.lora.routing import VERSION, Routing
 
 log = logging.getLogger(__name__)
@@ -214,27 +213,6 @@ def fingerprint(folder: str | Path) -> Fingerprint | None:
     return tuple(result)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Makes renames into a folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """Tells clients what the disk refused: Overloaded if it is full, StoreNotWritable for all else."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise Overloaded(f"no room in the adapters folder: {error.strerror}", reason="DISK_FULL") from error
-        where = error.filename2 or error.filename or "the adapters folder"
-        raise StoreNotWritable(f"{where} cannot be written: {error.strerror}") from error
-
-
 def _is_locked(handle: int) -> bool:
     """Takes the lock if nobody has it."""
     try:
@@ -247,11 +225,6 @@ def _is_locked(handle: int) -> bool:
 def _unlink_if_there(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-
-
-def open_plain(path: str | Path) -> io.BufferedReader:
-    """Opens a file for reading that strangers may have put there: links are not followed, pipes not waited for."""
-    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
 
 
 def _read_routing(path: str) -> Routing | None:

@@ -9,7 +9,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.errors import AdapterIncompatibleError
 from adapters.format import read_adapter
@@ -20,7 +20,7 @@ from server.engine.scheduler import ScheduledRequest
 from server.errors import InvalidRequest
 from server.kernels import native, native_lora
 from server.lora.adapter import Adapter, WeightedAdapter
-from tests.conftest import EOS, VOCAB_SIZE, byte_tokenizer, save_adapter
+from tests.conftest import EOS, VOCAB_SIZE, save_adapter, save_base
 from tests.server.engine.conftest import Engine
 from tests.server.engine.test_model import CPU, SERVED, tiny, torch_runner
 
@@ -78,12 +78,7 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wide") / "base"
-    base = model()
-    base.generation_config = GenerationConfig(eos_token_id=EOS)
-    base.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return save_base(model(), tmp_path_factory.mktemp("wide") / "base")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,61 @@
+"""Adapters as the commands show them."""
+
+from collections.abc import Sequence
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from server.pb.loraplex.v1 import adapters_pb2 as pb
+
+
+def print_adapters(found: Sequence[pb.Adapter]) -> None:
+    table = Table()
+    for title in ("name", "version", "traffic", "state", "rank", "MiB", "running", "waiting", "digest", "error"):
+        table.add_column(
+            title, justify="right" if title in ("traffic", "rank", "MiB", "running", "waiting") else "left"
+        )
+    for adapter in found:
+        loaded = adapter.state == pb.READY
+        table.add_row(
+            adapter.name,
+            adapter.version + (" *" if adapter.current else ""),
+            f"{adapter.traffic_percent} %" if adapter.traffic_percent else "",
+            state_of(adapter),
+            str(adapter.rank) if loaded else "",
+            mib(adapter.bytes_host) if loaded else "",
+            str(adapter.requests_running),
+            str(adapter.requests_waiting),
+            adapter.digest[:12],
+            adapter.error,
+        )
+    Console().print(table)
+
+
+def state_of(adapter: pb.Adapter) -> str:
+    state = pb.AdapterState.Name(adapter.state)
+    if adapter.state == pb.READY:
+        state += f" ({pb.AdapterTier.Name(adapter.tier).lower()}{', pinned' if adapter.pinned else ''})"
+    return state
+
+
+def print_fields(adapter: pb.Adapter) -> None:
+    """All that is known of one."""
+    table = Table(show_header=False)
+    for field in pb.Adapter.DESCRIPTOR.fields:
+        value = getattr(adapter, field.name)
+        if field.enum_type is not None:
+            value = field.enum_type.values_by_number[value].name
+        table.add_row(field.name, ", ".join(value) if field.name == "target_modules" else str(value))
+    Console().print(table)
+
+
+def say_loaded(adapter: pb.Adapter) -> None:
+    click.echo(
+        f"{adapter.name}@{adapter.version}: generation {adapter.generation}, rank {adapter.rank}, "
+        f"{adapter.bytes_host:,} bytes, digest {adapter.digest[:12]}{', pinned' if adapter.pinned else ''}"
+    )
+
+
+def mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f}"
