@@ -92,7 +92,14 @@ def _load_adapters(config: EngineConfig, parts: EngineParts, folder: str | None,
     base = parts.runner.lora.base_weights
     try:
         adapters = [
-            Adapter.from_files(read_adapter(path, base.shapes, config.max_lora_rank), path.name, "1", generation, base)
+            Adapter.from_files(
+                read_adapter(path, base.shapes, config.max_lora_rank),
+                path.name,
+                "1",
+                generation,
+                base,
+                parts.lora_dtype,
+            )
             for generation, path in enumerate(paths[:count], start=1)
         ]
     except AdapterFormatError as error:

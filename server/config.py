@@ -39,6 +39,11 @@ class EngineConfig:
     kv_cache_bytes: int = setting(0, "Memory for the KV cache in bytes; 0: chosen for the device.", low=0)
     adapter_slots: int = setting(32, "Adapters on the device at a time.", low=1)
     max_lora_rank: int = setting(64, "Largest rank of an adapter.", low=1)
+    lora_dtype: str = setting(
+        "auto",
+        "Number format of adapters in memory; auto: as they were saved (CPU), or the base's (CUDA).",
+        choices=("auto", "bfloat16", "float16"),
+    )
     merge_policy: str = setting(
         "manual",
         "Whether an adapter may be merged into the base's weights: on request, or as measured costs tell.",

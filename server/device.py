@@ -34,6 +34,7 @@ class Device:
     storage: str  # of the packed weights: the dtype, or what the weights are quantized to
     kernels: Kernels
     native: bool  # whether the native CPU kernels do the work
+    lora_dtype: torch.dtype | None = None  # of adapters' factors in memory; None: as they were saved
     flash: bool = False  # whether torch's flash attention over pages runs here
     graphs: bool = False  # whether a step's kernels are to be captured as CUDA graphs
 
@@ -95,7 +96,8 @@ def _cuda(config: EngineConfig) -> Device:
             kernels = triton_kernels(device, dtype, config.max_lora_rank)
     flash = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     graphs = config.cuda_graphs and kernels.fixed_segments is not None
-    return Device(device, dtype, _name(dtype), kernels, native=False, flash=flash, graphs=graphs)
+    lora_dtype = _lora_dtype(config) or dtype  # the kernels hold them so: no byte more need cross the bus
+    return Device(device, dtype, _name(dtype), kernels, native=False, lora_dtype=lora_dtype, flash=flash, graphs=graphs)
 
 
 def _cpu(config: EngineConfig) -> Device:
@@ -106,7 +108,7 @@ def _cpu(config: EngineConfig) -> Device:
         storage: Storage = "float32" if dtype == torch.float32 else "bfloat16"
         if config.quantization == "int8":
             storage = "int8"
-        return Device(device, torch.float32, storage, cpu_kernels(storage), native=True)
+        return Device(device, torch.float32, storage, cpu_kernels(storage), native=True, lora_dtype=_lora_dtype(config))
     if config.quantization != "none":
         raise ConfigError(
             f"--quantization {config.quantization} needs the native kernels (a C compiler at install, --kernels auto) "
@@ -115,7 +117,12 @@ def _cpu(config: EngineConfig) -> Device:
     if not native.available():
         log.warning("the native CPU kernels are not built (no C compiler at install): torch does their work, slower")
     packed = config.kernels == "auto" and onednn.available(dtype)
-    return Device(device, dtype, _name(dtype), onednn.onednn_kernels() if packed else torch_kernels(), native=False)
+    kernels = onednn.onednn_kernels() if packed else torch_kernels()
+    return Device(device, dtype, _name(dtype), kernels, native=False, lora_dtype=_lora_dtype(config))
+
+
+def _lora_dtype(config: EngineConfig) -> torch.dtype | None:
+    return None if config.lora_dtype == "auto" else DTYPES[config.lora_dtype]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -83,6 +83,7 @@ async def running_engine(
             max_rank=engine_config.max_lora_rank,
             name=parts.base.name,
             fingerprint=parts.base.fingerprint,
+            lora_dtype=parts.lora_dtype,
         ),
         max_bytes=config.adapter_host_bytes,
         metrics=metrics,

@@ -86,11 +86,11 @@ class RequestTracer:
             "gen_ai.usage.cache_read.input_tokens": timer.num_cached_tokens,
             "gen_ai.response.finish_reasons": [outcome],
         }
-        if request.adapters:
+        if request.identities:
             attributes["loraplex.adapter.name"] = request.adapter_name
-        if len(request.adapters) == 1:
-            attributes["loraplex.adapter.version"] = request.adapters[0].adapter.version
-            attributes["loraplex.adapter.generation"] = request.adapters[0].adapter.generation
+        if len(request.identities) == 1:
+            attributes["loraplex.adapter.version"] = request.identities[0].version
+            attributes["loraplex.adapter.generation"] = request.identities[0].generation
         if timer.first_token:
             attributes["gen_ai.latency.time_in_queue"] = timer.first_step - timer.arrival
             attributes["gen_ai.latency.time_in_model_prefill"] = timer.first_token - timer.first_step

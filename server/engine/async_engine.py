@@ -17,7 +17,7 @@ from server.engine.merging import AdapterMerging
 from server.engine.model import BaseModel
 from server.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
 from server.errors import AdapterUnloaded, InvalidRequest, Overloaded, Unavailable
-from server.lora.adapter import Adapter, WeightedAdapter
+from server.lora.adapter import Adapter, AdapterIdentity, WeightedAdapter
 from server.lora.cache import AdapterCache
 from server.metrics import Metrics, RequestTimer
 
@@ -35,7 +35,7 @@ class GenerationOutput:
     finish_reason: FinishReason | None
     num_output_tokens: int  # so far
     num_cached_tokens: int  # of the prompt
-    adapters: Sequence[WeightedAdapter]  # the generations that answer
+    adapters: Sequence[AdapterIdentity]  # that answer
 
 
 class _Stream:
@@ -129,13 +129,10 @@ class AsyncEngine:
         try:
             timer = RequestTimer(self.metrics, len(prompt_token_ids))
             with ExitStack() as held:
-                in_memory = await self.adapters.hold(list(adapters), held, label)
-                acquired = [
-                    WeightedAdapter(adapter, weight)
-                    for adapter, weight in zip(in_memory, adapters.values(), strict=True)
-                ]
-                request = self._new_request(prompt_token_ids, params, acquired, cache_salt)
-                on_device = bool(acquired) and all(self.is_on_device(part.adapter) for part in acquired)
+                request = self._new_request(
+                    prompt_token_ids, params, await self._hold(adapters, held, label), cache_salt
+                )
+                on_device = bool(adapters) and all(self.is_on_device(part.adapter) for part in request.adapters)
                 self.metrics.adapters.request(request.adapter_name, len(prompt_token_ids), on_device=on_device)
                 async with aclosing(self._run(request, timer, held)) as outputs:
                     async for output in outputs:
@@ -150,6 +147,10 @@ class AsyncEngine:
 
     def is_on_device(self, adapter: Adapter) -> bool:
         return adapter in self._core.resident
+
+    async def _hold(self, adapters: Mapping[str, float], held: ExitStack, label: str) -> list[WeightedAdapter]:
+        in_memory = await self.adapters.hold(list(adapters), held, label)
+        return [WeightedAdapter(adapter, weight) for adapter, weight in zip(in_memory, adapters.values(), strict=True)]
 
     def _new_request(
         self,
@@ -206,7 +207,7 @@ class AsyncEngine:
                     finish_reason,
                     num_output_tokens,
                     outputs[-1].num_cached_tokens,
-                    request.adapters,
+                    request.identities,
                 )
         finally:
             del self._streams[request.request_id]

@@ -37,6 +37,7 @@ class EngineParts:
     kv_cache_bytes: int
     largest_difference: float  # of the self-check, in logits
     storage: str  # of the weights
+    lora_dtype: torch.dtype | None  # of adapters' factors in memory; None: as they were saved
     merge_policy: MergePolicy | None  # None: nothing is merged unasked
 
 
@@ -79,6 +80,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         kv_cache_bytes,
         largest_difference,
         device.storage,
+        device.lora_dtype,
         _merge_policy(config, runner),
     )
 

@@ -126,6 +126,9 @@ class EngineCore:
             return
         if batch.slot_writes:
             self._book_slot_writes(batch)
+        if self._merge_policy is not None:
+            counts = [(item.request.sole_adapter, item.num_tokens) for item in batch.requests]
+            self._merge_policy.observe(counts, time.monotonic() - started, self.merged)
         not_finite = []
         sampled = {}
         produced = {}
@@ -156,7 +159,7 @@ class EngineCore:
         if outputs:
             self._emit(outputs)
         if self._merge_policy is not None:
-            self._follow(self._merge_policy, batch, now - started)
+            self._follow(self._merge_policy)
 
     def _drain_inbox(self) -> None:
         while True:
@@ -215,9 +218,8 @@ class EngineCore:
             self.runner.lora.write(slot, None)
         return slot is not None
 
-    def _follow(self, policy: MergePolicy, batch: ScheduledBatch, seconds: float) -> None:
+    def _follow(self, policy: MergePolicy) -> None:
         """Merges, or takes the merged adapter out, when the policy says so."""
-        policy.observe([(item.request, item.num_tokens) for item in batch.requests], seconds, self.merged)
         wanted = policy.decide(chain(self.scheduler.running, self.scheduler.waiting), self.merged)
         if wanted is self.merged:
             return

@@ -51,12 +51,12 @@ class MergePolicy:
         # Mean seconds of steps with the favourite's tokens alone, by their number, without it merged and with.
         self._means: dict[int, list[float | None]] = {}
 
-    def observe(self, step: Sequence[tuple[Request, int]], seconds: float, merged: Adapter | None) -> None:
-        """Takes note of a step: its requests with their numbers of tokens, and its time."""
+    def observe(self, step: Iterable[tuple[Adapter | None, int]], seconds: float, merged: Adapter | None) -> None:
+        """Takes note of a step: the number of tokens of each request with its sole adapter if any, and its time."""
         self._worked += seconds
         tokens: Counter[Adapter | None] = Counter()
-        for request, num_tokens in step:
-            tokens[request.sole_adapter] += num_tokens
+        for adapter, num_tokens in step:
+            tokens[adapter] += num_tokens
         if merged is None:
             mergeable = (adapter for adapter in tokens if adapter and _may_gain(adapter))
             self._favour(max(mergeable, key=tokens.__getitem__, default=None))

@@ -38,8 +38,9 @@ class AdapterMerging:
         self._check_policy()
         return await self._thread.ask(partial(Merge, None))
 
-    def is_merged(self, adapter: Adapter) -> bool:
-        return adapter is self._core.merged
+    def is_merged(self, generation: int) -> bool:
+        merged = self._core.merged
+        return merged is not None and merged.generation == generation
 
     @property
     def num_bytes(self) -> int:

@@ -98,7 +98,8 @@ class Request:
         """
         self.request_id = request_id
         self.params = params
-        self.adapters = tuple(adapters)  # summed; none: the base model
+        self.adapters = tuple(adapters)  # summed; none: the base model. Let go at the end
+        self.identities = tuple(part.identity for part in adapters)  # of the adapters, for good
         self.stop_token_ids = stop_token_ids  # of the model and of the request, as far as they end this one
         self.token_ids = list(prompt_token_ids)  # prompt and output
         self.num_prompt_tokens = len(prompt_token_ids)
@@ -126,7 +127,7 @@ class Request:
     @property
     def adapter_name(self) -> str:
         """For people and metrics: the names of the adapters, empty for the base model."""
-        return "+".join(adapter.name for adapter, _ in self.adapters)
+        return "+".join(identity.name for identity in self.identities)
 
     @property
     def sole_adapter(self) -> Adapter | None:

@@ -205,5 +205,6 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         self._release(request)
+        request.adapters = ()  # whoever still tells of the request must not keep their weights
         request.status = RequestStatus.FINISHED
         del self._requests[request.request_id]

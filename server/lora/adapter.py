@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapters.errors import AdapterIncompatibleError
+from adapters.errors import AdapterFormatError, AdapterIncompatibleError
 from adapters.format import AdapterFiles
 from server.kernels import LayerWeights
 from server.kernels.memory import lazy_zeros
@@ -23,14 +23,18 @@ class CheckedAdapter:
 
     files: AdapterFiles
     layers: Mapping[str, LayerWeights]  # by module path
+    dtype: torch.dtype | None  # of the factors in a copy; None: the files'
 
     @classmethod
-    def from_files(cls, files: AdapterFiles, base: BaseWeights) -> "CheckedAdapter":
+    def from_files(cls, files: AdapterFiles, base: BaseWeights, dtype: torch.dtype | None = None) -> "CheckedAdapter":
         """
         Raises:
+            AdapterFormatError: factors that `dtype` does not reach.
             AdapterIncompatibleError: the files do not go with what this base model's weights are.
         """
         _check_invocation(files)
+        if dtype is not None:
+            _check_range(files, dtype)
         for module, weight in files.base_weights.items():
             check_own(base, module, weight)
         layers = {
@@ -38,12 +42,16 @@ class CheckedAdapter:
             for module in sorted(files.weights.keys() | files.base_biases.keys())
             if (layer := _layer(files, module, base)) is not None
         }
-        return cls(files, layers)
+        return cls(files, layers, dtype)
 
     @property
     def num_bytes(self) -> int:
         """Of the weights in a copy: the base's own are not in it, gains and biases are float32."""
-        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.tensors())
+        return sum(
+            _size(factor, self.dtype) + _size(extra)
+            for layer in self.layers.values()
+            for factor, extra in zip((layer.lora_a, layer.lora_b), (layer.gain, layer.bias), strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,9 +72,17 @@ class Adapter:
     invocation_tokens: tuple[int, ...] = ()  # aLoRA: it works from their last occurrence in a prompt on
 
     @classmethod
-    def from_files(cls, files: AdapterFiles, name: str, version: str, generation: int, base: BaseWeights) -> "Adapter":
-        """Raises AdapterIncompatibleError: the files do not go with what this base model's weights are."""
-        return cls.copied(CheckedAdapter.from_files(files, base), name, version, generation)
+    def from_files(
+        cls,
+        files: AdapterFiles,
+        name: str,
+        version: str,
+        generation: int,
+        base: BaseWeights,
+        dtype: torch.dtype | None = None,
+    ) -> "Adapter":
+        """Raises what `CheckedAdapter.from_files` does."""
+        return cls.copied(CheckedAdapter.from_files(files, base, dtype), name, version, generation)
 
     @classmethod
     def copied(cls, checked: CheckedAdapter, name: str, version: str, generation: int) -> "Adapter":
@@ -76,7 +92,7 @@ class Adapter:
             MemoryError, OSError: the system has none.
         """
         files, num_bytes = checked.files, checked.num_bytes
-        weights = _placed(checked.layers, lazy_zeros((num_bytes,), torch.uint8))
+        weights = _placed(checked, lazy_zeros((num_bytes,), torch.uint8))
         return cls(
             name=name,
             version=version,
@@ -106,6 +122,21 @@ class WeightedAdapter(NamedTuple):
 
     adapter: Adapter
     weight: float = 1.0
+
+    @property
+    def identity(self) -> "AdapterIdentity":
+        adapter = self.adapter
+        return AdapterIdentity(adapter.name, adapter.version, adapter.generation, adapter.digest, self.weight)
+
+
+class AdapterIdentity(NamedTuple):
+    """Tells of a `WeightedAdapter` without keeping its weights in memory."""
+
+    name: str
+    version: str
+    generation: int
+    digest: str
+    weight: float
 
 
 def _check_invocation(files: AdapterFiles) -> None:
@@ -149,25 +180,46 @@ def _layer(files: AdapterFiles, module: str, base: BaseWeights) -> LayerWeights 
     return LayerWeights(lora.lora_a, lora.lora_b.T, lora.scaling, gain, bias)
 
 
-def _placed(layers: Mapping[str, LayerWeights], memory: Tensor) -> dict[str, LayerWeights]:
+def _check_range(files: AdapterFiles, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    for module, lora in files.weights.items():
+        for factor in (lora.lora_a, lora.lora_b):
+            if torch.finfo(factor.dtype).max > largest and (found := float(factor.abs().max())) > largest:
+                name = str(dtype).removeprefix("torch.")
+                raise AdapterFormatError(
+                    f"{module} has values up to {found:.3g}, and {name} ends at {largest:.3g}: start with another "
+                    "--lora-dtype (or on CUDA --dtype)",
+                    "NON_FINITE_WEIGHTS",
+                )
+
+
+def _size(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int:
+    """Bytes of a tensor once it is of another dtype."""
+    return 0 if tensor is None else tensor.numel() * (dtype or tensor.dtype).itemsize
+
+
+def _placed(checked: CheckedAdapter, memory: Tensor) -> dict[str, LayerWeights]:
     """The layers with their tensors copied into `memory`: the float32 extras before factors of any width."""
     used = 0
 
-    def place(tensor: Tensor) -> Tensor:
+    def place(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         nonlocal used
-        if not tensor.numel():
-            return tensor
-        placed = memory[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        used += tensor.nbytes
+        size, dtype = _size(tensor, dtype), dtype or tensor.dtype
+        if not size:
+            return tensor.to(dtype)
+        placed = memory[used : used + size].view(dtype).view(tensor.shape)
+        used += size
         return placed.copy_(tensor)
 
     extras = {
         module: [None if extra is None else place(extra) for extra in (layer.gain, layer.bias)]
-        for module, layer in layers.items()
+        for module, layer in checked.layers.items()
     }
     return {
-        module: LayerWeights(place(layer.lora_a), place(layer.lora_b), layer.scaling, *extras[module])
-        for module, layer in layers.items()
+        module: LayerWeights(
+            place(layer.lora_a, checked.dtype), place(layer.lora_b, checked.dtype), layer.scaling, *extras[module]
+        )
+        for module, layer in checked.layers.items()
     }
 
 

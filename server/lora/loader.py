@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from adapters.errors import AdapterFormatError, AdapterIncompatibleError
 from adapters.format import AdapterFiles, read_adapter
@@ -31,6 +33,7 @@ class ServedBase:
     max_rank: int
     name: str = ""
     fingerprint: str = ""  # see `adapters.base_fingerprint`; empty: any base will do whose layers fit
+    lora_dtype: torch.dtype | None = None  # of adapters' factors in memory; None: as they were saved
 
 
 class AdapterLoader:
@@ -108,7 +111,7 @@ class AdapterLoader:
             files = read_adapter(folder, self._served.weights.shapes, self._served.max_rank)
             digests = files.file_digests
             self._check_base(files)
-            checked = CheckedAdapter.from_files(files, self._served.weights)
+            checked = CheckedAdapter.from_files(files, self._served.weights, self._served.lora_dtype)
         except AdapterFormatError as error:
             fault = error
         except MemoryError as error:

@@ -26,7 +26,8 @@ from server.lora.routing import VERSION, Routing
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Not the names that are devices on Windows, so that a store can be copied there.
+_NAME = re.compile(r"(?!(?i:CON|PRN|AUX|NUL|COM\d|LPT\d)(?:\.|$))[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 FLAT_VERSION = "1"
 ROUTING_FILE = "routing.json"
 _MAX_ROUTING_BYTES = 1 << 16
@@ -62,7 +63,7 @@ def parse_reference(text: str, field: str = "adapter") -> tuple[str, str | None]
     if not _NAME.fullmatch(name) or (at and not VERSION.fullmatch(version)):
         raise InvalidRequest(
             f"{text[:160]!r} is no adapter name: 1 to 128 letters, digits, '.', '_' or '-', the first a letter or "
-            "digit, then '@' and a number for one version",
+            "digit, none that Windows keeps for a device, then '@' and a number for one version",
             field=field,
         )
     return name, version if at else None

@@ -155,7 +155,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
                 bytes_host=adapter.num_bytes,
                 bytes_device=bytes_on_device(adapter, self._engine.base.device) if on_device else 0,
                 tier=pb.DEVICE if on_device else pb.HOST,
-                merged=self._engine.merging.is_merged(adapter),
+                merged=self._engine.merging.is_merged(adapter.generation),
                 requests_running=status.num_users,
             )
         )

@@ -10,7 +10,6 @@ import jinja2
 from server.engine.async_engine import AsyncEngine, GenerationOutput
 from server.engine.request import FinishReason, SamplingParams
 from server.errors import InvalidRequest
-from server.lora.adapter import WeightedAdapter
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1 import inference_pb2_grpc as pb_grpc
 from server.rpc.sampling import sampling_params
@@ -213,7 +212,10 @@ def _response(engine: AsyncEngine, index: int, output: GenerationOutput, num_pro
         finish_reason=_FINISH_REASONS[output.finish_reason],
         index=index,
     )
-    identities = [_identity(part, merged=engine.merging.is_merged(part.adapter)) for part in output.adapters]
+    identities = [
+        pb.AdapterIdentity(**identity._asdict(), merged=engine.merging.is_merged(identity.generation))
+        for identity in output.adapters
+    ]
     if len(identities) == 1:
         response.adapter.CopyFrom(identities[0])
     else:
@@ -226,15 +228,3 @@ def _response(engine: AsyncEngine, index: int, output: GenerationOutput, num_pro
         response.usage.completion_tokens = output.num_output_tokens
         response.usage.cached_tokens = output.num_cached_tokens
     return response
-
-
-def _identity(part: WeightedAdapter, *, merged: bool) -> pb.AdapterIdentity:
-    adapter = part.adapter
-    return pb.AdapterIdentity(
-        name=adapter.name,
-        version=adapter.version,
-        generation=adapter.generation,
-        digest=adapter.digest,
-        merged=merged,
-        weight=part.weight,
-    )

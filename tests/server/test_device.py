@@ -71,8 +71,9 @@ def test_the_cache_is_native_where_the_kernel_fits() -> None:
 def test_pages_suit_the_flash_attention_where_it_serves_the_model() -> None:
     served, other = KVShape(1, 2, 64), KVShape(1, 2, 64, plain_attention=False)
 
-    def device(**choices: bool) -> Device:
-        return Device(torch.device("cpu"), torch.bfloat16, "bfloat16", torch_kernels(), native=False, **choices)
+    def device(flash: bool = False, graphs: bool = False) -> Device:
+        cpu = torch.device("cpu")
+        return Device(cpu, torch.bfloat16, "bfloat16", torch_kernels(), native=False, flash=flash, graphs=graphs)
 
     flash = device(flash=True, graphs=True)
     assert (flash.block_size(served), flash.block_size(other), device().block_size(served)) == (256, 16, 16)

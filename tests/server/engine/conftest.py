@@ -104,7 +104,8 @@ class Engine:
     def load(self, folder: Path) -> Adapter:
         self._generation += 1
         files = read_adapter(folder, self.parts.base.linear_layers, max_rank=64)
-        return Adapter.from_files(files, folder.name, "1", self._generation, self.parts.runner.lora.base_weights)
+        base = self.parts.runner.lora.base_weights
+        return Adapter.from_files(files, folder.name, "1", self._generation, base, self.parts.lora_dtype)
 
 
 @pytest.fixture(scope="session")

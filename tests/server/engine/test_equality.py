@@ -1,5 +1,6 @@
 """The heart: a request's tokens are the same alone, in any batch, in any chunking, after preemption, and PEFT's own."""
 
+import copy
 import gc
 import weakref
 from concurrent.futures import Future
@@ -87,6 +88,20 @@ def test_together(
     assert engine.generate(mixed(engine, adapters_dir, prompts)) == expected
     if "kv_cache_bytes" in settings:
         assert engine.parts.scheduler.num_preemptions > 0
+
+
+def test_adapters_in_another_number_format(
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], reference: peft.PeftModel, kernels: str
+) -> None:
+    """Rounded when they load, they answer as PEFT does with the same rounded weights."""
+    rounded = copy.deepcopy(reference)
+    for name, parameter in rounded.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16().float()
+    engine = Engine(model_dir, kernels=kernels, lora_dtype="bfloat16")
+    answers = engine.generate(mixed(engine, adapters_dir, prompts))
+    for index, prompt in enumerate(prompts):
+        assert answers[index] == peft_greedy(rounded, prompt, NAMES[index % len(NAMES)], NUM_TOKENS)
 
 
 MIXTURES: list[dict[str, float]] = [

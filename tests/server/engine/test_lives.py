@@ -49,7 +49,7 @@ class Stream:
         self.name = name
         self.content = content
         self.outputs = outputs
-        self.adapter: Adapter | None = None  # None: the base model
+        self.generation = 0  # of its adapter; 0: the base model
         self.tokens: list[int] = []
         self.over = False
 
@@ -69,6 +69,9 @@ class Lives(RuleBasedStateMachine):
         self.meaning: dict[str, str] = {}  # name → content
         self.adapters: dict[str, Adapter] = {}  # name → what it means
         self.merged: Adapter | None = None
+
+    def generation(self, name: str) -> int:
+        return self.adapters[name].generation if name in self.adapters else 0
 
     def run(self, work: Any) -> Any:
         return self.loop.run_until_complete(asyncio.wait_for(work, 10))
@@ -91,7 +94,7 @@ class Lives(RuleBasedStateMachine):
     @rule(name=names, mode=st.sampled_from(UnloadMode))
     def unload(self, name: str, mode: UnloadMode) -> None:
         users = [stream for stream in self.running if stream.name == name]
-        on_current = [stream for stream in users if stream.adapter is self.adapters.get(name)]
+        on_current = [stream for stream in users if stream.generation == self.generation(name)]
         task = self.loop.create_task(self.engine.adapters.unload(name, mode))
         for _ in range(3):
             self.run(asyncio.sleep(0))
@@ -146,7 +149,7 @@ class Lives(RuleBasedStateMachine):
             assert name not in self.meaning
             stream.over = True
         else:
-            assert stream.adapter is self.adapters.get(name)
+            assert stream.generation == self.generation(name)
             self.running.append(stream)
         return stream
 
@@ -171,7 +174,7 @@ class Lives(RuleBasedStateMachine):
     def the_engine_lives(self) -> None:
         assert self.engine.ready
         if self.merged is not None:
-            assert self.engine.merging.is_merged(self.merged)
+            assert self.engine.merging.is_merged(self.merged.generation)
 
     def teardown(self) -> None:
         for stream in list(self.running):
@@ -187,7 +190,7 @@ class Lives(RuleBasedStateMachine):
 
     def _read(self, stream: Stream) -> None:
         output = self.run(anext(stream.outputs))
-        stream.adapter = output.adapters[0].adapter if output.adapters else None
+        stream.generation = output.adapters[0].generation if output.adapters else 0
         stream.tokens += output.token_ids
         assert stream.tokens == self.expected[stream.content][: len(stream.tokens)]
         if output.finish_reason is not None:

@@ -42,7 +42,7 @@ class Simulation:
             bypasses += COSTS.bypass(self.merged, sum(on is not self.merged for on in users))
         self.seconds += STEP + self.real * bypasses
         self.seconds_without += STEP + self.real * without
-        self.policy.observe([(item, 1) for item in requests], STEP + self.real * bypasses, self.merged)
+        self.policy.observe([(on, 1) for on in users], STEP + self.real * bypasses, self.merged)
         wanted = self.policy.decide([*requests, *waiting], self.merged)
         if wanted is not self.merged:
             seconds = COSTS.merge_seconds if wanted else 0.0

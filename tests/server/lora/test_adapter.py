@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapters.config import AdapterConfig
-from adapters.errors import AdapterIncompatibleError
+from adapters.errors import AdapterFormatError, AdapterIncompatibleError
 from adapters.format import AdapterFiles, LoRAWeights
 from adapters.tensors import LinearShape
 from server.lora.adapter import Adapter, CheckedAdapter
@@ -16,14 +16,19 @@ from server.lora.base_weights import BaseWeights
 WEIGHT = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 
 
-def made(weights: dict[str, LoRAWeights], biases: dict[str, Tensor] | None = None, **settings: Any) -> Adapter:
+def made(
+    weights: dict[str, LoRAWeights],
+    biases: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    **settings: Any,
+) -> Adapter:
     """On a base of two layers, of which the second has a bias of ones."""
     base = BaseWeights({name: LinearShape(5, 3) for name in "ab"}, torch.float32)
     base.add("a", lambda start, end: WEIGHT[start:end])
     base.add("b", lambda start, end: WEIGHT[start:end], torch.ones(3))
     config = AdapterConfig(rank=1, alpha=2, target_modules=("a", "b"), **settings)
     return Adapter.from_files(
-        AdapterFiles(config, weights, {}, "", 0, base_biases=biases or {}), "adapter", "1", 1, base
+        AdapterFiles(config, weights, {}, "", 0, base_biases=biases or {}), "adapter", "1", 1, base, dtype
     )
 
 
@@ -39,6 +44,28 @@ def test_factors_of_any_width_lie_beside_float32_extras() -> None:
     assert adapter.weights["b"].bias is not None
     assert adapter.weights["b"].bias.tolist() == [0.0, 2.0, 0.0]
     assert adapter.no_mix == "it adds biases"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_are_held_in_another_format_if_asked(dtype: torch.dtype) -> None:
+    third = LoRAWeights(torch.full((1, 5), 1 / 3), torch.full((3, 1), 1 / 3), 2.0, magnitude=torch.ones(3))
+    adapter = made({"b": third}, dtype=dtype)
+    assert adapter.num_bytes == 2 * (5 + 3) + 2 * 4 * 3
+    layer = adapter.weights["b"]
+    assert layer.lora_a.dtype is layer.lora_b.dtype is dtype
+    assert torch.equal(layer.lora_a, third.lora_a.to(dtype))
+    assert layer.gain is not None
+    assert layer.gain.dtype is torch.float32
+
+
+def test_factors_that_the_asked_format_does_not_reach_are_refused() -> None:
+    large = LoRAWeights(torch.full((1, 5), 65536.0), torch.ones(3, 1), 2.0)
+    made({"a": large}, dtype=torch.bfloat16)
+    with pytest.raises(
+        AdapterFormatError, match=r"a has values up to 6.55e\+04, and float16 ends at .* --lora-dtype"
+    ) as e:
+        made({"a": large}, dtype=torch.float16)
+    assert e.value.reason == "NON_FINITE_WEIGHTS"
 
 
 def test_a_copy_of_the_bases_own_weight_takes_no_room() -> None:

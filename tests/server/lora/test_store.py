@@ -66,7 +66,7 @@ def test_a_reserved_name_is_nobodys(store: AdapterStore) -> None:
 @pytest.mark.parametrize(
     "name",
     ["", " ", "..", ".", "a/../b", "/etc/passwd", "a/", " ..", "%2e%2e", "-a", "a" * 129, "naïve", "а", "a\nb", "a\0",
-     "a@", "a@" + "1" * 300, "a@x", "a@1@2", "a@²", "a b", "\x1b[31m"],
+     "a@", "CON", "nul", "aux.1", "a@" + "1" * 300, "a@x", "a@1@2", "a@²", "a b", "\x1b[31m"],
 )  # fmt: skip
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(InvalidRequest, match="is no adapter name"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
+from torch import Tensor
 
 from server.engine.request import SamplingParams
 from server.lora.adapter import Adapter
@@ -417,10 +418,15 @@ async def test_unload_modes(running: Running) -> None:
 async def test_a_reader_that_stalls_does_not_hold_its_adapter(running: Running) -> None:
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     async with aclosing(running.engine.generate([40, 41, 42], params, {"plain": 1.0})) as outputs:
-        tokens = list((await anext(outputs)).token_ids)
+        first = await anext(outputs)
+        tokens = list(first.token_ids)
         await idle(running)
+        weights = loaded_weights(running, "plain")
         unload = pb.UnloadAdapterRequest(name="plain", mode=pb.FORCE)
         assert (await running.adapters.UnloadAdapter(unload, timeout=10)).freed_bytes_host > 0
+        gc.collect()
+        assert weights() is None
+        assert first.adapters[0].name == "plain"
         async for output in outputs:
             tokens += output.token_ids
     assert len(tokens) == 20
@@ -518,13 +524,17 @@ async def test_a_watcher_that_does_not_read_keeps_no_weights(running: Running) -
                 await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain", replace=True))
             while (event.type, event.adapter.name) != (kind, "plain"):
                 event = await anext(events)
-            copy = running.engine.adapters.memory.get(AdapterRef("plain", "1"))
-            assert copy is not None
-            weights = weakref.ref(next(iter(copy.adapter.weights.values())).lora_a)
-            del copy
+            weights = loaded_weights(running, "plain")
             await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
             gc.collect()
             assert weights() is None
+
+
+def loaded_weights(running: Running, name: str) -> "weakref.ref[Tensor]":
+    """Says whether the copy of the adapter that is in host memory now is still alive."""
+    copy = running.engine.adapters.memory.get(AdapterRef(name, "1"))
+    assert copy is not None
+    return weakref.ref(next(iter(copy.adapter.weights.values())).lora_a)
 
 
 def resident_bytes() -> int:
