@@ -33,7 +33,8 @@ def banner(
         f"model     {base.name}: {base.architecture}, {parts.storage} on {base.device}, digest {base.digest[:12]}",
         f"check     packed and chunked steps answer as the model itself, logits within {parts.largest_difference:.1e}",
         f"KV cache  {parts.num_blocks:,} blocks of {parts.runner.cache.block_size} tokens, "
-        f"{parts.kv_cache_bytes / 2**20:,.0f} MiB; requests up to {parts.max_model_len:,} tokens",
+        f"{parts.kv_cache_bytes / 2**20:,.0f} MiB of {parts.kv_cache_dtype}; requests up to {parts.max_model_len:,} "
+        "tokens",
         f"adapters  {len(adapters)} in {config.adapters_dir}; {engine_config.adapter_slots} device slots, rank up to "
         f"{engine_config.max_lora_rank}, kernels: {parts.runner.lora.kernels_name}",
         *(f"refused   {ref.name}@{ref.version}: {why}" for ref, why in list(refused.items())[:MAX_REFUSED_LINES]),

@@ -37,6 +37,11 @@ class EngineConfig:
     block_size: int = setting(0, "Tokens per KV block; 0: chosen for the device.", low=0)
     prefix_cache: bool = setting(True, "Reuse the KV blocks of equal prompt beginnings on the same adapter.")
     kv_cache_bytes: int = setting(0, "Memory for the KV cache in bytes; 0: chosen for the device.", low=0)
+    kv_cache_dtype: str = setting(
+        "auto",
+        "Number format of the KV cache (CPU); auto: that of --dtype.",
+        choices=("auto", "float32", "bfloat16"),
+    )
     adapter_slots: int = setting(32, "Adapters on the device at a time.", low=1)
     max_lora_rank: int = setting(64, "Largest rank of an adapter.", low=1)
     lora_dtype: str = setting(

@@ -34,6 +34,7 @@ class Device:
     storage: str  # of the packed weights: the dtype, or what the weights are quantized to
     kernels: Kernels
     native: bool  # whether the native CPU kernels do the work
+    native_kv_dtype: torch.dtype = torch.float32  # of their KV cache; others are of `dtype`
     lora_dtype: torch.dtype | None = None  # of adapters' factors in memory; None: as they were saved
     flash: bool = False  # whether torch's flash attention over pages runs here
     graphs: bool = False  # whether a step's kernels are to be captured as CUDA graphs
@@ -53,12 +54,20 @@ class Device:
         """Whether decode steps are padded to a few sizes, for CUDA graphs."""
         return self.graphs and self._pages(shape, block_size)
 
+    def kv_dtype(self, shape: KVShape, block_size: int) -> torch.dtype:
+        """Number format of the KV cache."""
+        return self.native_kv_dtype if self._attends_natively(shape, block_size) else self.dtype
+
     def paged_cache(self, shape: KVShape, num_blocks: int, block_size: int) -> PagedCache:
         if self._pages(shape, block_size):
             return CudaKVCache(shape, num_blocks, block_size, self.dtype, self.torch_device)
-        if self.native and block_size == CpuKVCache.block_size and native_attention.serves_head_dim(shape.head_dim):
-            return CpuKVCache(shape, num_blocks)
+        if self._attends_natively(shape, block_size):
+            return CpuKVCache(shape, num_blocks, self.native_kv_dtype)
         return TorchKVCache(shape, num_blocks, block_size, self.dtype, self.torch_device)
+
+    def _attends_natively(self, shape: KVShape, block_size: int) -> bool:
+        fits = block_size == CpuKVCache.block_size and native_attention.serves_head_dim(shape.head_dim)
+        return self.native and fits
 
     def _pages(self, shape: KVShape, block_size: int) -> bool:
         return self.flash and block_size % CudaKVCache.page_size == 0 and CudaKVCache.serves(shape, self.dtype)
@@ -97,7 +106,9 @@ def _cuda(config: EngineConfig) -> Device:
     flash = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     graphs = config.cuda_graphs and kernels.fixed_segments is not None
     lora_dtype = _lora_dtype(config) or dtype  # the kernels hold them so: no byte more need cross the bus
-    return Device(device, dtype, _name(dtype), kernels, native=False, lora_dtype=lora_dtype, flash=flash, graphs=graphs)
+    return Device(
+        device, dtype, dtype_name(dtype), kernels, native=False, lora_dtype=lora_dtype, flash=flash, graphs=graphs
+    )
 
 
 def _cpu(config: EngineConfig) -> Device:
@@ -108,7 +119,15 @@ def _cpu(config: EngineConfig) -> Device:
         storage: Storage = "float32" if dtype == torch.float32 else "bfloat16"
         if config.quantization == "int8":
             storage = "int8"
-        return Device(device, torch.float32, storage, cpu_kernels(storage), native=True, lora_dtype=_lora_dtype(config))
+        return Device(
+            device,
+            torch.float32,
+            storage,
+            cpu_kernels(storage),
+            native=True,
+            native_kv_dtype=dtype if config.kv_cache_dtype == "auto" else DTYPES[config.kv_cache_dtype],
+            lora_dtype=_lora_dtype(config),
+        )
     if config.quantization != "none":
         raise ConfigError(
             f"--quantization {config.quantization} needs the native kernels (a C compiler at install, --kernels auto) "
@@ -118,12 +137,13 @@ def _cpu(config: EngineConfig) -> Device:
         log.warning("the native CPU kernels are not built (no C compiler at install): torch does their work, slower")
     packed = config.kernels == "auto" and onednn.available(dtype)
     kernels = onednn.onednn_kernels() if packed else torch_kernels()
-    return Device(device, dtype, _name(dtype), kernels, native=False, lora_dtype=_lora_dtype(config))
+    return Device(device, dtype, dtype_name(dtype), kernels, native=False, lora_dtype=_lora_dtype(config))
 
 
 def _lora_dtype(config: EngineConfig) -> torch.dtype | None:
     return None if config.lora_dtype == "auto" else DTYPES[config.lora_dtype]
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `--dtype` has it."""
     return str(dtype).removeprefix("torch.")

@@ -9,8 +9,9 @@ import torch
 
 from server.base_models import resolve
 from server.config import EngineConfig
-from server.device import Device, pick_device
+from server.device import DTYPES, Device, dtype_name, pick_device
 from server.engine.block_allocator import BlockAllocator
+from server.engine.cpu_kv_cache import CpuKVCache
 from server.engine.decode_graphs import CudaCapture
 from server.engine.fixed_shapes import FixedShapes
 from server.engine.kv_cache import KVShape
@@ -35,6 +36,7 @@ class EngineParts:
     max_model_len: int
     num_blocks: int
     kv_cache_bytes: int
+    kv_cache_dtype: str
     largest_difference: float  # of the self-check, in logits
     storage: str  # of the weights
     lora_dtype: torch.dtype | None  # of adapters' factors in memory; None: as they were saved
@@ -59,10 +61,16 @@ def build_engine(config: EngineConfig) -> EngineParts:
     )
     max_model_len = _max_model_len(config, base)
     block_size = config.block_size or device.block_size(base.kv_shape)
+    kv_dtype = dtype_name(device.kv_dtype(base.kv_shape, block_size))
+    if config.kv_cache_dtype not in ("auto", kv_dtype):
+        raise ConfigError(
+            f"--kv-cache-dtype {config.kv_cache_dtype}: the cache is {kv_dtype} here; it is of another format than the "
+            f"model only with the native CPU kernels and --block-size {CpuKVCache.block_size}"
+        )
     num_blocks = _num_blocks(config, base.kv_shape, device, max_model_len, block_size)
     runner = _model_runner(config, base, device, num_blocks, block_size, max_model_len)
     log.info("checking steps against the model's own answers")
-    largest_difference = runner.verify(device.storage)
+    largest_difference = runner.verify(device.storage, kv_dtype)
     scheduler = Scheduler(
         BlockAllocator(num_blocks, block_size, prefix_cache=config.prefix_cache),
         AdapterSlots(config.adapter_slots),
@@ -70,14 +78,14 @@ def build_engine(config: EngineConfig) -> EngineParts:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
     )
-    kv_cache_bytes = num_blocks * block_size * base.kv_shape.bytes_per_token(base.dtype)
     return EngineParts(
         base,
         runner,
         scheduler,
         max_model_len,
         num_blocks,
-        kv_cache_bytes,
+        num_blocks * block_size * base.kv_shape.bytes_per_token(DTYPES[kv_dtype]),
+        kv_dtype,
         largest_difference,
         device.storage,
         device.lora_dtype,
@@ -135,7 +143,7 @@ def _max_model_len(config: EngineConfig, base: BaseModel) -> int:
 
 def _num_blocks(config: EngineConfig, shape: KVShape, device: Device, max_model_len: int, block_size: int) -> int:
     """As many blocks as fit, but at least one request of the full length: no request is ever too long to run."""
-    block_bytes = block_size * shape.bytes_per_token(device.dtype)
+    block_bytes = block_size * shape.bytes_per_token(device.kv_dtype(shape, block_size))
     available = config.kv_cache_bytes or device.kv_cache_bytes()
     wanted = -(-max_model_len // block_size)
     if available < wanted * block_bytes:

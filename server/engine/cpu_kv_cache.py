@@ -1,5 +1,6 @@
 """The paged KV cache and attention over it, by the native CPU kernel. Engine thread only."""
 
+import torch
 from torch import Tensor
 
 from server.engine.attention import AttentionOptions
@@ -13,9 +14,9 @@ class CpuKVCache:
 
     block_size = native_attention.BLOCK_SIZE
 
-    def __init__(self, shape: KVShape, num_blocks: int) -> None:
+    def __init__(self, shape: KVShape, num_blocks: int, dtype: torch.dtype = torch.float32) -> None:
         self._layers = [
-            native_attention.KVCacheLayer(num_blocks, shape.num_kv_heads, shape.head_dim)
+            native_attention.KVCacheLayer(num_blocks, shape.num_kv_heads, shape.head_dim, dtype)
             for _ in range(shape.num_layers)
         ]
         self._options: dict[tuple[object, ...], native_attention.AttentionOptions] = {}

@@ -129,11 +129,14 @@ class ModelRunner:
         ).logits[0]
         return logits
 
-    def verify(self, storage: str) -> float:
+    def verify(self, *formats: str) -> float:
         """Holds flat steps against the model's own forward; returns the largest difference of the logits.
 
         Two copies of a prompt are packed in one row and computed in two chunks and a last single token, so packing,
         chunking and decoding are all in it.
+
+        Args:
+            formats: number formats in which weights or K and V are kept; the coarsest says what rounding is.
 
         Raises:
             ConfigError: they differ by more than rounding.
@@ -150,7 +153,7 @@ class ModelRunner:
             logits = self.forward(batch).float().cpu()
             expected = reference.logits[copies[0].num_computed_tokens - 1]
             difference = max(difference, float((logits - expected).abs().max()))
-        limit = _TOLERANCE[storage] * max(1.0, float(reference.logits.abs().max()))
+        limit = max(_TOLERANCE[name] for name in formats) * max(1.0, float(reference.logits.abs().max()))
         if not difference <= limit:
             raise ConfigError(
                 f"--model {self.base.name} cannot be served: packed and chunked, its logits differ by {difference:.2g} "

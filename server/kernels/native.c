@@ -1321,7 +1321,8 @@ static void FN(write_kv)(const kv_layer *cache, const float *k, long k_stride, c
     const long head_dim = cache->head_dim, value_dim = CEIL_DIV(head_dim, PANEL) * PANEL, heads = cache->kv_heads;
     const long key_bytes = head_dim * BLOCK * kind_bytes(cache->kind),
                value_bytes = BLOCK * value_dim * kind_bytes(cache->kind);
-#pragma omp parallel for collapse(2) schedule(static) if (num_tokens * heads * head_dim > SMALL)
+/* Every element of a key goes to a cache line of its own: a thread is worth waking for far fewer of them. */
+#pragma omp parallel for collapse(2) schedule(static) if (num_tokens * heads * head_dim > SMALL / 16)
     for (long h = 0; h < heads; h++)
         for (long t = 0; t < num_tokens; t++) {
             if (slot_mapping[t] < 0)

@@ -68,6 +68,35 @@ def test_the_cache_is_native_where_the_kernel_fits() -> None:
     assert isinstance(device.paged_cache(KVShape(1, 2, 20), 4, 16), TorchKVCache)
 
 
+@needs_native
+@pytest.mark.parametrize(
+    ("settings", "native_dtype"),
+    [
+        ({}, torch.float32),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "float32"}, torch.float32),
+        ({"quantization": "int8", "kv_cache_dtype": "bfloat16"}, torch.bfloat16),
+    ],
+)
+def test_the_native_cache_may_be_narrower_than_what_it_computes_in(
+    settings: dict[str, Any], native_dtype: torch.dtype
+) -> None:
+    device = pick_device(EngineConfig(device="cpu", **settings))
+    cache = device.paged_cache(KVShape(1, 2, 64), 4, 16)
+    assert isinstance(cache, CpuKVCache)
+    assert cache.layer(0).keys.dtype is device.kv_dtype(KVShape(1, 2, 64), 16) is native_dtype
+    assert device.kv_dtype(KVShape(1, 2, 64), 8) is torch.float32
+
+
+@pytest.mark.parametrize("settings", [{"kernels": "torch"}, {"block_size": 8}])
+def test_a_cache_of_another_format_than_the_model_needs_the_native_kernels(
+    settings: dict[str, Any], model_dir: Path
+) -> None:
+    config = EngineConfig(model=str(model_dir), device="cpu", kv_cache_dtype="bfloat16", **settings)
+    with pytest.raises(ConfigError, match="--kv-cache-dtype bfloat16: the cache is float32 here"):
+        build_engine(config)
+
+
 def test_pages_suit_the_flash_attention_where_it_serves_the_model() -> None:
     served, other = KVShape(1, 2, 64), KVShape(1, 2, 64, plain_attention=False)
 

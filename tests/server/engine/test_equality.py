@@ -166,7 +166,11 @@ def _scheduled(engine: Engine, prompt: list[int], slot: int, adapter: Adapter | 
 
 
 @pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
-@pytest.mark.parametrize("storage", [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}], ids=["f32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    "storage",
+    [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"kv_cache_dtype": "bfloat16", "lora_dtype": "bfloat16"}],
+    ids=["f32", "bf16", "int8", "f32, the rest bf16"],
+)
 def test_logits_are_the_same_bits_in_any_batch(
     model_dir: Path, adapters_dir: Path, prompts: list[list[int]], storage: dict[str, str]
 ) -> None:
@@ -185,7 +189,8 @@ def test_logits_are_the_same_bits_in_any_batch(
         return [torch.stack(rows[request_id]) for request_id in range(len(work))]
 
     alone = logits(max_num_seqs=1, prefix_cache=False)
-    for settings in ({}, {"max_num_batched_tokens": 16, "max_num_seqs": 16}, {"kv_cache_bytes": 16 * BLOCK_BYTES}):
+    sixteen_blocks = 16 * BLOCK_BYTES // (2 if "bfloat16" in storage.values() else 1)
+    for settings in ({}, {"max_num_batched_tokens": 16, "max_num_seqs": 16}, {"kv_cache_bytes": sixteen_blocks}):
         assert all(map(torch.equal, logits(**settings), alone)), settings
 
 
