@@ -105,9 +105,15 @@ def _cuda(config: EngineConfig) -> Device:
             kernels = triton_kernels(device, dtype, config.max_lora_rank)
     flash = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     graphs = config.cuda_graphs and kernels.fixed_segments is not None
-    lora_dtype = _lora_dtype(config) or dtype  # the kernels hold them so: no byte more need cross the bus
     return Device(
-        device, dtype, dtype_name(dtype), kernels, native=False, lora_dtype=lora_dtype, flash=flash, graphs=graphs
+        device,
+        dtype,
+        dtype_name(dtype),
+        kernels,
+        native=False,
+        lora_dtype=_lora_dtype(config, dtype),
+        flash=flash,
+        graphs=graphs,
     )
 
 
@@ -126,7 +132,7 @@ def _cpu(config: EngineConfig) -> Device:
             cpu_kernels(storage),
             native=True,
             native_kv_dtype=dtype if config.kv_cache_dtype == "auto" else DTYPES[config.kv_cache_dtype],
-            lora_dtype=_lora_dtype(config),
+            lora_dtype=_lora_dtype(config, dtype),
         )
     if config.quantization != "none":
         raise ConfigError(
@@ -137,11 +143,14 @@ def _cpu(config: EngineConfig) -> Device:
         log.warning("the native CPU kernels are not built (no C compiler at install): torch does their work, slower")
     packed = config.kernels == "auto" and onednn.available(dtype)
     kernels = onednn.onednn_kernels() if packed else torch_kernels()
-    return Device(device, dtype, dtype_name(dtype), kernels, native=False, lora_dtype=_lora_dtype(config))
+    return Device(device, dtype, dtype_name(dtype), kernels, native=False, lora_dtype=_lora_dtype(config, dtype))
 
 
-def _lora_dtype(config: EngineConfig) -> torch.dtype | None:
-    return None if config.lora_dtype == "auto" else DTYPES[config.lora_dtype]
+def _lora_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype | None:
+    """Beside weights of 16 bits adapters have them too; beside float32 those that were saved in 16 bits keep them."""
+    if config.lora_dtype == "auto":
+        return None if dtype == torch.float32 else dtype
+    return DTYPES[config.lora_dtype]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -29,6 +29,23 @@ def test_native_kernels_compute_in_float32_whatever_they_store(settings: dict[st
     assert (device.native, device.dtype, device.storage) == (True, torch.float32, storage)
 
 
+@pytest.mark.parametrize(
+    ("settings", "lora_dtype"),
+    [
+        ({}, None),
+        ({"quantization": "int8"}, None),
+        ({"lora_dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "bfloat16", "lora_dtype": "float32"}, torch.float32),
+        ({"dtype": "float16", "kernels": "torch"}, torch.float16),
+    ],
+)
+def test_adapters_are_as_wide_as_the_weights_or_as_asked(
+    settings: dict[str, Any], lora_dtype: torch.dtype | None
+) -> None:
+    assert pick_device(EngineConfig(device="cpu", **settings)).lora_dtype is lora_dtype
+
+
 def test_torch_serves_what_the_native_kernels_do_not() -> None:
     device = pick_device(EngineConfig(device="cpu", kernels="torch", dtype="bfloat16"))
     assert (device.native, device.dtype, device.storage) == (False, torch.bfloat16, "bfloat16")
