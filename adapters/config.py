@@ -4,7 +4,7 @@ Every key is either understood, known to change nothing, or refused by name and 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,13 @@ class AdapterConfig:
         if isinstance(self.target_modules, str) or not self.layers_to_transform:
             return True
         return layer_index(self.layers_pattern, module) in self.layers_to_transform
+
+    def unmatched_targets(self, modules: Iterable[str]) -> tuple[str, ...]:
+        """The names in `target_modules` that no module has; a pattern is none of them."""
+        if isinstance(self.target_modules, str):
+            return ()
+        modules = list(modules)
+        return tuple(name for name in self.target_modules if not any(names_module((name,), path) for path in modules))
 
 
 def parse_config(data: bytes) -> AdapterConfig:

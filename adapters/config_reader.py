@@ -8,6 +8,8 @@ from adapters.errors import AdapterFormatError
 
 Value = TypeVar("Value")
 
+MAX_ITEMS = 4096  # of a list
+
 
 def parse_json(data: bytes, file: str) -> dict[str, Any]:
     """A JSON object without duplicate keys, NaN or infinities.
@@ -94,7 +96,7 @@ class ConfigReader:
             return ()
         if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
             raise AdapterFormatError(f"{key} is {value!r}; a name pattern or a list of names is needed")
-        return tuple(value)
+        return tuple(self._short(key, value))
 
     def integers(self, key: str) -> tuple[int, ...]:
         value = self.get(key)
@@ -103,7 +105,7 @@ class ConfigReader:
         items = value if isinstance(value, list) else [value]
         if not all(type(item) is int for item in items):
             raise AdapterFormatError(f"{key} is {value!r}; integers are needed")
-        return tuple(items)
+        return tuple(self._short(key, items))
 
     def pattern(self, key: str, read: Callable[["ConfigReader", str], Value]) -> dict[str, Value]:
         """An object from patterns to values that `read` accepts."""
@@ -114,3 +116,9 @@ class ConfigReader:
             raise AdapterFormatError(f"{key} is {value!r}; an object is needed")
         inner = ConfigReader(value)
         return {name: read(inner, name) for name in value}
+
+    @staticmethod
+    def _short(key: str, items: list[Any]) -> list[Any]:
+        if len(items) > MAX_ITEMS:
+            raise AdapterFormatError(f"{key} lists {len(items):,} items; at most {MAX_ITEMS:,} are taken")
+        return items

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -152,7 +153,10 @@ def check_writable(folder: Path) -> None:
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
-    """Reads a plain file of at most `max_bytes`; a link, device or pipe is refused unopened."""
+    """Reads a plain file of at most `max_bytes`, even if it becomes something else meanwhile.
+
+    A link is not followed, a device or pipe neither read nor waited for.
+    """
     try:
         if path.is_symlink() or not path.is_file():
             if path.name == WEIGHTS_FILE and path.with_name("adapter_model.bin").exists():
@@ -160,15 +164,24 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
                     "the weights are a pickle (adapter_model.bin), which is never opened: save as safetensors",
                     "PICKLE_WEIGHTS",
                 )
-            raise AdapterFormatError(f"{path.name} is missing or is not a plain file", "MISSING_FILE")
-        if path.stat().st_size > max_bytes:
-            raise AdapterFormatError(
-                f"{path.name} has {path.stat().st_size:,} bytes; at most {max_bytes:,} make sense here",
-                "FILE_TOO_LARGE",
-            )
-        return path.read_bytes()
+            raise _not_plain(path)
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise _not_plain(path)
+            data = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
+            if status.st_size > max_bytes or len(data) > max_bytes:
+                raise AdapterFormatError(
+                    f"{path.name} has {max(status.st_size, len(data)):,} bytes; at most {max_bytes:,} make sense here",
+                    "FILE_TOO_LARGE",
+                )
+            return data
     except OSError as error:
         raise AdapterFormatError(f"{path.name} cannot be read: {error.strerror}", "MISSING_FILE") from error
+
+
+def _not_plain(path: Path) -> AdapterFormatError:
+    return AdapterFormatError(f"{path.name} is missing or is not a plain file", "MISSING_FILE")
 
 
 def _fsync(path: Path) -> None:

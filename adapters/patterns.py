@@ -13,12 +13,20 @@ from adapters.errors import AdapterFormatError
 
 Value = TypeVar("Value")
 
+MAX_PATTERNS = 1024  # of one adapter, each for every layer of the base
+_PATTERN_BYTES = 1 << 18  # of a compiled one
+
 
 def names_module(names: tuple[str, ...] | str, module: str) -> bool:
     """Whether one of the names is the module's path or its end, or the pattern matches the whole path."""
     if isinstance(names, str):
         return _compile(names).fullmatch(module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    known, end = _as_set(names), module
+    while end not in known:
+        _, dot, end = end.partition(".")
+        if not dot:
+            return False
+    return True
 
 
 def by_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
@@ -50,6 +58,9 @@ def check_patterns(*, modules: Iterable[str], suffixes: Iterable[str], layers_pa
     Raises:
         AdapterFormatError: a pattern is not a plain regular expression.
     """
+    suffixes, layers_patterns = list(suffixes), list(layers_patterns)
+    if (count := len(suffixes) + len(layers_patterns)) > MAX_PATTERNS:
+        raise AdapterFormatError(f"{count:,} patterns for ranks, alphas and layers; at most {MAX_PATTERNS:,} are taken")
     matched = [(pattern, pattern) for pattern in modules]
     matched += [(pattern, _of_suffix(pattern)) for pattern in suffixes]
     matched += [(pattern, _of_layers(pattern)) for pattern in layers_patterns]
@@ -69,8 +80,14 @@ def _of_layers(pattern: str) -> str:
     return rf"(?:^|.*?\.){pattern}\.(\d+)\."
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=8)
+def _as_set(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(names)
+
+
+@lru_cache(maxsize=2 * MAX_PATTERNS)  # at least those of one adapter, which are asked in turn for every layer
 def _compile(pattern: str) -> Any:
     options = re2.Options()
     options.log_errors = False
+    options.max_mem = _PATTERN_BYTES
     return re2.compile(pattern, options)  # type: ignore[no-untyped-call]

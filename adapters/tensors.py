@@ -104,10 +104,16 @@ def read_header(
         dtype = entry.get("dtype")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise AdapterFormatError(f"{WEIGHTS_FILE}: {name} has dtype {dtype}; one of {', '.join(DTYPES)} is needed")
-        if entry.get("shape") != list(spec.shape):
+        shape = entry.get("shape")
+        if shape != list(spec.shape) and _is_misshapen(spec, shape):
+            raise AdapterFormatError(
+                f"{WEIGHTS_FILE}: {name} has shape {shape}; the configuration's rank calls for {list(spec.shape)}",
+                "WRONG_SHAPE",
+            )
+        if shape != list(spec.shape):
             resized = "; the vocabulary was resized" if spec.part == "weight" else ""
             raise AdapterIncompatibleError(
-                f"{WEIGHTS_FILE}: {name} has shape {entry.get('shape')}; the configuration and the base model need "
+                f"{WEIGHTS_FILE}: {name} has shape {shape}; the configuration and the base model need "
                 f"{list(spec.shape)}{resized}",
                 "WRONG_SHAPE",
             )
@@ -116,6 +122,14 @@ def read_header(
     if len(dtypes) > 1:
         raise AdapterFormatError(f"{WEIGHTS_FILE}: tensors of different dtypes: {', '.join(sorted(dtypes))}")
     return {name: known[name] for name in header}, metadata
+
+
+def _is_misshapen(spec: TensorSpec, shape: Any) -> bool:
+    """Whether a factor has the base's dimension, and something else than the rank beside it, or is transposed."""
+    if not spec.is_factor or not isinstance(shape, list) or len(shape) != 2:
+        return spec.is_factor
+    base = 1 if spec.part == "lora_a" else 0
+    return spec.shape[base] in shape
 
 
 def largest_file(known: Mapping[str, TensorSpec]) -> int:

@@ -24,6 +24,8 @@ _COUNTERS = {  # name: (help, whether it also has the label `tier`)
     "adapter_loads": ("Adapters brought to a tier", True),
     "adapter_load_time_seconds": ("Time spent on bringing adapters from disk to host memory", False),
     "adapter_evictions": ("Adapters dropped from a tier to make room", True),
+    "adapter_merges": ("Times that an adapter was merged into the base's weights", False),
+    "adapter_unmerges": ("Times that it was taken out again, or another took its place", False),
 }
 
 _Row = defaultdict[tuple[str, str], float]  # (counter, tier) → value
@@ -100,6 +102,14 @@ class AdapterMetrics(Collector):
     def evicted(self, name: str, tier: str) -> None:
         with self._lock:
             self._add("adapter_evictions", name, tier=tier)
+
+    def merged(self, adapter: Adapter | None, before: Adapter | None) -> None:
+        """What the base's weights hold now, and what they held. Engine thread."""
+        with self._lock:
+            if before is not None:
+                self._add("adapter_unmerges", before.name)
+            if adapter is not None:
+                self._add("adapter_merges", adapter.name)
 
     def total(self, counter: str, tier: str = "") -> int:
         """A counter over all adapters, also those that lost their label."""

@@ -35,7 +35,8 @@ def print_adapters(found: Sequence[pb.Adapter]) -> None:
 def state_of(adapter: pb.Adapter) -> str:
     state = pb.AdapterState.Name(adapter.state)
     if adapter.state == pb.READY:
-        state += f" ({pb.AdapterTier.Name(adapter.tier).lower()}{', pinned' if adapter.pinned else ''})"
+        state += f" ({pb.AdapterTier.Name(adapter.tier).lower()}{', pinned' if adapter.pinned else ''}"
+        state += ", merged)" if adapter.merged else ")"
     return state
 
 
@@ -46,15 +47,18 @@ def print_fields(adapter: pb.Adapter) -> None:
         value = getattr(adapter, field.name)
         if field.enum_type is not None:
             value = field.enum_type.values_by_number[value].name
-        table.add_row(field.name, ", ".join(value) if field.name == "target_modules" else str(value))
+        table.add_row(field.name, str(value) if isinstance(value, str | int) else ", ".join(value))
     Console().print(table)
 
 
 def say_loaded(adapter: pb.Adapter) -> None:
     click.echo(
-        f"{adapter.name}@{adapter.version}: generation {adapter.generation}, rank {adapter.rank}, "
-        f"{adapter.bytes_host:,} bytes, digest {adapter.digest[:12]}{', pinned' if adapter.pinned else ''}"
+        f"{adapter.name}@{adapter.version}: generation {adapter.generation}, rank {adapter.rank} on "
+        f"{adapter.num_layers} layers, {adapter.bytes_host:,} bytes, digest {adapter.digest[:12]}"
+        f"{', pinned' if adapter.pinned else ''}"
     )
+    if adapter.unmatched_targets:
+        click.echo(f"warning: target_modules that match no layer: {', '.join(adapter.unmatched_targets)}", err=True)
 
 
 def mib(num_bytes: int) -> str:

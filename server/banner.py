@@ -20,14 +20,14 @@ MAX_REFUSED_LINES = 10
 
 
 def banner(
-    engine_config: EngineConfig, config: ServerConfig, parts: EngineParts, adapters: Mapping[AdapterRef, Path]
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    parts: EngineParts,
+    num_adapters: int,
+    refused: Mapping[AdapterRef, str],
 ) -> list[str]:
-    """Its lines. Reads the configurations of `adapters`, by name and folder: what cannot be served is said before it is
-    asked for.
-    """
+    """Its lines. `refused`: adapters that cannot be served, and why."""
     base = parts.base
-    checked = dict(islice(adapters.items(), MAX_CHECKED))
-    refused = refused_adapters(checked, base.linear_layers, engine_config.max_lora_rank)
     lines = [
         f"Loraplex {version('loraplex')}, torch {torch.__version__}, Python {platform.python_version()}",
         f"model     {base.name}: {base.architecture}, {parts.storage} on {base.device}, digest {base.digest[:12]}",
@@ -35,7 +35,7 @@ def banner(
         f"KV cache  {parts.num_blocks:,} blocks of {parts.runner.cache.block_size} tokens, "
         f"{parts.kv_cache_bytes / 2**20:,.0f} MiB of {parts.kv_cache_dtype}; requests up to {parts.max_model_len:,} "
         "tokens",
-        f"adapters  {len(adapters)} in {config.adapters_dir}; {engine_config.adapter_slots} device slots, rank up to "
+        f"adapters  {num_adapters} in {config.adapters_dir}; {engine_config.adapter_slots} device slots, rank up to "
         f"{engine_config.max_lora_rank}, kernels: {parts.runner.lora.kernels_name}",
         *(f"refused   {ref.name}@{ref.version}: {why}" for ref, why in list(refused.items())[:MAX_REFUSED_LINES]),
         f"listening gRPC {config.listen}, metrics {config.metrics_listen or 'off'}, reflection "
@@ -55,9 +55,12 @@ def _security(config: ServerConfig) -> str:
 def refused_adapters(
     adapters: Mapping[AdapterRef, Path], layers: Mapping[str, LinearShape], max_rank: int
 ) -> dict[AdapterRef, str]:
-    """The adapters whose configuration this server cannot serve, and why. Their weights are not read."""
+    """The adapters whose configuration this server cannot serve, and why, of the first thousand by name and folder.
+
+    Their weights are not read.
+    """
     refused = {}
-    for ref, folder in adapters.items():
+    for ref, folder in islice(adapters.items(), MAX_CHECKED):
         try:
             check_config(folder, layers, max_rank)
         except AdapterFormatError as error:

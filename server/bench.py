@@ -54,7 +54,7 @@ def measure_throughput(
         )
     adapters = _load_adapters(config, parts, adapters_dir, num_adapters)
     prompts, other_prompts = _prompts(num_prompts, prompt_tokens, parts.base.vocab_size)
-    core = EngineCore(parts.runner, parts.scheduler, Metrics(CollectorRegistry()))
+    core = EngineCore(parts.runner, parts.scheduler, Metrics(CollectorRegistry()), parts.merge_policy)
 
     _generate(core, parts, other_prompts, adapters, min(8, output_tokens))
     gc.collect()
@@ -76,7 +76,8 @@ def measure_throughput(
         "adapter_bytes": sum(adapter.num_bytes for adapter in adapters),
         "model": parts.base.name,
         "device": str(parts.base.device),
-        "dtype": str(parts.base.dtype).removeprefix("torch."),
+        "dtype": parts.storage,
+        "kv_cache_dtype": parts.kv_cache_dtype,
         "threads": torch.get_num_threads(),
         "version": version("loraplex"),
         "torch": torch.__version__,

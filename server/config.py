@@ -46,7 +46,7 @@ class EngineConfig:
     max_lora_rank: int = setting(64, "Largest rank of an adapter.", low=1)
     lora_dtype: str = setting(
         "auto",
-        "Number format of adapters in memory; auto: that of --dtype, with float32 as they were saved.",
+        "Number format of adapters in memory; auto: as --dtype says, with float32 as they were saved (CPU).",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     merge_policy: str = setting(

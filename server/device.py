@@ -95,6 +95,7 @@ def _cuda(config: EngineConfig) -> Device:
         raise ConfigError(f"--quantization {config.quantization} is for the CPU; this server runs on CUDA")
     device = torch.device("cuda")
     dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
+    _check_lora_dtype(config, dtype)
     kernels = torch_kernels()
     if config.kernels == "auto":
         try:
@@ -111,7 +112,7 @@ def _cuda(config: EngineConfig) -> Device:
         dtype_name(dtype),
         kernels,
         native=False,
-        lora_dtype=_lora_dtype(config, dtype),
+        lora_dtype=dtype,
         flash=flash,
         graphs=graphs,
     )
@@ -141,6 +142,7 @@ def _cpu(config: EngineConfig) -> Device:
         )
     if not native.available():
         log.warning("the native CPU kernels are not built (no C compiler at install): torch does their work, slower")
+    _check_lora_dtype(config, dtype)
     packed = config.kernels == "auto" and onednn.available(dtype)
     kernels = onednn.onednn_kernels() if packed else torch_kernels()
     return Device(device, dtype, dtype_name(dtype), kernels, native=False, lora_dtype=_lora_dtype(config, dtype))
@@ -151,6 +153,15 @@ def _lora_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype | None:
     if config.lora_dtype == "auto":
         return None if dtype == torch.float32 else dtype
     return DTYPES[config.lora_dtype]
+
+
+def _check_lora_dtype(config: EngineConfig, dtype: torch.dtype) -> None:
+    """Only the native kernels read factors of any format as they are."""
+    if config.lora_dtype not in ("auto", dtype_name(dtype)):
+        raise ConfigError(
+            f"--lora-dtype {config.lora_dtype} needs the native CPU kernels; here adapters are {dtype_name(dtype)} as "
+            "the model is"
+        )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

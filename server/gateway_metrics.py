@@ -10,28 +10,29 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.adapter_metrics import AdapterMetrics
-
 if TYPE_CHECKING:
     from server.engine.scheduler import Scheduler
+    from server.metrics import Metrics
 
 
 class GatewayMetrics(Collector):
     """Reads the scheduler at a scrape, from the scrape's thread: lengths, and copies that are made in one go."""
 
-    def __init__(self, scheduler: "Scheduler", adapters: AdapterMetrics) -> None:
+    def __init__(self, scheduler: "Scheduler", metrics: "Metrics") -> None:
         self._scheduler = scheduler
-        self._adapters = adapters
+        self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
         scheduler = self._scheduler
         yield GaugeMetricFamily("vllm:num_requests_running", "Requests in the batch", len(scheduler.running))
-        yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests in the queue", len(scheduler.waiting))
+        num_waiting = self._metrics.num_waiting(scheduler)
+        yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests in the queue", num_waiting)
         yield GaugeMetricFamily(
             "vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", scheduler.allocator.usage
         )
-        ready = {adapter.name for adapter in self._adapters.residents("device")}
+        ready = {adapter.name for adapter in self._metrics.adapters.residents("device")}
         waiting = {part.adapter.name for request in tuple(scheduler.waiting) for part in request.adapters}
+        waiting |= self._metrics.awaited()
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters in device slots and adapters that are waited for; the value is the time",

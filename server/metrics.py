@@ -6,7 +6,8 @@ What is counted per adapter is in `server.adapter_metrics`, what is counted per 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)  # seconds
 FINISH_REASONS = ("stop", "length", "abort", "error")  # of `FinishReason`; the client went away; our failure
 FAILURES = ("STEP_FAILED", "NON_FINITE_LOGITS")
-MERGED = ("adapter", "base")  # what the served weights become
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -41,7 +41,7 @@ class Metrics:
             return Histogram(f"loraplex_{name}", text, labels, registry=registry, buckets=buckets)
 
         self._running = gauge("num_requests_running", "Requests in the batch")
-        self._waiting = gauge("num_requests_waiting", "Requests in the queue")
+        self._waiting = gauge("num_requests_waiting", "Requests in the queue, or waiting for their adapter")
         self._kv_usage = gauge("kv_cache_usage_ratio", "Share of KV blocks in use")
         self._preemptions = counter("num_preemptions", "Requests that gave their KV blocks back")
         self.query_tokens = counter("prefix_cache_query_tokens", "Tokens of prompts looked up in the prefix cache")
@@ -60,25 +60,41 @@ class Metrics:
         self.adapter_load_seconds = histogram("adapter_load_seconds", "Disk to host memory")
         self.step_seconds = histogram("step_seconds", "One forward with sampling")
         self.step_tokens = histogram("iteration_tokens", "Tokens computed in a step", _TOKENS)
-        self.merge_switches = counter("adapter_merge_switches", "Changes of what is merged into the base", "to")
         self.merged_bytes = gauge("adapter_merged_bytes", "Memory of the merged adapter's sums with the base's weights")
         self.adapters = AdapterMetrics(max_adapters)
         registry.register(self.adapters)
+        self._awaiting: dict[object, Collection[str]] = {}  # requests that wait for adapters, with their names
         self._seen_preemptions = 0
         # From the start, at zero: a series that begins at one shows no increase.
         for reason in FINISH_REASONS:
             self.requests.labels(finish_reason=reason)
         for reason in FAILURES:
             self.failed_requests.labels(reason=reason)
-        for merged in MERGED:
-            self.merge_switches.labels(to=merged)
 
     def watch(self, scheduler: Scheduler) -> None:
         """Gauges read the scheduler at a scrape, so that a step does not have to set them."""
         self._running.set_function(lambda: len(scheduler.running))
-        self._waiting.set_function(lambda: len(scheduler.waiting))
+        self._waiting.set_function(lambda: self.num_waiting(scheduler))
         self._kv_usage.set_function(lambda: scheduler.allocator.usage)
-        self.registry.register(GatewayMetrics(scheduler, self.adapters))
+        self.registry.register(GatewayMetrics(scheduler, self))
+
+    def num_waiting(self, scheduler: Scheduler) -> int:
+        """Requests in the queue and requests whose adapters are on their way to host memory. Any thread."""
+        return len(scheduler.waiting) + len(self._awaiting)
+
+    def awaited(self) -> set[str]:
+        """The adapters that requests wait for before they queue. Any thread."""
+        return set[str]().union(*self._awaiting.copy().values())
+
+    @contextmanager
+    def awaiting(self, references: Collection[str]) -> Iterator[None]:
+        """Within, a request waits for these adapters to be in host memory. Event loop."""
+        ticket = object()
+        self._awaiting[ticket] = [reference.partition("@")[0] for reference in references]
+        try:
+            yield
+        finally:
+            del self._awaiting[ticket]
 
     def step(self, batch: ScheduledBatch, scheduler: Scheduler, seconds: float) -> None:
         """Books one step. Engine thread."""

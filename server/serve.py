@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics, start_http_server
 
-from server.banner import banner
+from server.adapter_metrics import BASE, OTHER
+from server.banner import banner, refused_adapters
 from server.base_models import resolve
 from server.config import EngineConfig, ServerConfig
 from server.engine.async_engine import AsyncEngine
@@ -58,7 +59,13 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             await server.start()
             catalog = engine.adapters.catalog
             folders = {ref: catalog.path(ref) for ref in catalog.refs()}
-            for line in await asyncio.to_thread(banner, engine_config, config, parts, folders):
+            # What cannot be served is said before it is asked for.
+            refused = await asyncio.to_thread(
+                refused_adapters, folders, parts.base.linear_layers, engine_config.max_lora_rank
+            )
+            for ref, why in refused.items():
+                engine.adapters.board.refused(ref, why)
+            for line in banner(engine_config, config, parts, len(folders), refused):
                 log.info("%s", line)
             throughput = asyncio.create_task(ThroughputLog(metrics, parts.scheduler).run())
             try:
@@ -127,7 +134,7 @@ def request_tracer(endpoint: str, base_model: str) -> "RequestTracer | None":
 
 
 def _open_store(folder: Path, base_model: str) -> AdapterStore:
-    store = AdapterStore(folder, reserved=frozenset({base_model}))
+    store = AdapterStore(folder, reserved=frozenset({base_model, BASE, OTHER}))
     try:
         remove_leftovers(store)
     except (OSError, Overloaded) as error:

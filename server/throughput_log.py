@@ -40,7 +40,7 @@ class ThroughputLog:
         totals = self._totals()
         done = _Totals(*(now - before for now, before in zip(totals, self._last, strict=True)))
         self._last = totals
-        running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+        running, waiting = len(self._scheduler.running), self._metrics.num_waiting(self._scheduler)
         if not (running or waiting or done.prompt or done.generation):
             return ""
         parts = [

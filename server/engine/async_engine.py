@@ -149,7 +149,10 @@ class AsyncEngine:
         return adapter in self._core.resident
 
     async def _hold(self, adapters: Mapping[str, float], held: ExitStack, label: str) -> list[WeightedAdapter]:
-        in_memory = await self.adapters.hold(list(adapters), held, label)
+        if not adapters:
+            return []
+        with self.metrics.awaiting(adapters):
+            in_memory = await self.adapters.hold(list(adapters), held, label)
         return [WeightedAdapter(adapter, weight) for adapter, weight in zip(in_memory, adapters.values(), strict=True)]
 
     def _new_request(

@@ -98,6 +98,11 @@ def _merge_policy(config: EngineConfig, runner: ModelRunner) -> MergePolicy | No
         return None
     if runner.lora.no_merge:
         raise ConfigError(f"--merge-policy auto: no adapter can be merged: {runner.lora.no_merge}")
+    if runner.replays_graphs:
+        raise ConfigError(
+            "--merge-policy auto: with an adapter merged decode steps run without CUDA graphs, which costs more than a "
+            "bypass; use --merge-policy manual, or --no-cuda-graphs"
+        )
     costs = measure_merge_costs(runner, config.max_lora_rank)
     log.info(
         "merging takes %.0f ms; a bypass of %s",

@@ -230,10 +230,11 @@ class EngineCore:
             self._merge_policy = None
 
     def _merge(self, adapter: Adapter | None) -> float:
+        before = self.merged
         seconds = self.runner.merge(adapter)
         if self._merge_policy is not None:
             self._merge_policy.switched(adapter, seconds)
-        self._metrics.merge_switches.labels(to="adapter" if adapter else "base").inc()
+        self._metrics.adapters.merged(adapter, before)
         log.info("%s in %.0f ms", f"adapter {adapter.name} merged" if adapter else "unmerged", 1000 * seconds)
         return seconds
 

@@ -7,6 +7,8 @@ from server.engine.engine_thread import EngineThread
 from server.errors import MergeRefused
 from server.lora.adapter import Adapter
 from server.lora.cache import AdapterCache
+from server.lora.events import EventKind
+from server.lora.store import AdapterRef
 
 
 class AdapterMerging:
@@ -27,7 +29,7 @@ class AdapterMerging:
         self._check_policy()
         ref = await self._adapters.named(name)
         async with self._adapters.acquire(str(ref)) as adapter:
-            return adapter, await self._thread.ask(partial(Merge, adapter))
+            return adapter, await self._merge(adapter)
 
     async def unmerge(self) -> float:
         """Takes the merged adapter, if there is one, out of the base's weights; returns the seconds it took.
@@ -36,7 +38,15 @@ class AdapterMerging:
             MergeRefused, Unavailable.
         """
         self._check_policy()
-        return await self._thread.ask(partial(Merge, None))
+        return await self._merge(None)
+
+    async def _merge(self, adapter: Adapter | None) -> float:
+        """Tells those who watch, too: of the adapter, and of the one that it takes the place of."""
+        before = self._core.merged
+        seconds: float = await self._thread.ask(partial(Merge, adapter))
+        changed = {AdapterRef(each.name, each.version) for each in (before, adapter) if each is not None}
+        self._adapters.board.publish(EventKind.UPDATED, *changed)
+        return seconds
 
     def is_merged(self, generation: int) -> bool:
         merged = self._core.merged

@@ -69,6 +69,11 @@ class ModelRunner:
         passes, logits_passes = ((Segment(0, 0, num_rows),) for num_rows in (batch.num_tokens, 1))
         self.forward(replace(batch, passes=(passes,), logits_passes=(logits_passes,)))
 
+    @property
+    def replays_graphs(self) -> bool:
+        """Whether decode steps are replayed CUDA graphs; with an adapter merged they are not."""
+        return self._graphs is not None
+
     @torch.inference_mode()
     def capture_graphs(self, capture: Capture) -> None:
         """Captures the decode steps, which are replayed from then on."""

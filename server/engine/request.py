@@ -48,6 +48,11 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
+    def filters(self) -> bool:
+        """Whether unlikely tokens are left out."""
+        return bool(self.top_k or self.min_p or self.top_p < 1)
+
+    @property
     def changes_logits(self) -> bool:
         """Whether logits depend on more than the model: penalties, bias or a minimum length."""
         return bool(

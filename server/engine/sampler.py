@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.engine.request import Request, TokenLogprob
+from server.engine.request import Request, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,31 +74,45 @@ def _adjust_row(logits: Tensor, request: Request) -> None:
 
 
 def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """Temperature, then top-k, min-p and top-p on the sorted distribution, then one uniform number per request.
+    """Temperature, then the filters of requests that have some, then one uniform number per request.
 
     The numbers come from each request's own generator by inverse transform, so a seed gives the same tokens on every
     device and in every batch.
     """
-    device = logits.device
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=device)[:, None]
-
     params = [request.params for request in requests]
-    probabilities = torch.softmax(logits / column([p.temperature for p in params]), dim=-1)
+    probabilities = torch.softmax(logits / _column([p.temperature for p in params], logits), dim=-1)
+    uniform = _column([request.random.random() for request in requests], logits).double()
+    token_ids = _invert(probabilities, uniform)
+    filtered = [row for row, p in enumerate(params) if p.filters]
+    if filtered:  # only these are worth a sort
+        order, kept = _filter(probabilities[filtered], [params[row] for row in filtered])
+        token_ids[filtered] = order.gather(1, _invert(kept, uniform[filtered]))
+    return token_ids[:, 0].tolist()
+
+
+def _filter(probabilities: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """Token ids from the most likely on, and their probabilities, zero where top-k, min-p or top-p leave them out."""
     probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(logits.shape[-1], device=device)[None]
-    keep = ranks < column([p.top_k or logits.shape[-1] for p in params])
-    keep &= probabilities >= probabilities[:, :1] * column([p.min_p for p in params])
-    before = torch.where(keep, probabilities, 0).cumsum(dim=-1) - probabilities
-    total = torch.where(keep, probabilities, 0).sum(dim=-1, keepdim=True)
-    keep &= before < column([p.top_p for p in params]) * total
+    ranks = torch.arange(probabilities.shape[-1], device=probabilities.device)[None]
+    keep = ranks < _column([p.top_k or probabilities.shape[-1] for p in params], ranks)
+    keep &= probabilities >= probabilities[:, :1] * _column([p.min_p for p in params], ranks)
+    kept = torch.where(keep, probabilities, 0)
+    before = kept.cumsum(dim=-1) - probabilities
+    keep &= before < _column([p.top_p for p in params], ranks) * kept.sum(dim=-1, keepdim=True)
     keep[:, 0] = True  # a tiny top_p times a tiny probability may be zero
-    cumulative = torch.where(keep, probabilities, 0).double().cumsum(dim=-1)
-    targets = column([request.random.random() for request in requests]).double() * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, targets, right=True).clamp_(max=logits.shape[-1] - 1)
-    chosen = torch.minimum(chosen, keep.sum(dim=-1, keepdim=True) - 1)
-    return order.gather(1, chosen)[:, 0].tolist()
+    return order, torch.where(keep, probabilities, 0)
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """[rows, 1]: the first index at which the running sum of a row's weights is over a share `uniform` of the whole."""
+    cumulative = weights.double().cumsum(dim=-1)
+    total = cumulative[:, -1:].contiguous()
+    chosen = torch.searchsorted(cumulative, uniform * total, right=True)
+    return torch.minimum(chosen, torch.searchsorted(cumulative, total))  # a product rounded up ends at the last weight
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device)[:, None]
 
 
 def _logprob(logits: Tensor, token_id: int, num_top: int | None) -> TokenLogprob | None:

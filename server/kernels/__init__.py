@@ -142,6 +142,7 @@ class Kernels:
     groups_layers: bool  # whether layers that share their input are better computed in one call
     no_merge: str = ""  # why no adapter can be added to the weights; empty: it can
     storage: torch.dtype | None = None  # what linear_group rounds weights to; None: their own dtype
-    tied_embedding: Callable[[LinearGroup], nn.Module] | None = None  # an embedding that shares the group's weight
+    # An embedding that shares the group's weight, whose rows it multiplies by the number.
+    tied_embedding: Callable[[LinearGroup, float], nn.Module] | None = None
     pack: Callable[[nn.Module], nn.Module] | None = None  # a layer in the form that a group likes best, alone in memory
     fixed_segments: Callable[[int], FixedSegments] | None = None  # of as many rows; None: a graph cannot hold them

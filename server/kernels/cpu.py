@@ -69,15 +69,20 @@ class CpuEmbeddingBypass:
 
 
 class PackedEmbedding(nn.Module):
-    """The embedding of a model whose head has the same weight: reads its rows from the packed head."""
+    """The embedding of a model whose head has the same weight: reads its rows from the packed head.
 
-    def __init__(self, packed: native_linear.PackedLinear) -> None:
+    Some models' embeddings multiply their rows, by `embed_scale`.
+    """
+
+    def __init__(self, packed: native_linear.PackedLinear, embed_scale: float) -> None:
         super().__init__()
         self._packed = packed
+        self.embed_scale = embed_scale
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[...] ids → [..., hidden_size] in float32."""
-        return self._packed.rows(token_ids)
+        rows = self._packed.rows(token_ids)
+        return rows if self.embed_scale == 1 else rows * self.embed_scale
 
 
 def cpu_kernels(storage: Storage) -> Kernels:
@@ -100,9 +105,9 @@ def _fill(slots: native_lora.LoRASlots, slot: int, weights: LayerWeights | None)
         slots.set(slot, weights)
 
 
-def _tied_embedding(head: LinearGroup) -> nn.Module:
+def _tied_embedding(head: LinearGroup, embed_scale: float) -> nn.Module:
     assert isinstance(head, CpuLinearGroup)
-    return PackedEmbedding(head.packed[0])
+    return PackedEmbedding(head.packed[0], embed_scale)
 
 
 def _pack(layer: nn.Module, storage: Storage, arena: Arena) -> native_linear.PackedLinear:

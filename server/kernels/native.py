@@ -8,12 +8,15 @@ that a call is little more than its pointers. The library needs torch imported f
 
 import ctypes
 import importlib.machinery
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 PANEL = 16  # output features of a packed panel
 
@@ -41,15 +44,23 @@ def _load() -> ctypes.CDLL | None:
         path = Path(__file__).with_name("_native" + suffix)
         if not path.exists():
             continue
-        loaded = ctypes.CDLL(str(path))
-        for name, argtypes in _SIGNATURES.items():
-            function = getattr(loaded, f"loraplex_{name}")
-            function.argtypes = argtypes
-            function.restype = ctypes.c_int if name in _CAN_FAIL else None
-        loaded.loraplex_isa.restype = ctypes.c_char_p
-        loaded.loraplex_set_isa.argtypes = (ctypes.c_char_p,)
-        return loaded
+        try:
+            return _typed(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError) as error:  # built for another machine, or before the last change
+            log.warning("the native CPU kernels cannot be used, build them anew: %s", error)
+            return None
     return None
+
+
+def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """Raises AttributeError if it lacks a function."""
+    for name, argtypes in _SIGNATURES.items():
+        function = getattr(loaded, f"loraplex_{name}")
+        function.argtypes = argtypes
+        function.restype = ctypes.c_int if name in _CAN_FAIL else None
+    loaded.loraplex_isa.restype = ctypes.c_char_p
+    loaded.loraplex_set_isa.argtypes = (ctypes.c_char_p,)
+    return loaded
 
 
 library = _load()

@@ -24,6 +24,7 @@ class CheckedAdapter:
     files: AdapterFiles
     layers: Mapping[str, LayerWeights]  # by module path
     dtype: torch.dtype | None  # of the factors in a copy; None: the files'
+    unmatched_targets: tuple[str, ...]  # names in its `target_modules` that no layer of the base has
 
     @classmethod
     def from_files(cls, files: AdapterFiles, base: BaseWeights, dtype: torch.dtype | None = None) -> "CheckedAdapter":
@@ -42,7 +43,7 @@ class CheckedAdapter:
             for module in sorted(files.weights.keys() | files.base_biases.keys())
             if (layer := _layer(files, module, base)) is not None
         }
-        return cls(files, layers, dtype)
+        return cls(files, layers, dtype, files.config.unmatched_targets(base.shapes))
 
     @property
     def num_bytes(self) -> int:
@@ -69,6 +70,7 @@ class Adapter:
     num_bytes_disk: int
     no_mix: str = ""  # why it takes no factor and no other adapter beside it; empty: it does
     no_merge: str = ""  # why nobody else could be served while it is merged; empty: they can
+    unmatched_targets: tuple[str, ...] = ()  # names in its configuration that no layer of the base has
     invocation_tokens: tuple[int, ...] = ()  # aLoRA: it works from their last occurrence in a prompt on
 
     @classmethod
@@ -106,6 +108,7 @@ class Adapter:
             no_mix=_why_no_mix(files, weights),
             no_merge=_why_no_merge(weights),
             invocation_tokens=files.config.invocation_tokens,
+            unmatched_targets=checked.unmatched_targets,
         )
 
     def first_token(self, prompt: Sequence[int]) -> int | None:
@@ -188,7 +191,7 @@ def _check_range(files: AdapterFiles, dtype: torch.dtype) -> None:
                 name = str(dtype).removeprefix("torch.")
                 raise AdapterFormatError(
                     f"{module} has values up to {found:.3g}, and {name} ends at {largest:.3g}: start with another "
-                    "--lora-dtype (or on CUDA --dtype)",
+                    "--dtype or --lora-dtype",
                     "NON_FINITE_WEIGHTS",
                 )
 

@@ -116,7 +116,8 @@ class AdapterCache:
                 await self.look(bare_name)
                 ref = self.catalog.find(bare_name, version)
                 folder = self.catalog.stored_path(ref) if self.catalog.is_stored(ref) else self.catalog.path(ref)
-            taken = self.memory.get(ref) is not None
+            # Another folder under a name that has files is a change of the name, in memory or not.
+            taken = self.memory.get(ref) is not None or (bool(source) and self.catalog.has(ref))
             self.claims.check(ref, taken=taken, replace=replace, expected_generation=expected_generation)
             copy = await self.loads.read(ref, folder, same_if_unchanged=False)
             # Again: a request may have loaded it meanwhile.

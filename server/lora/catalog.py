@@ -65,7 +65,7 @@ class AdapterCatalog:
             version = share if share and self.has(AdapterRef(name, share)) else self.current(name)
         ref = AdapterRef(name, version or "")
         if not self.has(ref):
-            raise AdapterNotFound(reference)
+            raise AdapterNotFound(str(ref))  # with the version that a bare name means
         return ref
 
     def current(self, name: str) -> str | None:

@@ -36,6 +36,9 @@ def check_sums(folder: Path, known: Mapping[str, str]) -> None:
     try:
         with open_plain(path) as record:
             lines = record.read(_MAX_BYTES).decode().splitlines()
+        unnamed = known.keys() - {line.partition("  ")[2] for line in lines}
+        if unnamed:
+            raise DamagedAdapter(f"{SUMS_FILE} has no line for {', '.join(sorted(unnamed))}")
         for line in lines:
             match = _LINE.fullmatch(line)
             if match is None or not (folder / match[2]).is_file():

@@ -27,6 +27,7 @@ class AdapterStatus:
     current: bool = False  # what the bare name means
     traffic_percent: int = 0
     error: str = ""
+    num_bytes_disk: int = 0  # of its files in the store
 
 
 class EventKind(enum.Enum):
@@ -39,7 +40,7 @@ class EventKind(enum.Enum):
     EVICTED = enum.auto()  # left host memory to make room
     REMOVED = enum.auto()  # went from the store
     FAILED = enum.auto()  # a load was refused; what was loaded stays
-    UPDATED = enum.auto()  # pinned, unpinned, promoted, or another share of the traffic
+    UPDATED = enum.auto()  # pinned, unpinned, promoted, another share of the traffic, or merged or unmerged on request
 
 
 @dataclass(frozen=True, slots=True)

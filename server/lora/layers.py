@@ -73,7 +73,7 @@ class MultiLoRAEmbedding(nn.Module):
         self._prepare = kernels.prepare_segments
         self._is_merged = False
         self._rows = rows
-        self._scale = float(getattr(base, "embed_scale", 1.0))  # some models' embeddings multiply their rows
+        self._scale = _scale(base)
 
     def set_slot(self, slot: int, weights: LayerWeights | None) -> None:
         if weights is not None:
@@ -140,8 +140,9 @@ class LoRALayers:
                 _replace(model, name, MultiLoRALinear(shared, index))
                 self.base_weights.add(name, partial(kernel.base_rows, index), kernel.base_bias(index))
             self.groups.append((names, kernel))
-            if names == [head] and tied and kernels.tied_embedding and type(embedding) is nn.Embedding:
-                model.set_input_embeddings(kernels.tied_embedding(kernel))
+            scales = hasattr(embedding, "embed_scale")
+            if names == [head] and tied and kernels.tied_embedding and (scales or type(embedding) is nn.Embedding):
+                model.set_input_embeddings(kernels.tied_embedding(kernel, _scale(embedding)))
                 embedding_rows = partial(kernel.base_rows, 0)
         self._embeddings: dict[str, MultiLoRAEmbedding] = {}
         for name, shape in shapes.items():
@@ -234,6 +235,11 @@ def bytes_on_device(adapter: Adapter, device: torch.device) -> int:
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _scale(embedding: nn.Module) -> float:
+    """What an embedding multiplies its rows by."""
+    return float(getattr(embedding, "embed_scale", 1.0))
 
 
 def _rows(embedding: nn.Module, start: int, end: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Disk → checked adapter → host copy, with its generation. Event loop; the disk is read in worker threads."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -119,10 +120,9 @@ class AdapterLoader:
         if fingerprint(folder) != before:
             raise AdapterChanged(f"the files of adapter {name!r} changed while they were read; try again")
         check_sums(folder, digests)
-        if ignored := sorted(set(os.listdir(folder)) - {CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE}):
-            log.info("adapter %s: never opened: %s", name, ", ".join(map(repr, ignored[:_MAX_NAMES])))
         if fault is not None:
             raise _refusal(name, fault) from fault
+        _report(name, folder, checked)
         return checked, before
 
     def _copied(self, checked: CheckedAdapter, ref: AdapterRef, generation: int) -> Adapter:
@@ -146,6 +146,22 @@ class _LastLoad(NamedTuple):
     digest: str
     generation: int
     num_bytes: int
+
+
+def _report(name: str, folder: Path, checked: CheckedAdapter) -> None:
+    """Logs what an adapter does, and what of it does nothing here. Worker thread."""
+    log.info("adapter %s: LoRA on %d layers of the base", name, len(checked.layers))
+    if checked.unmatched_targets:
+        log.warning("adapter %s: target_modules that match no layer: %s", name, _some(checked.unmatched_targets))
+    if not any(layer.lora_b.any() for layer in checked.files.weights.values()):
+        log.warning("adapter %s: every B is zero, so its factors add nothing", name)
+    with contextlib.suppress(OSError):
+        if ignored := sorted(set(os.listdir(folder)) - {CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE}):
+            log.info("adapter %s: never opened: %s", name, _some(ignored))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:_MAX_NAMES]))
 
 
 def _no_memory(name: str) -> Overloaded:

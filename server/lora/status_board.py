@@ -6,7 +6,7 @@ from server.lora.catalog import AdapterCatalog
 from server.lora.events import AdapterEvent, AdapterEvents, AdapterStatus, EventKind
 from server.lora.host_memory import HostMemory
 from server.lora.loader import AdapterLoader
-from server.lora.store import AdapterRef
+from server.lora.store import AdapterRef, num_bytes
 
 
 class StatusBoard:
@@ -31,6 +31,7 @@ class StatusBoard:
             current=self._catalog.current(ref.name) == ref.version,
             traffic_percent=self._catalog.routing(ref.name).percent_by_version.get(ref.version, 0),
             error=self._refusals.get(ref, ""),
+            num_bytes_disk=num_bytes(self._catalog.fingerprint(ref)),
         )
 
     def statuses(self, after: AdapterRef | None = None, limit: int | None = None) -> list[AdapterStatus]:

@@ -214,6 +214,11 @@ def fingerprint(folder: str | Path) -> Fingerprint | None:
     return tuple(result)
 
 
+def num_bytes(of: Fingerprint | None) -> int:
+    """Of an adapter's files."""
+    return sum(of[1::3]) if of else 0
+
+
 def _is_locked(handle: int) -> bool:
     """Takes the lock if nobody has it."""
     try:

@@ -139,6 +139,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             pinned=status.pinned,
             requests_waiting=status.num_waiting,
             current=status.current,
+            bytes_disk=status.num_bytes_disk,
             traffic_percent=status.traffic_percent,
         )
         adapter = status.adapter
@@ -151,7 +152,9 @@ class AdaptersService(pb_grpc.AdaptersServicer):
                 state=pb.READY,
                 rank=adapter.rank,
                 target_modules=adapter.target_modules,
-                bytes_disk=adapter.num_bytes_disk,
+                num_layers=len(adapter.weights),
+                unmatched_targets=adapter.unmatched_targets,
+                bytes_disk=adapter.num_bytes_disk,  # of one from elsewhere than the store, too
                 bytes_host=adapter.num_bytes,
                 bytes_device=bytes_on_device(adapter, self._engine.base.device) if on_device else 0,
                 tier=pb.DEVICE if on_device else pb.HOST,

@@ -28,6 +28,11 @@ _RANGES = {
 }
 
 
+def check_n(message: pb.SamplingParams) -> None:
+    """Raises InvalidRequest: too many answers are asked for, or none."""
+    _check("n", message.n, not message.HasField("n") or 1 <= message.n <= MAX_N, f"1 to {MAX_N}")
+
+
 def sampling_params(
     message: pb.SamplingParams, num_prompt_tokens: int, max_model_len: int, vocab_size: int
 ) -> SamplingParams:
@@ -47,7 +52,7 @@ def sampling_params(
         )
     min_tokens = message.min_tokens
     _check("min_tokens", min_tokens, min_tokens <= max_tokens, f"at most max_tokens, {max_tokens}")
-    _check("n", message.n, not message.HasField("n") or 1 <= message.n <= MAX_N, f"1 to {MAX_N}")
+    check_n(message)
     _check("top_k", message.top_k, message.top_k <= vocab_size, f"0 to {vocab_size}, the size of the vocabulary")
     _check("logprobs", message.logprobs, message.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
     _check_stop(message)

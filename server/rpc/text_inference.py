@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from server.errors import InvalidRequest
 from server.pb.inference import grpc_service_pb2 as pb
 from server.pb.loraplex.v1 import inference_pb2
-from server.rpc.sampling import sampling_message
+from server.rpc.sampling import check_n, sampling_message
 from server.rpc.tensors import OUTPUTS, InputValues, add_output, read_inputs
 
 # Every last response holds text of its own, so none has to be sent empty to say that it is the last.
@@ -55,6 +55,7 @@ def read_text_request(request: pb.ModelInferRequest) -> TextRequest:
     if not isinstance(lora_name, str):
         raise InvalidRequest(f"lora_name is {str(lora_name)[:80]}; it must be a string", field="lora_name")
     sampling = sampling_message(values)
+    check_n(sampling)  # before room is made for so many
     if not sampling.HasField("logprobs") and {"logprobs", "cumulative_logprob"} & set(outputs):
         sampling.logprobs = 0  # of the chosen tokens
     return TextRequest(inputs.texts["text_input"], stream, prepend_input, outputs, sampling, lora_name, inputs.raw)

@@ -187,6 +187,16 @@ def test_broken_files(folder: Path, fault: str) -> None:
         read(folder)
 
 
+@pytest.mark.parametrize("shape", [(16, 4), (3, 16)], ids=["transposed", "another rank"])
+def test_factors_that_contradict_the_configuration_are_no_matter_of_the_base(
+    folder: Path, shape: tuple[int, int]
+) -> None:
+    _weights(lambda t: t.update({A: torch.zeros(shape)}))(folder)
+    with pytest.raises(AdapterFormatError, match="rank calls for") as caught:
+        read(folder)
+    assert not isinstance(caught.value, AdapterIncompatibleError)
+
+
 @pytest.mark.parametrize("name", ["\ud800", "two\nlines \x1b[31m", "x" * 1_000_000])
 def test_what_a_file_says_is_quoted_in_one_short_line(folder: Path, name: str) -> None:
     _header({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})(folder)
@@ -278,6 +288,21 @@ def test_what_an_embedding_cannot_have_is_named(folder: Path, changes: dict[str,
 def test_configurations_that_are_no_json_object(folder: Path, text: bytes) -> None:
     (folder / "adapter_config.json").write_bytes(text)
     with pytest.raises(AdapterFormatError, match=r"adapter_config\.json"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rank_pattern": {f"layer-{number}": 4 for number in range(2000)}}, "2,000 patterns .* at most 1,024"),
+        ({"target_modules": [f"layer-{number}" for number in range(5000)]}, "target_modules lists 5,000 items"),
+        ({"layers_to_transform": list(range(5000))}, "layers_to_transform lists 5,000 items"),
+        ({"target_modules": "(a{500}){500}"}, "not a plain regular expression"),
+    ],
+)
+def test_configurations_without_end(folder: Path, changes: dict[str, Any], reason: str) -> None:
+    configure(folder, **changes)
+    with pytest.raises(AdapterFormatError, match=reason):
         read(folder)
 
 

@@ -136,3 +136,11 @@ def test_two_threads_and_a_scrape_lose_nothing() -> None:
     for thread in threads:
         thread.join()
     assert metrics.total("adapter_steps") == metrics.total("adapter_shared_steps") == 12000
+
+
+def test_a_merge_takes_the_place_of_another() -> None:
+    metrics = AdapterMetrics(2)
+    metrics.merged(adapter("a"), None)
+    metrics.merged(adapter("b"), adapter("a"))
+    metrics.merged(None, adapter("b"))
+    assert (metrics.total("adapter_merges"), metrics.total("adapter_unmerges")) == (2, 2)

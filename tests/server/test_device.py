@@ -29,6 +29,7 @@ def test_native_kernels_compute_in_float32_whatever_they_store(settings: dict[st
     assert (device.native, device.dtype, device.storage) == (True, torch.float32, storage)
 
 
+@needs_native
 @pytest.mark.parametrize(
     ("settings", "lora_dtype"),
     [
@@ -37,6 +38,7 @@ def test_native_kernels_compute_in_float32_whatever_they_store(settings: dict[st
         ({"lora_dtype": "bfloat16"}, torch.bfloat16),
         ({"dtype": "bfloat16"}, torch.bfloat16),
         ({"dtype": "bfloat16", "lora_dtype": "float32"}, torch.float32),
+        ({"dtype": "bfloat16", "quantization": "int8"}, torch.bfloat16),
         ({"dtype": "float16", "kernels": "torch"}, torch.float16),
     ],
 )
@@ -65,6 +67,7 @@ def test_onednn_packs_the_weights_where_the_native_kernels_are_missing(monkeypat
     [
         ({"quantization": "int8", "kernels": "torch"}, "needs the native kernels"),
         ({"quantization": "int8", "dtype": "float16"}, "needs the native kernels"),
+        ({"lora_dtype": "bfloat16", "kernels": "torch"}, "--lora-dtype bfloat16 needs the native CPU kernels"),
         pytest.param(
             {"device": "cuda"},
             "no CUDA device",

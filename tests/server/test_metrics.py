@@ -39,6 +39,15 @@ def test_slots_that_are_taken_and_lost(model_dir: Path, make_adapter: Callable[.
     assert sample(engine, "vllm:lora_requests_info", **gateway)
 
 
+def test_requests_that_wait_for_their_adapters_are_waiting(model_dir: Path) -> None:
+    engine = Engine(model_dir)
+    with engine.metrics.awaiting(["first@2", "second"]):
+        assert sample(engine, "loraplex_num_requests_waiting") == sample(engine, "vllm:num_requests_waiting") == 1
+        gateway = {"max_lora": "32", "running_lora_adapters": "", "waiting_lora_adapters": "first,second"}
+        assert sample(engine, "vllm:lora_requests_info", **gateway)
+    assert sample(engine, "loraplex_num_requests_waiting") == 0
+
+
 def test_preemptions(model_dir: Path) -> None:
     engine = Engine(model_dir, kv_cache_bytes=1 << 17, prefix_cache=False)
     for _ in range(2):

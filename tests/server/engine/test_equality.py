@@ -90,15 +90,16 @@ def test_together(
         assert engine.parts.scheduler.num_preemptions > 0
 
 
+@pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 def test_adapters_in_another_number_format(
-    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], reference: peft.PeftModel, kernels: str
+    model_dir: Path, adapters_dir: Path, prompts: list[list[int]], reference: peft.PeftModel
 ) -> None:
     """Rounded when they load, they answer as PEFT does with the same rounded weights."""
     rounded = copy.deepcopy(reference)
     for name, parameter in rounded.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.bfloat16().float()
-    engine = Engine(model_dir, kernels=kernels, lora_dtype="bfloat16")
+    engine = Engine(model_dir, lora_dtype="bfloat16")
     answers = engine.generate(mixed(engine, adapters_dir, prompts))
     for index, prompt in enumerate(prompts):
         assert answers[index] == peft_greedy(rounded, prompt, NAMES[index % len(NAMES)], NUM_TOKENS)

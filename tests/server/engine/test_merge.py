@@ -14,6 +14,7 @@ import torch
 from adapters.config import WEIGHTS_FILE
 from server.engine.core import Evict
 from server.engine.merge_policy import MergeCosts, MergePolicy
+from server.engine.model_runner import ModelRunner
 from server.errors import ConfigError, MergeRefused
 from server.kernels import native
 from server.lora.adapter import Adapter, WeightedAdapter
@@ -181,6 +182,12 @@ def test_auto_needs_weights_that_take_a_sum(model_dir: Path) -> None:
         pytest.skip("the native kernels are not built")
     with pytest.raises(ConfigError, match=r"--merge-policy auto.*quantized"):
         Engine(model_dir, merge_policy="auto", quantization="int8")
+
+
+def test_auto_is_refused_where_a_merge_ends_the_graphs(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelRunner, "replays_graphs", True)
+    with pytest.raises(ConfigError, match=r"--merge-policy auto.*--no-cuda-graphs"):
+        Engine(model_dir, merge_policy="auto")
 
 
 def test_a_merge_that_fails_leaves_the_engine_as_it_was(

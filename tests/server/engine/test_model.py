@@ -127,11 +127,17 @@ def test_served_by_onednn(model_type: str) -> None:
 @pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 @pytest.mark.parametrize("model_type", SERVED)
 def test_served_by_the_native_kernels(model_type: str) -> None:
-    """Packed weights, native attention and whatever could be fused change the logits by rounding only."""
+    """Packed weights, native attention and whatever could be fused change the logits by rounding only.
+
+    No weight is in memory twice.
+    """
     base = prepare_base_model(tiny(model_type, SERVED[model_type]), model_type, CPU)
+    names = [name for names in base.linear_groups for name in names]
+    weights = {name: weakref.ref(base.model.get_submodule(name).weight) for name in names}
     runner = ModelRunner(base, cpu_kernels("float32"), CpuKVCache(base.kv_shape, num_blocks=4), num_adapter_slots=1)
     fused = runner.fuse()
     assert runner.verify("float32") <= 5e-6 * max(1, float(base.reference.logits.abs().max()))
+    assert [name for name, weight in weights.items() if weight() is not None] == []
     for kind, count in FUSED.get(model_type, {}).items():
         assert fused[kind] == count, kind
 

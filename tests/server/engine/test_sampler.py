@@ -1,6 +1,7 @@
 """Each sampling parameter does what its name says, per row."""
 
 import math
+import random
 from collections import Counter
 from typing import Any
 
@@ -37,6 +38,23 @@ def test_draws_follow_the_distribution() -> None:
     counts = drawn()
     for token_id, probability in enumerate(torch.softmax(LOGITS, 0).tolist()):
         assert counts[token_id] / 2000 == pytest.approx(probability, abs=0.03)
+
+
+def test_one_number_is_drawn_by_inverse_transform() -> None:
+    """In the order of token ids; in that of likelihood where something is cut off."""
+    sums = torch.softmax(LOGITS.double(), 0).cumsum(0)
+    for seed in range(20):
+        number = random.Random(seed).random()
+        assert token(request(temperature=1.0, seed=seed)) == int((sums > number).nonzero()[0])
+        assert token(request(temperature=1.0, seed=seed, top_k=1)) == 1
+
+
+def test_what_cannot_be_is_never_drawn() -> None:
+    """Not even by the largest number that a request may draw."""
+    made = request(temperature=1.0)
+    made.random.random = lambda: 1 - 2**-53  # type: ignore[method-assign]
+    logits = torch.tensor([[0.0, 1.0, -math.inf]])
+    assert sample(logits, [made])[0].token_id == 1
 
 
 def test_low_temperature_sharpens() -> None:

@@ -76,7 +76,7 @@ class Sequences:
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
-    [(9, 3, 64), (8, 1, 80), (7, 1, 24), (4, 4, 8), (2, 1, 128), (14, 2, 40), (1, 1, 256)],
+    [(9, 3, 64), (8, 1, 80), (7, 1, 24), (4, 4, 8), (2, 1, 128), (3, 1, 96), (14, 2, 40), (1, 1, 256)],
 )
 @pytest.mark.parametrize("variant", ["plain", "softcap", "window", "sinks", "all"])
 def test_attention(heads: int, kv_heads: int, head_dim: int, variant: str) -> None:

@@ -57,7 +57,7 @@ def add_native(ys: list[Tensor], x: Tensor, group: native_lora.LoRAGroup, segmen
 @pytest.mark.parametrize(("in_features", "outs"), [(96, (64, 144)), (37, (19, 100))])
 def test_add_lora(in_features: int, outs: tuple[int, ...], popularity: str, dtype: torch.dtype) -> None:
     lengths = POPULARITY[popularity]
-    ranks = [(8, 1, 16, 3, 64, 13)[slot % 6] for slot in range(len(lengths))]
+    ranks = [(8, 1, 16, 3, 128, 13)[slot % 6] for slot in range(len(lengths))]
     adapters = Adapters(ranks, in_features, outs, dtype)
     segments = segments_of(lengths)
     x = torch.randn(segments[-1].end + 3, in_features)

@@ -61,9 +61,7 @@ def test_factors_are_held_in_another_format_if_asked(dtype: torch.dtype) -> None
 def test_factors_that_the_asked_format_does_not_reach_are_refused() -> None:
     large = LoRAWeights(torch.full((1, 5), 65536.0), torch.ones(3, 1), 2.0)
     made({"a": large}, dtype=torch.bfloat16)
-    with pytest.raises(
-        AdapterFormatError, match=r"a has values up to 6.55e\+04, and float16 ends at .* --lora-dtype"
-    ) as e:
+    with pytest.raises(AdapterFormatError, match=r"a has values up to 6.55e\+04, and float16 ends at .*--dtype") as e:
         made({"a": large}, dtype=torch.float16)
     assert e.value.reason == "NON_FINITE_WEIGHTS"
 

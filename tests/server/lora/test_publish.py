@@ -108,6 +108,14 @@ def test_damage_is_found(tmp_path: Path, damage: Callable[[Path], object]) -> No
         check_sums(tmp_path / "a" / "1", {})
 
 
+def test_a_record_that_leaves_a_file_out_is_damage(tmp_path: Path) -> None:
+    publish(AdapterStore(tmp_path), "a")
+    folder = tmp_path / "a" / "1"
+    (folder / SUMS_FILE).write_text((folder / SUMS_FILE).read_text().splitlines(keepends=True)[0])
+    with pytest.raises(DamagedAdapter, match="has no line for"):
+        check_sums(folder, {CONFIG: "", WEIGHTS: ""})
+
+
 def _send(publication: Publication, chunks: list[tuple[str, int, bytes]]) -> None:
     for chunk in chunks:
         publication.write(*chunk)

@@ -295,6 +295,8 @@ BAD_PARAMETERS: list[tuple[str, str]] = [
     ('{"temperature": NaN}', "sampling.temperature is nan"),
     ('{"temperature": "Infinity"}', "sampling.temperature is inf"),
     ('{"temperature": 1' + "0" * 400 + "}", "sampling.temperature is 1000"),
+    ('{"n": 200000000}', "sampling.n is 200000000"),
+    ('{"n": 0}', "sampling.n is 0"),
     ('{"ignore_eos": 1}', "sampling.ignore_eos is 1"),
     ('{"stop": [1]}', "sampling.stop is [1]"),
     ('{"logit_bias": {"x": 1}}', "sampling.logit_bias"),
