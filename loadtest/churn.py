@@ -28,6 +28,10 @@ _MAX_SOURCES = 4
 _PREFIX = "loadtest-churn-"
 
 
+class ChurnError(Exception):
+    """Answers cannot be checked; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One call to the Adapters service; times by time.monotonic()."""
@@ -75,7 +79,8 @@ class Churn:
         """Takes the reference of every request on every source, alone, and loads every name.
 
         Raises:
-            grpc.aio.AioRpcError: the server refuses.
+            grpc.aio.AioRpcError: the server refuses to load.
+            ChurnError: a request failed though nothing else ran.
         """
         adapters, inference = AdaptersStub(channel), InferenceStub(channel)
         different = {arrival.prompt: arrival for arrival in arrivals if arrival.adapter in self.names}
@@ -84,6 +89,11 @@ class Churn:
             for prompt, arrival in different.items():
                 request = make_request(replace(arrival, adapter=self.names[0]), self.seed, vocab_size)
                 result = await call(inference, request, time.monotonic())
+                if not result.ok:
+                    raise ChurnError(
+                        f"request {prompt} to adapter {source[0]!r} failed before the churn began, so nothing can be "
+                        f"checked against it: {result.code}: {result.details}"
+                    )
                 self._references[loaded.digest, prompt] = result.token_ids
         for name in self.names:
             await self._do(adapters, "replace", name, self._folders[0])

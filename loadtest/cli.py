@@ -13,6 +13,7 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
+from loadtest.churn import ChurnError
 from loadtest.named import WORKLOADS, load_workload
 from loadtest.null_server import serve_null
 from loadtest.observer import ServerUnreachable
@@ -160,6 +161,8 @@ class _Session:
     async def sweep(self, rates: list[float], search: RateSearch) -> None:
         if self.workload.concurrency:
             raise WorkloadError("a sweep is over rates: concurrency must be 0")
+        if not rates and not self.workload.rate:
+            raise WorkloadError("rate is 0, which is nothing to start a sweep from: give --rate or --rates")
         self._catch_ctrl_c()
         for rate in rates or iter(search.next, None):
             summary = await self._measure(f"rate-{rate:g}", replace(self.workload, rate=rate))
@@ -182,6 +185,8 @@ class _Session:
         measured = await measure(self._target, label, workload, self._slo, self._stop, self._console)
         summary = self._report.add(measured)
         self._console.print(table(summary))
+        if left_out := summary["left_out"]:
+            self._console.print(left_out, style="yellow")
         if warning := summary["client"]["bottleneck"]:
             self._console.print(f"warning: {warning} (--processes, or another machine)", style="yellow")
         return summary
@@ -211,7 +216,7 @@ def _rate(text: str) -> float:
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except (WorkloadError, ServerUnreachable, LoadProcessError, OSError) as error:
+    except (WorkloadError, ServerUnreachable, LoadProcessError, ChurnError, OSError) as error:
         raise click.ClickException(str(error)) from error
     except grpc.aio.AioRpcError as error:
         raise click.ClickException(f"{error.code().name}: {error.details()}") from error

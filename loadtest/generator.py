@@ -56,6 +56,7 @@ class Outcome:
     unsent: int  # arrivals that were never sent, because the run ended before
     cut: int  # requests that ran when the run ended before
     server_lost: str = ""  # what the server's end looked like from here; empty: it was there all the time
+    process_lost: bool = False  # it ended early; what it measured is among `cut`
 
 
 def make_request(arrival: Arrival, seed: int, vocab_size: int) -> GenerateRequest:

@@ -1,5 +1,6 @@
 """The named workloads of the literature, and workloads from YAML files, flags over both."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import Field, fields, replace
 from pathlib import Path
@@ -10,18 +11,30 @@ import yaml
 from loadtest.workload import Range, Workload, WorkloadError
 
 _SHORT: dict[str, Any] = {"prompt_tokens": (8, 64), "output_tokens": (8, 64)}
-_PUNICA: dict[str, Any] = {"num_requests": 1024, "concurrency": 32, "lengths": "punica", "seed": 0xABCDABCD987}
+_PUNICA: dict[str, Any] = {
+    "num_requests": 1024,
+    "concurrency": 32,
+    "num_adapters": -1,
+    "lengths": "punica",
+    "seed": 0xABCDABCD987,
+}
 
 WORKLOADS: dict[str, tuple[str, Workload]] = {
     "slora": ("S-LoRA synthetic: power law, Gamma gaps, lengths 8 to 511", Workload()),
     "slora-short": ("S-LoRA synthetic with lengths 8 to 63, for a CPU", Workload(**_SHORT)),
     "punica-distinct": (
-        "Punica, closed loop: every request another adapter",
+        "Punica, closed loop: every request another adapter, all that the server has in turn",
         Workload(popularity="distinct", **_PUNICA),
     ),
     "punica-identical": ("Punica, closed loop: one adapter", Workload(popularity="identical", **_PUNICA)),
-    "punica-uniform": ("Punica, closed loop: √n adapters, equal shares", Workload(popularity="uniform", **_PUNICA)),
-    "punica-skewed": ("Punica, closed loop: shares grow by 1.5", Workload(popularity="skewed", **_PUNICA)),
+    "punica-uniform": (
+        "Punica, closed loop: equal shares for √n adapters, or those that the server has",
+        Workload(popularity="uniform", **_PUNICA),
+    ),
+    "punica-skewed": (
+        "Punica, closed loop: shares grow by 1.5 from adapter to adapter",
+        Workload(popularity="skewed", **_PUNICA),
+    ),
     "drift": (
         "8 adapters whose popularity moves on every 30 s",
         Workload(num_adapters=8, alpha=0.3, drift_seconds=30, **_SHORT),
@@ -31,7 +44,7 @@ WORKLOADS: dict[str, tuple[str, Workload]] = {
         "adapters are loaded, replaced and unloaded under load, every token checked",
         Workload(num_adapters=8, alpha=0.3, duration=60, churn_seconds=0.5, **_SHORT),
     ),
-    "replay": ("arrivals and lengths of a CSV trace (--trace)", Workload(rate=0, trace="trace.csv")),
+    "replay": ("arrivals and lengths of a CSV trace (--trace)", Workload(rate=0, duration=0, trace="trace.csv")),
 }
 
 
@@ -82,7 +95,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise WorkloadError(f"cannot read workload {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
         raise WorkloadError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise WorkloadError(f"{path}: a workload is a mapping of keys to values")
@@ -93,7 +106,8 @@ def _typed(item: Field[Any], value: Any) -> Any:
     """A value from YAML as its field's type; what cannot be is left for `_check` to refuse."""
     wanted = get_type_hints(Workload)[item.name]
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
     if wanted == Range and isinstance(value, list):
         return tuple(value)
     if wanted == Range and isinstance(value, str):

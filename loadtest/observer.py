@@ -28,8 +28,8 @@ class ServerFacts:
     """Taken once, before the run: asking during it would be load of its own."""
 
     model: ModelInfo
-    tiers: dict[str, str]  # of every adapter that can be served: disk, host or device
-    versions: dict[str, str]
+    tiers: dict[str, str]  # of every NAME and NAME@VERSION that can be served: disk, host or device
+    versions: dict[str, str]  # what every NAME means
 
 
 async def ask_server(channel: grpc.aio.Channel, address: str) -> ServerFacts:
@@ -42,12 +42,15 @@ async def ask_server(channel: grpc.aio.Channel, address: str) -> ServerFacts:
         listed = await list_adapters(AdaptersStub(channel), _TIMEOUT)
     except grpc.aio.AioRpcError as error:
         raise ServerUnreachable(f"no server at {address}: {error.code().name}: {error.details()}") from error
-    good = [adapter for adapter in listed if adapter.state != FAILED]
-    return ServerFacts(
-        model=model,
-        tiers={adapter.name: AdapterTier.Name(adapter.tier).lower() for adapter in good},
-        versions={adapter.name: adapter.version for adapter in good},
-    )
+    tiers, versions = dict[str, str](), dict[str, str]()
+    for adapter in listed:
+        if adapter.state == FAILED:
+            continue
+        tier = AdapterTier.Name(adapter.tier).lower()
+        tiers[f"{adapter.name}@{adapter.version}"] = tier
+        if adapter.current:
+            tiers[adapter.name], versions[adapter.name] = tier, adapter.version
+    return ServerFacts(model, tiers, versions)
 
 
 @dataclass(slots=True)

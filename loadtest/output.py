@@ -54,6 +54,8 @@ class Report:
         for run in self._document["runs"]:
             if run["server_lost"]:
                 return str(run["server_lost"])
+            if run["processes_lost"]:
+                return str(run["processes_lost"])
             if run["churn"] and run["churn"]["faults"]:
                 faults = run["churn"]["faults"]
                 return f"{len(faults)} faults under churn, the first: {faults[0]}"

@@ -68,16 +68,16 @@ def _notes(runs: Sequence[dict[str, Any]]) -> str:
         where = f"{run['label']}: " if len(runs) > 1 else ""
         if run["server_lost"]:
             notes.append(("bad", f"{where}{run['server_lost']}. Measured until then: {run['requests']} requests."))
+        if run["processes_lost"]:
+            notes.append(("bad", f"{where}{run['processes_lost']}."))
         if run["interrupted"]:
             notes.append(
                 ("", f"{where}interrupted; {run['unsent']} requests were not sent, {run['cut']} were cut off.")
             )
         if run["failed"] and not run["server_lost"]:
             notes.append(("bad", f"{where}{run['failed']} requests failed, the first with {run['first_error']}"))
-        if run["dropped"]:
-            notes.append(
-                ("", f"{where}{run['dropped']} items of the trace are too long for the server and were left out.")
-            )
+        if run["left_out"]:
+            notes.append(("", f"{where}{run['left_out']}."))
         if run["client"]["bottleneck"]:
             notes.append(("", f"{where}{run['client']['bottleneck']}. The latencies below include it."))
     return "".join(f'<p class="note {kind}">{escape(text)}</p>' for kind, text in notes)

@@ -97,7 +97,8 @@ def adapters_section(run: dict[str, Any]) -> str:
     more = f'<p class="soft">and {len(rows) - MOST_ROWS} more in report.json</p>' if len(rows) > MOST_ROWS else ""
     text = (
         f"Jain's index over {len(rows)} adapters: {index(fairness['first_token'])} of mean first-token times, "
-        f"{index(fairness['per_output_token'])} of mean times per output token (1: all alike)."
+        f"{index(fairness['per_output_token'])} of mean times per output token (1: all alike; an "
+        "adapter without a success counts as 0)."
     )
     return section(
         "Fairness between adapters",
@@ -119,7 +120,10 @@ def tiers_section(run: dict[str, Any]) -> str:
         for tier, spread in run["tiers"].items()
     ]
     listed = table(["first token of", "requests", "p50", "p99", "max"], rows)
-    return section("First token by where the adapter was", f'<div class="two"><div>{figure}</div>{listed}</div>')
+    text = "The first request of every adapter is counted where its weights were before the run, all others as later."
+    return section(
+        "First token by where the adapter was", f'<p>{text}</p><div class="two"><div>{figure}</div>{listed}</div>'
+    )
 
 
 def memory_section(runs: Sequence[dict[str, Any]]) -> str:

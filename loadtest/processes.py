@@ -33,10 +33,10 @@ class Load:
         return sum(self._progresses, Progress())
 
     async def run(self) -> list[Outcome]:
-        """Sends the whole share; one outcome per process.
+        """Sends the whole share; one outcome per process, also of one that ended early.
 
         Raises:
-            LoadProcessError: a child process ended early.
+            LoadProcessError: a process ended before all were ready, or all of them did later.
         """
         if len(self._shares) == 1:
             generator = LoadGenerator(self._shares[0], self._progresses[0], self._stop)
@@ -58,6 +58,8 @@ class Load:
             stopping = asyncio.create_task(self._pass_on_stop(connections))
             outcomes = await asyncio.gather(*[self._follow(index, mine) for index, mine in enumerate(connections)])
             stopping.cancel()
+            if all(outcome.process_lost for outcome in outcomes):
+                raise LoadProcessError("all load processes ended before they had a result")
             return outcomes
         finally:
             for child in children:
@@ -72,7 +74,12 @@ class Load:
 
     async def _follow(self, index: int, connection: "Connection[Any, Any]") -> Outcome:
         while True:
-            received = await asyncio.to_thread(_receive, connection)
+            try:
+                received = await asyncio.to_thread(_receive, connection)
+            except LoadProcessError:
+                sent = self._progresses[index].sent
+                unsent = len(self._shares[index].arrivals) - sent
+                return Outcome((), (), cpu_share=0.0, unsent=unsent, cut=sent, process_lost=True)
             if isinstance(received, Outcome):
                 if received.server_lost:
                     self._stop.set()

@@ -50,6 +50,7 @@ class Measurement:
     results: Sequence[CallResult]  # of all processes, in the order they were due
     start: float  # time.monotonic() of second 0
     wall: float  # seconds from there to the end
+    unplayed: int = 0  # items of a trace after `num_requests` or `duration`
     dropped: int = 0  # items of a trace too long for the server
     server: dict[str, str] = field(default_factory=dict)  # what it says of itself
     tiers: dict[str, str] = field(default_factory=dict)  # of the adapters before the run
@@ -76,9 +77,12 @@ def summarize(run: Measurement) -> dict[str, Any]:
         "failed": len(counted) - len(good),
         "unsent": sum(outcome.unsent for outcome in run.outcomes),
         "cut": sum(outcome.cut for outcome in run.outcomes),
+        "unplayed": run.unplayed,
         "dropped": run.dropped,
+        "left_out": _left_out(run),
         "interrupted": run.interrupted,
         "server_lost": next((outcome.server_lost for outcome in run.outcomes if outcome.server_lost), ""),
+        "processes_lost": _processes_lost(run.outcomes),
         "codes": dict(Counter(result.code for result in counted)),
         "first_error": next((f"{result.code}: {result.details}" for result in counted if not result.ok), ""),
         "wall_s": run.wall,
@@ -97,7 +101,7 @@ def summarize(run: Measurement) -> dict[str, Any]:
         "satisfaction": satisfaction(counted, run.slo.first_token),
         "goodput_requests_s": all_kept / run.wall,
         "adapters": _per_adapter(counted),
-        "fairness": _fairness(good),
+        "fairness": _fairness(counted),
         "tiers": _by_tier(counted, run.tiers),
         "memory": [(at - run.start, size) for at, size in run.memory],
         "churn": run.churn.summary() if run.churn else None,
@@ -154,6 +158,24 @@ def balance(results: Sequence[CallResult], start: float) -> dict[str, Any]:
     }
 
 
+def _left_out(run: Measurement) -> str:
+    """Which items of a trace were not sent, in one line; empty: none."""
+    reasons = []
+    if run.unplayed:
+        limits = {"num_requests": run.workload.num_requests, "duration": run.workload.duration}
+        cut = " and ".join(f"{name} {limit:,}" for name, limit in limits.items() if limit)
+        reasons.append(f"{run.unplayed:,} after its cut ({cut})")
+    if run.dropped:
+        reasons.append(f"{run.dropped:,} too long for the server")
+    return "items of the trace were left out: " + ", ".join(reasons) if reasons else ""
+
+
+def _processes_lost(outcomes: Sequence[Outcome]) -> str:
+    """How many processes' results are missing, in one line; empty: none."""
+    lost = sum(outcome.process_lost for outcome in outcomes)
+    return f"{lost} of {len(outcomes)} load processes ended early, and their results are lost" if lost else ""
+
+
 def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
@@ -183,17 +205,20 @@ def _per_adapter(results: Sequence[CallResult]) -> list[dict[str, Any]]:
     return rows
 
 
-def _fairness(good: Sequence[CallResult]) -> dict[str, float | None]:
-    """Jain's index over adapters: of their mean first-token time, and of their mean time per output token."""
-    first: dict[str, list[float]] = defaultdict(list)
-    per_token: dict[str, list[float]] = defaultdict(list)
-    for result in good:
-        if result.first_token is not None:
+def _fairness(results: Sequence[CallResult]) -> dict[str, float | None]:
+    """Jain's index over adapters: of their mean first-token time, and of their mean time per output token.
+
+    An adapter without a success counts as 0, so that starving it makes the index fall.
+    """
+    first: dict[str, list[float]] = {result.adapter: [] for result in results}
+    per_token: dict[str, list[float]] = {result.adapter: [] for result in results}
+    for result in results:
+        if result.ok and result.first_token is not None:
             first[result.adapter].append(result.first_token)
             per_token[result.adapter].append(result.total / max(1, result.num_tokens))
     return {
-        "first_token": jain([math.fsum(values) / len(values) for values in first.values()]),
-        "per_output_token": jain([math.fsum(values) / len(values) for values in per_token.values()]),
+        "first_token": jain([math.fsum(values) / max(1, len(values)) for values in first.values()]),
+        "per_output_token": jain([math.fsum(values) / max(1, len(values)) for values in per_token.values()]),
     }
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from loadtest.channel import connect
 from loadtest.churn import Churn
 from loadtest.environment import server_environment
-from loadtest.generator import Share
+from loadtest.generator import Progress, Share
 from loadtest.observer import MetricsWatch, ServerFacts, ServerUnreachable, ask_server
 from loadtest.processes import Load
 from loadtest.report import Measurement, Slo
@@ -42,7 +42,7 @@ async def measure(
     """Runs a workload until its end, until `stop`, or until the server is lost.
 
     Raises:
-        ServerUnreachable, WorkloadError, LoadProcessError.
+        ServerUnreachable, WorkloadError, LoadProcessError, ChurnError.
         grpc.aio.AioRpcError: the server refuses the adapters of a churn.
     """
     async with connect(target.address, Path(target.ca) if target.ca else None) as channel:
@@ -89,6 +89,7 @@ async def measure(
         results=results,
         start=load.start,
         wall=wall,
+        unplayed=schedule.unplayed,
         dropped=schedule.dropped,
         server=server_environment(facts.model),
         tiers=facts.tiers,
@@ -105,13 +106,24 @@ def _adapter_names(workload: Workload, target: Target, facts: ServerFacts, churn
     come_and_go = list(churn.names) if churn else []
     if churn and not churn.sources:
         raise WorkloadError("churn needs an adapter on the server to load from")
-    names = come_and_go + [name for name in facts.tiers if name not in come_and_go]
-    if len(names) < workload.num_adapters:
+    names = come_and_go + [name for name in facts.versions if name not in come_and_go]
+    wanted = workload.num_adapters if workload.num_adapters >= 0 else max(1, len(names))
+    if len(names) < wanted:
         raise WorkloadError(
             f"num_adapters is {workload.num_adapters}, and the server has {len(names)}: "
-            "lower --num-adapters, or name them with --adapters"
+            "lower --num-adapters (0: the base model), or name them with --adapters"
         )
-    return names[: workload.num_adapters]
+    return names[:wanted]
+
+
+def live_line(elapsed: float | None, count: Progress, total: int, tokens_per_second: float) -> str:
+    """How it goes, `elapsed` seconds from second 0; None: the load processes are not ready."""
+    if elapsed is None:
+        return "starting"
+    return (
+        f"{max(0.0, elapsed):6.1f} s   sent {count.sent:,} of {total:,}   running {count.sent - count.done:,}   "
+        f"done {count.done:,}   failed {count.failed:,}   {tokens_per_second:,.0f} tokens/s"
+    )
 
 
 @contextlib.contextmanager
@@ -127,13 +139,9 @@ def _live(console: Console, load: Load, total: int) -> Iterator[None]:
             while True:
                 await asyncio.sleep(_LIVE_PERIOD)
                 now, count = time.monotonic(), load.progress
+                elapsed = now - load.start if load.start else None
                 live.update(
-                    Text(
-                        f"{max(0.0, now - load.start):6.1f} s   sent {count.sent:,} of {total:,}   "
-                        f"running {count.sent - count.done:,}   done {count.done:,}   failed {count.failed:,}   "
-                        f"{(count.tokens - tokens) / (now - before):,.0f} tokens/s"
-                    ),
-                    refresh=True,
+                    Text(live_line(elapsed, count, total, (count.tokens - tokens) / (now - before))), refresh=True
                 )
                 before, tokens = now, count.tokens
 

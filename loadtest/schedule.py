@@ -34,6 +34,7 @@ class Schedule:
     """All arrivals of a run, in the order of time."""
 
     arrivals: tuple[Arrival, ...]
+    unplayed: int = 0  # items of a trace after `num_requests` or `duration`
     dropped: int = 0  # items of a trace that are too long for the server
 
     @property
@@ -54,7 +55,7 @@ def make_schedule(workload: Workload, adapters: Sequence[str], max_model_len: in
     """
     # One legacy generator and this order of draws: the same arrivals as S-LoRA's own script with the same seed.
     random = np.random.RandomState(workload.seed % 2**32)
-    due, prompts, outputs = _trace(workload) if workload.trace else (None, None, None)
+    due, prompts, outputs, unplayed = _trace(workload) if workload.trace else (None, None, None, 0)
     total = workload.total if due is None else len(due)
     ids = _adapter_ids(workload, total, max(len(adapters), 1), random)
     if due is None or prompts is None or outputs is None:
@@ -76,26 +77,29 @@ def make_schedule(workload: Workload, adapters: Sequence[str], max_model_len: in
     )
     if not arrivals:
         raise WorkloadError(f"{workload.trace}: no item fits into {max_model_len:,} tokens (--max-model-len)")
-    return Schedule(arrivals, dropped=total - len(arrivals))
+    return Schedule(arrivals, unplayed, dropped=total - len(arrivals))
 
 
 def _adapter_ids(workload: Workload, total: int, num_adapters: int, random: np.random.RandomState) -> Ids:
     if workload.popularity == "power":  # P(id < k) = (k / n) ** alpha
         return (random.power(workload.alpha, total) * num_adapters).astype(np.int64)
-    sizes = group_sizes(workload.popularity, total)
+    if workload.popularity == "distinct":  # in turn: none comes again while another has not come
+        return np.arange(total) % num_adapters
+    sizes = group_sizes(workload.popularity, total, num_adapters)
     ids = np.repeat(np.arange(len(sizes)), sizes) % num_adapters
     random.shuffle(ids)
     return ids
 
 
-def group_sizes(popularity: str, total: int) -> list[int]:
-    """Requests per adapter in Punica's classes, the most popular first; `skewed` is its `zipf:1.5`."""
+def group_sizes(popularity: str, total: int, num_adapters: int) -> list[int]:
+    """Requests per adapter in Punica's classes, the most popular first; `skewed` is its `zipf:1.5`.
+
+    `skewed` may have more groups than there are adapters: each takes every n-th, and shares still grow by about 1.5.
+    """
     if popularity == "identical":
         return [total]
-    if popularity == "distinct":
-        return [1] * total
     if popularity == "uniform":
-        count = math.ceil(math.sqrt(total))
+        count = min(math.ceil(math.sqrt(total)), num_adapters)
         return [total // count + (index < total % count) for index in range(count)]
     sizes: list[int] = []
     while sum(sizes) + (size := math.floor(1.5 ** len(sizes))) < total:
@@ -122,8 +126,8 @@ def _arrival_times(workload: Workload, total: int, random: np.random.RandomState
     return np.cumsum(random.gamma(shape, workload.cv**2 / workload.rate, total))
 
 
-def _trace(workload: Workload) -> tuple[Seconds, Ids, Ids]:
-    """Arrivals and lengths of a trace, cut at `num_requests` and `duration`, then stretched to the rate."""
+def _trace(workload: Workload) -> tuple[Seconds, Ids, Ids, int]:
+    """Arrivals and lengths of a trace, stretched to the rate and cut; the number of items that were cut off."""
     path = Path(workload.trace)
     times, prompts, outputs = [], [], []
     try:
@@ -148,5 +152,6 @@ def _trace(workload: Workload) -> tuple[Seconds, Ids, Ids]:
     due = due - due[0]
     if workload.rate and due[-1]:
         due = due * ((len(due) - 1) / due[-1] / workload.rate)
-    order, due = order[due <= workload.duration], due[due <= workload.duration]
-    return due, np.asarray(prompts)[order], np.asarray(outputs)[order]
+    if workload.duration:
+        order, due = order[due <= workload.duration], due[due <= workload.duration]
+    return due, np.asarray(prompts)[order], np.asarray(outputs)[order], len(times) - len(due)

@@ -1,57 +1,73 @@
 """What a load test sends, as numbers."""
 
-import math
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_type_hints
 
 Range = tuple[int, int]
 
 MAX_REQUESTS = 10_000_000
+_MAX_TOKENS = 10_000_000
+_MAX_RATE = 1_000_000  # requests per second
+_MAX_SECONDS = 10_000_000
 
 
 class WorkloadError(Exception):
     """A workload that cannot be sent; the message names the key and what it may be."""
 
 
-def parameter(default: Any, text: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices, "low": low})
+def parameter(
+    default: Any, text: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """Every parameter of a workload: a key of the YAML file and a flag. The defaults are S-LoRA's synthetic one."""
 
-    rate: float = parameter(2.0, "Requests per second; 0 with a trace: as recorded.", low=0)
-    duration: float = parameter(300.0, "Seconds of arrivals.", low=0)
-    num_requests: int = parameter(0, "Requests to send; 0: rate times duration, or the whole trace.", low=0)
-    concurrency: int = parameter(0, "Closed loop: requests at a time; 0: open loop.", low=0)
-    seed: int = parameter(42, "Seed of all draws.", low=0)
-    cv: float = parameter(1.0, "Coefficient of variation of the Gamma gaps; 1: Poisson, more: bursts.", low=0)
-    num_adapters: int = parameter(200, "Adapters that requests name; 0: the base model only.", low=0)
+    rate: float = parameter(2.0, "Requests per second; 0 with a trace: as recorded.", low=0, high=_MAX_RATE)
+    duration: float = parameter(300.0, "Seconds of arrivals; 0: the whole trace.", low=0, high=_MAX_SECONDS)
+    num_requests: int = parameter(
+        0, "Requests to send; 0: rate times duration, or the whole trace.", low=0, high=MAX_REQUESTS
+    )
+    concurrency: int = parameter(0, "Closed loop: requests at a time; 0: open loop.", low=0, high=100_000)
+    seed: int = parameter(42, "Seed of all draws.", low=0, high=2**64 - 1)
+    cv: float = parameter(
+        1.0, "Coefficient of variation of the Gamma gaps; 1: Poisson, more: bursts.", low=0.001, high=100
+    )
+    num_adapters: int = parameter(
+        200, "Adapters that requests name; 0: the base model only; -1: all of the server's.", low=-1, high=1_000_000
+    )
     popularity: str = parameter(
         "power",
         "Which adapter a request names.",
         choices=("power", "distinct", "identical", "uniform", "skewed"),
     )
-    alpha: float = parameter(1.0, "Exponent of the power law; 1: uniform, less: more for the first adapters.", low=0)
-    drift_seconds: float = parameter(0.0, "The ranking of adapters moves on by one this often; 0: never.", low=0)
+    alpha: float = parameter(
+        1.0, "Exponent of the power law; 1: uniform, less: more for the first adapters.", low=0.001, high=100
+    )
+    drift_seconds: float = parameter(
+        0.0, "The ranking of adapters moves on by one this often; 0: never.", low=0, high=_MAX_SECONDS
+    )
     lengths: str = parameter("uniform", "How lengths are drawn without a trace.", choices=("uniform", "punica"))
-    prompt_tokens: Range = parameter((8, 512), "LOW:HIGH of uniform prompt lengths, HIGH excluded.")
-    output_tokens: Range = parameter((8, 512), "LOW:HIGH of uniform output lengths, HIGH excluded.")
-    max_tokens: int = parameter(2048, "Most tokens of a request with punica lengths.", low=4)
+    prompt_tokens: Range = parameter(
+        (8, 512), "LOW:HIGH of uniform prompt lengths, HIGH excluded.", low=1, high=_MAX_TOKENS
+    )
+    output_tokens: Range = parameter(
+        (8, 512), "LOW:HIGH of uniform output lengths, HIGH excluded.", low=1, high=_MAX_TOKENS
+    )
+    max_tokens: int = parameter(2048, "Most tokens of a request with punica lengths.", low=4, high=_MAX_TOKENS)
     trace: str = parameter("", "CSV of TIMESTAMP, ContextTokens, GeneratedTokens that gives arrivals and lengths.")
-    churn_seconds: float = parameter(0.0, "An adapter is loaded, replaced or unloaded this often; 0: never.", low=0)
-    churn_adapters: int = parameter(2, "Adapters that come and go, if any do.", low=1)
+    churn_seconds: float = parameter(
+        0.0, "An adapter is loaded, replaced or unloaded this often; 0: never.", low=0, high=_MAX_SECONDS
+    )
+    churn_adapters: int = parameter(2, "Adapters that come and go, if any do.", low=1, high=1000)
 
     def __post_init__(self) -> None:
         for item in fields(self):
             _check(item, getattr(self, item.name))
         if not self.concurrency and not self.rate and not self.trace:
             raise WorkloadError("rate is 0: an open loop without a trace needs a rate (or set concurrency)")
-        if self.popularity == "power" and not self.alpha:
-            raise WorkloadError("alpha is 0: the power law needs more than 0")
-        if not self.cv:
-            raise WorkloadError("cv is 0: the Gamma distribution needs more than 0")
         if not self.trace and not 1 <= self.total <= MAX_REQUESTS:
             raise WorkloadError(
                 f"rate {self.rate:g} for duration {self.duration:g} is {self.total:,} requests; "
@@ -65,20 +81,23 @@ class Workload:
 
 
 def _check(item: Field[Any], value: Any) -> None:
-    name, low, choices = item.name, item.metadata["low"], item.metadata["choices"]
+    name, choices = item.name, item.metadata["choices"]
+    low, high = item.metadata["low"], item.metadata["high"]
     wanted = get_type_hints(Workload)[name]
     if wanted == Range:
         if not isinstance(value, tuple) or len(value) != 2 or not all(type(part) is int for part in value):
             raise WorkloadError(
                 f"{name} is {value!r}: it takes two whole numbers, [LOW, HIGH] in a file and LOW:HIGH as a flag"
             )
-        if not 1 <= value[0] < value[1]:
-            raise WorkloadError(f"{name} is {value[0]}:{value[1]}: LOW must be at least 1 and less than HIGH")
+        if not low <= value[0] < value[1] <= high:
+            raise WorkloadError(
+                f"{name} is {value[0]}:{value[1]}: LOW must be at least {low} and less than HIGH, HIGH at most {high:,}"
+            )
         return
     numbers = (int, float) if wanted is float else wanted
     if isinstance(value, bool) or not isinstance(value, numbers):
         raise WorkloadError(f"{name} is {value!r}: it takes a {'text' if wanted is str else 'number'}")
-    if low is not None and not (low <= value and math.isfinite(value)):
-        raise WorkloadError(f"{name} is {value}: it takes {low} or more")
+    if low is not None and not low <= value <= high:
+        raise WorkloadError(f"{name} is {value}: it takes {low} to {high:,}")
     if choices and value not in choices:
         raise WorkloadError(f"{name} is {value!r}: it takes one of {', '.join(choices)}")

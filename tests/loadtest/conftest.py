@@ -78,7 +78,7 @@ class ScriptedServer(InferenceServicer, AdaptersServicer):
     def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: object
     ) -> adapters_pb2.ListAdaptersResponse:
-        adapters = [adapters_pb2.Adapter(name=f"a{index}", version="1") for index in range(4)]
+        adapters = [adapters_pb2.Adapter(name=f"a{index}", version="1", current=True) for index in range(4)]
         return adapters_pb2.ListAdaptersResponse(adapters=adapters)
 
 

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from loadtest.churn import Churn, Operation
+from loadtest.churn import Churn, ChurnError, Operation
 from loadtest.client import CallResult
 from loadtest.schedule import Arrival
 from tests.loadtest.conftest import BAD, GOOD
+from tests.server.rpc.conftest import Running
 
 NAME = "loadtest-churn-0"
 TOKENS = {"one": (1, 1), "two": (2, 2)}
@@ -83,3 +84,9 @@ def test_requests_to_names_that_come_and_go_repeat(churn: Churn) -> None:
     assert [(arrival.due, arrival.adapter) for arrival in shaped] == [(a.due, a.adapter) for a in arrivals]
     assert shaped[::2] == tuple(arrivals[::2])
     assert len({(arrival.prompt, arrival.prompt_tokens) for arrival in shaped[1::2]}) == 2
+
+
+async def test_a_reference_that_failed_is_none(running: Running) -> None:
+    too_long = Arrival(0.0, NAME, 0, prompt_tokens=100_000, output_tokens=1)
+    with pytest.raises(ChurnError, match=r"request 0 to adapter 'plain' failed .*: INVALID_ARGUMENT: "):
+        await Churn.of(1, {"plain": "1"}, seed=0).prepare(running.channel, [too_long], vocab_size=50)

@@ -55,6 +55,42 @@ def test_a_sweep_over_given_rates(loadtest: Callable[..., Result], scripted: Sta
     assert "requests keep every limit until" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("workload", "requests"),
+    [
+        ("punica-distinct", {"a0": 3, "a1": 3, "a2": 3, "a3": 3}),
+        ("punica-identical", {"a0": 12}),
+        ("punica-uniform", {"a0": 3, "a1": 3, "a2": 3, "a3": 3}),
+    ],
+)
+def test_punica_takes_the_adapters_that_the_server_has(
+    scripted: Start, tmp_path: Path, workload: str, requests: dict[str, int]
+) -> None:
+    flags = ["--workload", workload, "--num-requests", "12", "--max-tokens", "64", "--output", str(tmp_path / "report")]
+    done = CliRunner().invoke(loadtest_command, ["run", "--address", scripted().address, *flags])
+    assert done.exit_code == 0, done.output
+    assert {row["name"]: row["requests"] for row in document(tmp_path)["runs"][0]["adapters"]} == requests
+
+
+def test_what_is_cut_off_a_trace_is_said(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = [f"2024-05-10 00:00:0{second}.000000,{4000 if second == 1 else 8},8" for second in range(5)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    flags = ["--workload", "replay", "--trace", str(trace), "--rate", "10", "--duration", "0.25"]
+    done = loadtest("run", scripted().address, *flags)
+    assert done.exit_code == 0, done.output
+    said = "items of the trace were left out: 2 after its cut (duration 0.25), 1 too long for the server"
+    assert said in " ".join(done.stdout.split())
+    assert said in (tmp_path / "report" / "report.html").read_text()
+    assert document(tmp_path)["runs"][0]["requests"] == 2
+
+
+def test_a_sweep_without_a_rate_to_start_from(loadtest: Callable[..., Result], scripted: Start) -> None:
+    failed = loadtest("sweep", scripted().address, "--workload", "replay")
+    assert failed.exit_code == 1
+    assert error_line(failed).endswith("give --rate or --rates")
+
+
 def test_named_workloads_are_listed() -> None:
     listed = CliRunner().invoke(loadtest_command, ["workloads"]).stdout
     assert all(name in listed for name in ("slora-short", "punica-skewed", "drift", "burst", "churn", "replay"))

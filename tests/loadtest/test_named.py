@@ -47,8 +47,15 @@ def test_a_file_starts_from_another_and_flags_go_over_it(write: Any) -> None:
         ("ratte: 3", "unknown key 'ratte'; keys: like, rate"),
         ("rate: fast", "rate is 'fast': it takes a number"),
         ("rate: true", "rate is True: it takes a number"),
-        ("rate: -1", "rate is -1.0: it takes 0 or more"),
-        ("rate: .nan", "rate is nan: it takes 0 or more"),
+        ("rate: -1", "rate is -1.0: it takes 0 to 1,000,000"),
+        ("rate: .nan", "rate is nan: it takes 0 to 1,000,000"),
+        ("rate: 1.0e+200\nduration: 1.0e+200", r"rate is 1e\+200: it takes 0 to 1,000,000"),
+        (f"rate: {10**400}", "rate is 10{400}: it takes 0 to 1,000,000"),
+        ("rate: 2024-99-99", "is not YAML: month must be in"),
+        ("duration: .inf", "duration is inf: it takes 0 to 10,000,000"),
+        ("cv: 1.0e-200", "cv is 1e-200: it takes 0.001 to 100"),
+        ("alpha: 1.0e+300", r"alpha is 1e\+300: it takes 0.001 to 100"),
+        ("prompt_tokens: [8, 99999999999999999999]", "prompt_tokens is 8:9{20}: .*, HIGH at most 10,000,000"),
         ("rate: 0", "an open loop without a trace needs a rate"),
         ("cv: 0", "cv is 0"),
         ("alpha: 0", "alpha is 0"),
@@ -79,3 +86,4 @@ def test_the_literatures_settings() -> None:
     assert (slora.rate, slora.duration, slora.alpha, slora.cv, slora.num_adapters) == (2, 300, 1, 1, 200)
     assert (slora.prompt_tokens, slora.output_tokens) == ((8, 512), (8, 512))
     assert (punica.num_requests, punica.concurrency, punica.seed, punica.max_tokens) == (1024, 32, 0xABCDABCD987, 2048)
+    assert {workload.num_adapters for name, (_, workload) in WORKLOADS.items() if name.startswith("punica")} == {-1}

@@ -100,9 +100,11 @@ def test_a_sweep(tmp_path: Path) -> None:
 
 def test_faults_are_said_at_the_top(tmp_path: Path) -> None:
     run = make_measurement([replace(GOOD, lateness=0.2)], interrupted=True)
-    run = replace(run, outcomes=[replace(run.outcomes[0], server_lost="the server was lost 3 s into the run: gone")])
+    gone = replace(run.outcomes[0], server_lost="the server was lost 3 s into the run: gone")
+    run = replace(run, outcomes=[gone, replace(gone, process_lost=True)])
     page, _ = write(tmp_path, run)
     before_figures = "\n".join(page.texts).partition("Distributions")[0]
+    assert "1 of 2 load processes ended early" in before_figures
     for shown in ("the server was lost 3 s", "Measured until then: 1 requests", "interrupted", "sent more than 200 ms"):
         assert shown in before_figures
 

@@ -1,10 +1,13 @@
 """A load split over processes."""
 
 import asyncio
+import multiprocessing
 from collections.abc import Callable
 
+import pytest
+
 from loadtest.generator import Share
-from loadtest.processes import Load, split
+from loadtest.processes import Load, LoadProcessError, split
 from loadtest.schedule import Arrival
 from tests.loadtest.conftest import ScriptedServer
 
@@ -36,6 +39,27 @@ async def test_results_of_two_processes_are_one_load(scripted: Callable[..., Scr
     assert {result.adapter for result in results if result.ok} == {arrival.adapter for arrival in ARRIVALS}
     assert {request.adapter for request in server.requests} == {arrival.adapter for arrival in ARRIVALS}
     assert all(0 <= result.due - load.start <= 0.2 for result in results)  # one clock
+
+
+async def test_a_process_that_dies_leaves_the_results_of_the_others(scripted: Callable[..., ScriptedServer]) -> None:
+    def kill_one(server: ScriptedServer, requests: int) -> None:
+        if requests == 10:
+            multiprocessing.active_children()[0].kill()
+
+    outcomes = await Load(make_share(scripted(kill_one).address), 2, asyncio.Event()).run()
+    (lost,), (kept,) = ([outcome for outcome in outcomes if outcome.process_lost is gone] for gone in (True, False))
+    assert len(kept.results) == 20
+    assert lost.cut + lost.unsent == 20
+
+
+async def test_no_process_is_left(scripted: Callable[..., ScriptedServer]) -> None:
+    def kill_all(server: ScriptedServer, requests: int) -> None:
+        if requests == 10:
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    with pytest.raises(LoadProcessError, match="all load processes ended"):
+        await Load(make_share(scripted(kill_all).address), 2, asyncio.Event()).run()
 
 
 async def test_a_stop_reaches_every_process(scripted: Callable[..., ScriptedServer]) -> None:

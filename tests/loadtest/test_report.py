@@ -75,6 +75,19 @@ def test_fairness_is_over_adapters_and_not_over_requests() -> None:
     assert [(row["name"], row["requests"]) for row in summary["adapters"]] == [("a", 9), ("b", 1)]
 
 
+def test_an_adapter_that_starves_makes_the_index_fall() -> None:
+    fairness = summarize(make_measurement([GOOD, replace(GOOD, adapter="c"), BAD]))["fairness"]
+    assert fairness == {name: pytest.approx(2 / 3) for name in ("first_token", "per_output_token")}
+
+
+def test_results_of_lost_processes_are_missed() -> None:
+    run = make_measurement([GOOD])
+    lost = replace(run.outcomes[0], results=(), process_lost=True)
+    summary = summarize(replace(run, outcomes=[run.outcomes[0], lost]))
+    assert summary["processes_lost"] == "1 of 2 load processes ended early, and their results are lost"
+    assert summarize(run)["processes_lost"] == ""
+
+
 def test_first_tokens_by_tier_are_those_of_first_requests() -> None:
     cold, warm = replace(GOOD, adapter="cold", first_token=0.9), replace(GOOD, adapter="warm", first_token=0.4)
     later = replace(cold, first_token=0.1)

@@ -6,9 +6,10 @@ from io import StringIO
 
 from rich.console import Console
 
+from loadtest.generator import Progress
 from loadtest.named import WORKLOADS
 from loadtest.report import Measurement, Slo, summarize
-from loadtest.run import Target, measure
+from loadtest.run import Target, live_line, measure
 from loadtest.workload import Workload
 from tests.server.rpc.conftest import Running
 
@@ -40,3 +41,9 @@ async def test_adapters_come_and_go_and_no_request_notices(running: Running) -> 
     assert measured.churn.checked >= 20
     assert len(measured.churn.operations) >= 6
     assert len({result.digest for result in measured.results if result.adapter.startswith("loadtest-churn")}) > 2
+
+
+def test_the_live_line_has_no_time_before_second_0() -> None:
+    assert live_line(None, Progress(), 40, 0.0) == "starting"
+    assert live_line(-0.1, Progress(), 40, 0.0).startswith("   0.0 s   sent 0 of 40 ")
+    assert "running 1   done 2   failed 1   8 tokens/s" in live_line(3.0, Progress(3, 2, 1, 9), 40, 8.0)

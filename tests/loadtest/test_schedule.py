@@ -1,6 +1,5 @@
 """Schedules against the formulas of the papers and scripts that they come from."""
 
-import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -53,14 +52,20 @@ def test_gaps_have_their_mean_and_variation(cv: float) -> None:
 
 
 def test_popularity_classes_of_punica() -> None:
-    assert group_sizes("identical", 7) == [7]
-    assert group_sizes("distinct", 3) == [1, 1, 1]
-    assert group_sizes("uniform", 10) == [3, 3, 2, 2]
-    assert group_sizes("skewed", 32) == [11, 7, 5, 3, 2, 2, 1, 1]  # floor(1.5^k), and the rest
-    for popularity in ("distinct", "identical", "uniform", "skewed"):
-        assert sum(group_sizes(popularity, 1024)) == 1024
+    assert group_sizes("identical", 7, 200) == [7]
+    assert group_sizes("uniform", 10, 200) == [3, 3, 2, 2]
+    assert group_sizes("uniform", 10, 3) == [4, 3, 3]
+    assert group_sizes("skewed", 32, 200) == [11, 7, 5, 3, 2, 2, 1, 1]  # floor(1.5^k), and the rest
+    for popularity in ("identical", "uniform", "skewed"):
+        assert sum(group_sizes(popularity, 1024, 200)) == 1024
     drawn = arrivals(replace(WORKLOADS["punica-uniform"][1]))
     assert set(Counter(arrival.adapter for arrival in drawn).values()) == {1024 // 32}
+
+
+def test_a_distinct_adapter_comes_again_only_when_all_have_come() -> None:
+    drawn = [arrival.adapter for arrival in arrivals(WORKLOADS["punica-distinct"][1])]
+    assert all(len(set(drawn[start : start + 200])) == len(drawn[start : start + 200]) for start in range(825))
+    assert set(Counter(drawn).values()) == {1024 // 200, 1024 // 200 + 1}
 
 
 def test_lengths_of_punica() -> None:
@@ -116,8 +121,15 @@ def test_a_trace_is_stretched_to_a_rate_and_cut(tmp_path: Path) -> None:
     rows = "".join(f"2024-05-10 00:00:{second:02}+00:00,8,8\n" for second in range(60))
     workload = trace(tmp_path, HEADER + rows)
     assert len(arrivals(replace(workload, duration=10.0))) == 11
+    assert make_schedule(replace(workload, duration=10.0), ["a"], 4096).unplayed == 49
     assert len(arrivals(replace(workload, num_requests=7))) == 7
     assert arrivals(replace(workload, rate=10.0))[-1].due == pytest.approx(5.9)
+
+
+def test_a_replay_plays_the_whole_trace(tmp_path: Path) -> None:
+    rows = "".join(f"2024-05-10 {hour:02}:00:00,8,8\n" for hour in range(24))
+    schedule = make_schedule(trace(tmp_path, HEADER + rows), ["a"], 4096)
+    assert (len(schedule.arrivals), schedule.span, schedule.unplayed) == (24, 23 * 3600, 0)
 
 
 @pytest.mark.parametrize(
@@ -144,4 +156,3 @@ def test_a_trace_that_is_not_there() -> None:
 def test_a_closed_loop_has_no_times() -> None:
     drawn = arrivals(WORKLOADS["punica-distinct"][1])
     assert {arrival.due for arrival in drawn} == {0.0}
-    assert math.isclose(max(Counter(arrival.adapter for arrival in drawn).values()), math.ceil(1024 / 200))
