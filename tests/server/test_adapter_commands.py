@@ -29,7 +29,8 @@ async def said(running: Running, name: str, *arguments: str) -> str:
 async def test_the_life_of_an_adapter(running: Running) -> None:
     folder = str(running.adapters_dir / "plain")
     assert re.search(
-        r"mail@1: generation 1, rank 8, .*, pinned\n", await said(running, "upload", "--pin", "mail", folder)
+        r"mail@1: generation 1, rank 8 on 14 layers, .*, pinned\n",
+        await said(running, "upload", "--pin", "mail", folder),
     )
     assert "mail@2" in await said(running, "upload", "--replace", "mail", str(running.adapters_dir / "attention"))
     listed = await said(running, "list")

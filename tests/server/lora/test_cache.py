@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import adapters.format
 from server.errors import (
     AdapterChanged,
     AdapterExists,
@@ -359,7 +360,7 @@ async def test_a_replacement_from_the_store_forgets_the_other_source(tmp_path: P
     make_adapter("a", seed=1)
     make_adapter("b", seed=2)
     cache, _ = make_cache(tmp_path, max_bytes=ADAPTER_BYTES + 5000)
-    await cache.load("a", "b", replace=False)
+    await cache.load("a", "b", replace=True)
     own = await cache.load("b", "", replace=False)
     replaced = await cache.load("a", "", replace=True)
     assert replaced.digest != own.digest
@@ -526,14 +527,14 @@ async def test_files_that_change_under_the_reading(
     folder = make_adapter("a")
     cache, _ = make_cache(tmp_path)
     good = await cache.load("a")
-    read_bytes = Path.read_bytes
+    read_file = adapters.format._read_file
 
-    def read_and_change(path: Path) -> bytes:
-        data = read_bytes(path)
+    def read_and_change(path: Path, max_bytes: int) -> bytes:
+        data = read_file(path, max_bytes)
         path.write_bytes(data + b" ")
         return data
 
-    monkeypatch.setattr(Path, "read_bytes", read_and_change)
+    monkeypatch.setattr(adapters.format, "_read_file", read_and_change)
     with pytest.raises(AdapterChanged, match="while they were read"):
         await cache.load("a", replace=True)
     monkeypatch.undo()
@@ -544,7 +545,8 @@ async def test_files_that_change_under_the_reading(
 
 async def test_a_published_adapter_that_is_damaged(tmp_path: Path, make_adapter: MakeAdapter) -> None:
     folder = make_adapter("a")
-    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  adapter_config.json\n")
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    (folder / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {name}\n" for name in names))
     cache, _ = make_cache(tmp_path)
     with pytest.raises(DamagedAdapter, match="not what was published"):
         await cache.load("a")
