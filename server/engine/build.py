@@ -21,7 +21,6 @@ from server.engine.model import BaseModel, load_base_model
 from server.engine.model_runner import ModelRunner, blocks_to_verify
 from server.engine.scheduler import Scheduler
 from server.errors import ConfigError
-from server.kernels import native
 from server.lora.slots import AdapterSlots
 
 log = logging.getLogger(__name__)
@@ -79,7 +78,6 @@ def build_engine(config: EngineConfig) -> EngineParts:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
     )
-    native.release_threads()  # the steps run on another thread
     return EngineParts(
         base,
         runner,

@@ -36,7 +36,6 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "silu_mul": (POINTER, INT, POINTER, INT, POINTER, INT, INT),
     "gelu_tanh_mul": (POINTER, INT, POINTER, INT, POINTER, INT, INT),
 }
-_PAUSE_HARD = 2  # omp_pause_hard
 _CAN_FAIL = {"linear", "add_lora", "attention"}  # they need scratch memory
 
 
@@ -65,17 +64,6 @@ def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
 
 
 library = _load()
-
-
-def release_threads() -> None:
-    """Ends the OpenMP threads of the calling thread, which gets new ones when it next needs them.
-
-    Every thread that has opened a parallel region keeps a team of its own. Once there are more of them than cores, whoever
-    waits in a region sleeps at once instead of spinning, and waking costs a step a fifth.
-    """
-    pause = getattr(library, "omp_pause_resource_all", None)
-    if pause is not None:
-        pause(_PAUSE_HARD)
 
 
 def available() -> bool:

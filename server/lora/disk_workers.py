@@ -5,8 +5,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-import torch
-
 _THREADS = 2  # more would only take turns with the engine at the cores
 
 Parameters = ParamSpec("Parameters")
@@ -17,10 +15,7 @@ class DiskWorkers:
     """Owns the threads; they end with it."""
 
     def __init__(self) -> None:
-        # One compute thread each: OpenMP teams of their own would take the cores from the engine's.
-        self._threads = ThreadPoolExecutor(
-            _THREADS, thread_name_prefix="loraplex-disk", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="loraplex-disk")
 
     async def run(
         self, work: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
