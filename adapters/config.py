@@ -10,7 +10,7 @@ from typing import Any
 
 from adapters.config_reader import ConfigReader, parse_json
 from adapters.errors import AdapterFormatError, AdapterIncompatibleError
-from adapters.patterns import by_pattern, check_patterns, layer_index, names_module
+from adapters.patterns import by_pattern, check_patterns, layer_index, names_module, unmatched_names
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -83,10 +83,7 @@ class AdapterConfig:
 
     def unmatched_targets(self, modules: Iterable[str]) -> tuple[str, ...]:
         """The names in `target_modules` that no module has; a pattern is none of them."""
-        if isinstance(self.target_modules, str):
-            return ()
-        modules = list(modules)
-        return tuple(name for name in self.target_modules if not any(names_module((name,), path) for path in modules))
+        return () if isinstance(self.target_modules, str) else unmatched_names(self.target_modules, modules)
 
 
 def parse_config(data: bytes) -> AdapterConfig:

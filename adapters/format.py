@@ -6,6 +6,7 @@ understood or refused by name, and every tensor must be one that the configurati
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -133,7 +134,7 @@ def write_adapter(
         safetensors.torch.save_file(tensors, fresh / WEIGHTS_FILE, metadata=metadata)
         (fresh / WEIGHTS_FILE).chmod((fresh / CONFIG_FILE).stat().st_mode)  # the library makes it private to its owner
         for path in (fresh / CONFIG_FILE, fresh / WEIGHTS_FILE, fresh):
-            _fsync(path)
+            fsync(path)
         old = Path(scratch) / "old"
         try:
             if folder.exists():
@@ -143,13 +144,27 @@ def write_adapter(
             if old.exists() and not folder.exists():
                 old.rename(folder)
             raise
-        _fsync(folder.parent)
+        fsync(folder.parent)
 
 
 def check_writable(folder: Path) -> None:
     """Raises FileExistsError if `folder` holds something that is not an adapter, which `write_adapter` would refuse."""
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise FileExistsError(f"{folder} holds something that is not an adapter: choose another folder")
+
+
+def fsync(path: Path) -> None:
+    """Makes a file's content last, or the renames into a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_plain(path: str | Path) -> io.BufferedReader:
+    """Opens a file for reading that strangers may have put there: links are not followed, pipes not waited for."""
+    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
@@ -165,7 +180,7 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
                     "PICKLE_WEIGHTS",
                 )
             raise _not_plain(path)
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+        with open_plain(path) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise _not_plain(path)
@@ -182,11 +197,3 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
 
 def _not_plain(path: Path) -> AdapterFormatError:
     return AdapterFormatError(f"{path.name} is missing or is not a plain file", "MISSING_FILE")
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

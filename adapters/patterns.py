@@ -3,7 +3,7 @@
 Patterns come from untrusted files; RE2 matches them in linear time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -21,12 +21,14 @@ def names_module(names: tuple[str, ...] | str, module: str) -> bool:
     """Whether one of the names is the module's path or its end, or the pattern matches the whole path."""
     if isinstance(names, str):
         return _compile(names).fullmatch(module) is not None
-    known, end = _as_set(names), module
-    while end not in known:
-        _, dot, end = end.partition(".")
-        if not dot:
-            return False
-    return True
+    known = _as_set(names)
+    return any(end in known for end in _ends(module))
+
+
+def unmatched_names(names: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:
+    """The names that are neither a module's path nor its end."""
+    known = {end for module in modules for end in _ends(module)}
+    return tuple(name for name in names if name not in known)
 
 
 def by_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
@@ -70,6 +72,14 @@ def check_patterns(*, modules: Iterable[str], suffixes: Iterable[str], layers_pa
             _compile(wrapped)
         except (re2.error, UnicodeEncodeError) as error:  # the latter for half a surrogate pair
             raise AdapterFormatError(f"pattern {pattern!r} is not a plain regular expression: {error}") from error
+
+
+def _ends(module: str) -> Iterator[str]:
+    """A path and its ends: `a.b.c`, `b.c` and `c`."""
+    end, dot = module, "."
+    while dot:
+        yield end
+        _, dot, end = end.partition(".")
 
 
 def _of_suffix(pattern: str) -> str:

@@ -104,19 +104,8 @@ def read_header(
         dtype = entry.get("dtype")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise AdapterFormatError(f"{WEIGHTS_FILE}: {name} has dtype {dtype}; one of {', '.join(DTYPES)} is needed")
-        shape = entry.get("shape")
-        if shape != list(spec.shape) and _is_misshapen(spec, shape):
-            raise AdapterFormatError(
-                f"{WEIGHTS_FILE}: {name} has shape {shape}; the configuration's rank calls for {list(spec.shape)}",
-                "WRONG_SHAPE",
-            )
-        if shape != list(spec.shape):
-            resized = "; the vocabulary was resized" if spec.part == "weight" else ""
-            raise AdapterIncompatibleError(
-                f"{WEIGHTS_FILE}: {name} has shape {shape}; the configuration and the base model need "
-                f"{list(spec.shape)}{resized}",
-                "WRONG_SHAPE",
-            )
+        if entry.get("shape") != list(spec.shape):
+            raise _wrong_shape(name, spec, entry.get("shape"))
         if spec.is_factor:
             dtypes.add(dtype)
     if len(dtypes) > 1:
@@ -124,17 +113,25 @@ def read_header(
     return {name: known[name] for name in header}, metadata
 
 
-def _is_misshapen(spec: TensorSpec, shape: Any) -> bool:
-    """Whether a factor has the base's dimension, and something else than the rank beside it, or is transposed."""
-    if not spec.is_factor or not isinstance(shape, list) or len(shape) != 2:
-        return spec.is_factor
-    base = 1 if spec.part == "lora_a" else 0
-    return spec.shape[base] in shape
-
-
 def largest_file(known: Mapping[str, TensorSpec]) -> int:
     """Bytes of a weights file that holds every known tensor in float32."""
     return 8 + MAX_HEADER_BYTES + sum(4 * math.prod(spec.shape) for spec in known.values())
+
+
+def _wrong_shape(name: str, spec: TensorSpec, shape: Any) -> AdapterFormatError:
+    """A factor that goes with the base, but for its rank or its orientation, contradicts its own configuration."""
+    is_matrix = isinstance(shape, list) and len(shape) == 2
+    if spec.is_factor and (not is_matrix or spec.shape[1 if spec.part == "lora_a" else 0] in shape):
+        return AdapterFormatError(
+            f"{WEIGHTS_FILE}: {name} has shape {shape}; the configuration's rank calls for {list(spec.shape)}",
+            "WRONG_SHAPE",
+        )
+    resized = "; the vocabulary was resized" if spec.part == "weight" else ""
+    return AdapterIncompatibleError(
+        f"{WEIGHTS_FILE}: {name} has shape {shape}; the configuration and the base model need "
+        f"{list(spec.shape)}{resized}",
+        "WRONG_SHAPE",
+    )
 
 
 def _of_target(config: AdapterConfig, module: str, shape: LinearShape, max_rank: int) -> dict[str, TensorSpec]:

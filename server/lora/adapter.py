@@ -184,14 +184,13 @@ def _layer(files: AdapterFiles, module: str, base: BaseWeights) -> LayerWeights 
 
 
 def _check_range(files: AdapterFiles, dtype: torch.dtype) -> None:
-    largest = torch.finfo(dtype).max
+    limits = torch.finfo(dtype)
     for module, lora in files.weights.items():
         for factor in (lora.lora_a, lora.lora_b):
-            if torch.finfo(factor.dtype).max > largest and (found := float(factor.abs().max())) > largest:
-                name = str(dtype).removeprefix("torch.")
+            if torch.finfo(factor.dtype).max > limits.max and (found := float(factor.abs().max())) > limits.max:
                 raise AdapterFormatError(
-                    f"{module} has values up to {found:.3g}, and {name} ends at {largest:.3g}: start with another "
-                    "--dtype or --lora-dtype",
+                    f"{module} has values up to {found:.3g}, and {limits.dtype} ends at {limits.max:.3g}: start with "
+                    "another --dtype or --lora-dtype",
                     "NON_FINITE_WEIGHTS",
                 )
 

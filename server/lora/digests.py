@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from adapters.format import open_plain
 from server.errors import DamagedAdapter
-from server.lora.disk import open_plain
 
 SUMS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._-]+)")
@@ -36,19 +36,20 @@ def check_sums(folder: Path, known: Mapping[str, str]) -> None:
     try:
         with open_plain(path) as record:
             lines = record.read(_MAX_BYTES).decode().splitlines()
-        unnamed = known.keys() - {line.partition("  ")[2] for line in lines}
-        if unnamed:
-            raise DamagedAdapter(f"{SUMS_FILE} has no line for {', '.join(sorted(unnamed))}")
+        unnamed = set(known)
         for line in lines:
             match = _LINE.fullmatch(line)
             if match is None or not (folder / match[2]).is_file():
                 raise DamagedAdapter(f"{SUMS_FILE} has a line for no file here: {line[:100]!r}")
+            unnamed.discard(match[2])
             digest = known.get(match[2]) or _digest(folder / match[2])
             if digest != match[1]:
                 raise DamagedAdapter(
                     f"{match[2]} is not what was published: its sha256 is {digest}, {SUMS_FILE} says {match[1]}; "
                     "publish it anew as another version"
                 )
+        if unnamed:
+            raise DamagedAdapter(f"{SUMS_FILE} has no line for {', '.join(sorted(unnamed))}")
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedAdapter(f"{SUMS_FILE} cannot be checked: {error}") from error
 

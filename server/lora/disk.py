@@ -1,22 +1,10 @@
-"""Files that must last, and files that strangers may have put there. Every function blocks, any thread."""
+"""What the disk may refuse to take. Any thread."""
 
 import contextlib
 import errno
-import io
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from server.errors import Overloaded, StoreNotWritable
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes renames into a folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -29,8 +17,3 @@ def disk_errors() -> Iterator[None]:
             raise Overloaded(f"no room in the adapters folder: {error.strerror}", reason="DISK_FULL") from error
         where = error.filename2 or error.filename or "the adapters folder"
         raise StoreNotWritable(f"{where} cannot be written: {error.strerror}") from error
-
-
-def open_plain(path: str | Path) -> io.BufferedReader:
-    """Opens a file for reading that strangers may have put there: links are not followed, pipes not waited for."""
-    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK))

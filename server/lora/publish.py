@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
+from adapters.format import fsync
 from server.errors import AdapterExists, InvalidRequest, Overloaded, StoreNotWritable
 from server.lora.digests import write_sums
-from server.lora.disk import disk_errors, fsync_folder
+from server.lora.disk import disk_errors
 from server.lora.routing import VERSION
 from server.lora.store import AdapterRef, AdapterStore
 
@@ -142,7 +143,7 @@ class Publication:
                 os.fsync(file.fileno())
             self._close_files()
             write_sums(self.folder, {name: declared.sha256 for name, declared in self._declared.items()})
-            fsync_folder(self.folder)
+            fsync(self.folder)
 
     def publish(self, name: str, version: str | None) -> AdapterRef:
         """Gives the adapter its place in the store: the version, or the one after the newest.
@@ -166,9 +167,9 @@ class Publication:
             if parent.is_symlink():
                 raise StoreNotWritable(f"{name} is a link in the adapters folder, which is never followed")
             parent.mkdir(exist_ok=True)
-            fsync_folder(self._store.root)
+            fsync(self._store.root)
             os.rename(self.folder, parent / version)
-            fsync_folder(parent)
+            fsync(parent)
         return ref
 
     def close(self) -> None:

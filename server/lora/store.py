@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
+from adapters.format import fsync, open_plain
 from server.errors import InvalidRequest, Overloaded
-from server.lora.disk import disk_errors, fsync_folder, open_plain
+from server.lora.disk import disk_errors
 from server.lora.routing import VERSION, Routing
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ class AdapterStore:
                 file.flush()
                 os.fsync(handle)
             os.rename(temporary, self.root / name / ROUTING_FILE)
-            fsync_folder(self.root / name)
+            fsync(self.root / name)
 
 
 def fingerprint(folder: str | Path) -> Fingerprint | None:
