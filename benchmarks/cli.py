@@ -1,4 +1,4 @@
-"""The command `loraplex bench compare`."""
+"""The commands `loraplex bench compare`, `adapters`, `swap` and `merge`."""
 
 import json
 import os
@@ -228,6 +228,36 @@ def swap_command(
     load = Streams(count=streams, num_adapters=num_adapters, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
     result = measure_swap(take(EngineConfig, values), adapters_dir, load, every_ms=every_ms, rounds=rounds)
     click.echo(json.dumps(result, indent=2))
+
+
+@click.command("merge")
+@options(EngineConfig)
+@click.option("--adapters-dir", type=click.Path(exists=True, file_okay=False), required=True, help="PEFT adapters.")
+@click.option("--num-adapters", type=click.IntRange(min=2), default=8, show_default=True)
+@click.option("--num-prompts", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=6, show_default=True, help="Pairs of runs of each load.")
+def merge_command(
+    adapters_dir: str,
+    num_adapters: int,
+    num_prompts: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    rounds: int,
+    **values: Any,
+) -> None:
+    """Hold merging unasked against never merging, in one process and in turn.
+
+    Prints JSON for three loads: all requests on one adapter, nine in ten on one, evenly on all. For each the tokens/s
+    of both policies, the median ratio of the pairs (auto over off), their range, and how often each run merged.
+    """
+    from benchmarks.merging import Load, measure_merging
+
+    load = Load(
+        num_adapters=num_adapters, num_prompts=num_prompts, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+    )
+    click.echo(json.dumps(measure_merging(take(EngineConfig, values), adapters_dir, load, rounds), indent=2))
 
 
 def _progress(text: str) -> None:

@@ -18,6 +18,7 @@ from benchmarks.contenders import OWN, PEERS, Contender
 from benchmarks.material import Material
 from benchmarks.workload import Workload
 from server.errors import ConfigError
+from server.openmp import SPINS
 
 Tokens = list[list[int]]  # of every request
 
@@ -178,7 +179,8 @@ def run_process(command: Sequence[str], settings: Settings) -> dict[str, Any]:
     Raises:
         RunFailed: it cannot be started, exits otherwise than with 0, takes too long, or says something else.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
+    ours = ("LORAPLEX_", SPINS)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment |= {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         process = subprocess.Popen(

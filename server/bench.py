@@ -4,6 +4,7 @@ import gc
 import json
 import resource
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,14 @@ def measure_throughput(
             f"--prompt-tokens {prompt_tokens} and --output-tokens {output_tokens} are over the {parts.max_model_len} "
             "tokens of a request (--max-model-len)"
         )
-    adapters = _load_adapters(config, parts, adapters_dir, num_adapters)
+    adapters = load_adapters(config, parts, adapters_dir, num_adapters)
     prompts, other_prompts = _prompts(num_prompts, prompt_tokens, parts.base.vocab_size)
     core = EngineCore(parts.runner, parts.scheduler, Metrics(CollectorRegistry()), parts.merge_policy)
 
-    _generate(core, parts, other_prompts, adapters, min(8, output_tokens))
+    generate(core, other_prompts, adapters, min(8, output_tokens))
     gc.collect()
     started = time.perf_counter()
-    outputs = _generate(core, parts, own_prompts or prompts, [] if unused_adapters else adapters, output_tokens)
+    outputs = generate(core, own_prompts or prompts, [] if unused_adapters else adapters, output_tokens)
     wall = time.perf_counter() - started
     num_generated = sum(len(tokens) for tokens in outputs)
     assert num_generated == num_prompts * output_tokens
@@ -84,7 +85,12 @@ def measure_throughput(
     }
 
 
-def _load_adapters(config: EngineConfig, parts: EngineParts, folder: str | None, count: int) -> list[Adapter]:
+def load_adapters(config: EngineConfig, parts: EngineParts, folder: str | None, count: int) -> list[Adapter]:
+    """The first adapters of a folder, by name.
+
+    Raises:
+        ConfigError: it holds fewer, or one that cannot be served here.
+    """
     if not count:
         return []
     paths = sorted(path.parent for path in Path(folder or "").glob(f"*/{CONFIG_FILE}")) if folder else []
@@ -111,27 +117,13 @@ def _load_adapters(config: EngineConfig, parts: EngineParts, folder: str | None,
     return adapters
 
 
-def _read_prompts(path: Path, vocab_size: int) -> list[list[int]]:
-    try:
-        prompts = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--prompts-file {path}: {error}") from error
-    tokens = [token for prompt in prompts for token in prompt]
-    if not tokens or not all(prompts) or not 0 <= min(tokens) <= max(tokens) < vocab_size:
-        raise ConfigError(f"--prompts-file {path}: a list of prompts is needed, each of token ids below {vocab_size}")
-    return prompts  # type: ignore[no-any-return]
-
-
-def _prompts(count: int, length: int, vocab_size: int) -> list[list[list[int]]]:
-    """Two sets of random prompts: nothing of the warm-up may be in the prefix cache."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size, (2, count, length), generator=generator).tolist()
-
-
-def _generate(
-    core: EngineCore, parts: EngineParts, prompts: list[list[int]], adapters: list[Adapter], output_tokens: int
+def generate(
+    core: EngineCore, prompts: Sequence[list[int]], adapters: Sequence[Adapter], output_tokens: int
 ) -> list[list[int]]:
-    """Submits everything at once and steps until nothing is left; the tokens of each request."""
+    """Submits everything at once and steps until nothing is left; the tokens of each request.
+
+    Request i uses adapter i mod the number of them, or none of none.
+    """
     outputs: list[list[int]] = [[] for _ in prompts]
 
     def collect(step: list[TokenOutput]) -> None:
@@ -147,6 +139,23 @@ def _generate(
         parts_of_request = [WeightedAdapter(adapters[index % len(adapters)])] if adapters else []
         core.put(Submit(Request(index, prompt, params, parts_of_request, frozenset())))
     core.step()
-    while parts.scheduler.has_work:
+    while core.scheduler.has_work:
         core.step()
     return outputs
+
+
+def _read_prompts(path: Path, vocab_size: int) -> list[list[int]]:
+    try:
+        prompts = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prompts-file {path}: {error}") from error
+    tokens = [token for prompt in prompts for token in prompt]
+    if not tokens or not all(prompts) or not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        raise ConfigError(f"--prompts-file {path}: a list of prompts is needed, each of token ids below {vocab_size}")
+    return prompts  # type: ignore[no-any-return]
+
+
+def _prompts(count: int, length: int, vocab_size: int) -> list[list[list[int]]]:
+    """Two sets of random prompts: nothing of the warm-up may be in the prefix cache."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (2, count, length), generator=generator).tolist()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from adapters.cli import train_command
-from benchmarks.cli import adapters_command, compare_command, swap_command
+from benchmarks.cli import adapters_command, compare_command, merge_command, swap_command
 from loadtest.cli import loadtest_command
 from server.adapter_commands import adapters
 from server.base_models import EMBEDDED, resolve
@@ -17,6 +17,7 @@ from server.chat import chat
 from server.client_commands import generate, health
 from server.config import EngineConfig, ServerConfig, options, take
 from server.errors import ConfigError
+from server.openmp import bound_spinning
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -35,6 +36,7 @@ class _Group(click.Group):
 @click.version_option(package_name="loraplex")
 def main() -> None:
     """Serve many LoRA adapters on one frozen base model, and make them."""
+    bound_spinning()
 
 
 main.add_command(train_command(resolve))
@@ -90,6 +92,7 @@ def bench() -> None:
 bench.add_command(compare_command)
 bench.add_command(adapters_command)
 bench.add_command(swap_command)
+bench.add_command(merge_command)
 
 
 @bench.command()

@@ -27,6 +27,7 @@ from server.lora.publish import remove_leftovers
 from server.lora.store import AdapterStore
 from server.lora.watcher import StoreWatcher
 from server.metrics import Metrics
+from server.openmp import release_team
 from server.pb.loraplex.v1.inference_pb2 import ModelInfo
 from server.rpc.server import RpcServer, check_address
 from server.throughput_log import ThroughputLog
@@ -45,13 +46,16 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     Raises:
         ConfigError: it cannot start as asked.
     """
+    import sys
+
+    sys.setswitchinterval(float(os.environ.get("SWI", "0.005")))
     check_address(config.listen)
     disable_created_metrics()
     metrics = Metrics(CollectorRegistry(), config.metrics_adapters)
     ProcessCollector(registry=metrics.registry)
     tracer = request_tracer(config.otlp_endpoint, Path(engine_config.model).name)
     with _metrics_endpoint(config.metrics_listen, metrics):
-        parts = await asyncio.to_thread(build_engine, engine_config)
+        parts = await asyncio.to_thread(_build, engine_config)
         async with running_engine(engine_config, config, parts, metrics, tracer) as engine:
             info = model_info(engine_config, parts)
             _publish_build(metrics, info)
@@ -131,6 +135,14 @@ def request_tracer(endpoint: str, base_model: str) -> "RequestTracer | None":
     except ImportError as error:
         raise ConfigError("--otlp-endpoint needs OpenTelemetry: pip install 'loraplex[otel]'") from error
     return RequestTracer(exporting_provider(endpoint), base_model)
+
+
+def _build(config: EngineConfig) -> EngineParts:
+    """In a thread of its own; the engine's, which takes the steps, brings a team of compute threads itself."""
+    try:
+        return build_engine(config)
+    finally:
+        release_team()
 
 
 def _open_store(folder: Path, base_model: str) -> AdapterStore:

@@ -42,7 +42,7 @@ class MergePolicy:
     """Owns the balance of what merging saves and costs."""
 
     def __init__(self, costs: MergeCosts) -> None:
-        self._costs = costs
+        self.costs = costs
         self._merge_seconds = costs.merge_seconds
         self._favourite: Adapter | None = None  # the merged adapter, else the one with most tokens
         self._evidence = 0.0  # seconds that speak for a switch: for merging the favourite, or for taking it out
@@ -68,7 +68,7 @@ class MergePolicy:
             means = self._means.setdefault(total, [None, None])
             mean = means[merged is not None]
             means[merged is not None] = seconds if mean is None else mean + _NEW * (seconds - mean)
-        bypass = self._costs.bypass
+        bypass = self.costs.bypass
         saved = self._correction(favourite) * (bypass(favourite, own) - bypass(favourite, total - own))
         if merged is not None:
             self._balance += saved
@@ -108,7 +108,7 @@ class MergePolicy:
         for num_tokens, (apart, merged) in self._means.items():
             if apart is not None and merged is not None:
                 saved += apart - merged
-                expected += self._costs.bypass(favourite, num_tokens)
+                expected += self.costs.bypass(favourite, num_tokens)
         return min(2.0, max(0.0, saved / expected)) if expected else 1.0
 
 

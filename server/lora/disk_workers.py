@@ -5,6 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+import torch
+
+from server.openmp import work_alone
+
 _THREADS = 2  # more would only take turns with the engine at the cores
 
 Parameters = ParamSpec("Parameters")
@@ -15,7 +19,9 @@ class DiskWorkers:
     """Owns the threads; they end with it."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="loraplex-disk")
+        self._threads = ThreadPoolExecutor(
+            _THREADS, thread_name_prefix="loraplex-disk", initializer=_leave_the_cores_to_the_engine
+        )
 
     async def run(
         self, work: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
@@ -27,3 +33,8 @@ class DiskWorkers:
         except asyncio.CancelledError:
             await asyncio.wait([future])
             raise
+
+
+def _leave_the_cores_to_the_engine() -> None:
+    torch.get_num_threads()  # torch tells a new thread its own number, once
+    work_alone()

@@ -164,7 +164,7 @@ def test_auto_merges_what_runs_alone(
     plain = engine.load(adapters_dir / "plain")
     measured = engine.parts.merge_policy
     assert measured is not None
-    assert measured._costs.merge_seconds > 0
+    assert measured.costs.merge_seconds > 0
     policy = MergePolicy(MergeCosts([(1, 1.0), (64, 2.0)], merge_seconds=1e-9, adapter_bytes=plain.num_bytes))
     policy._worked = 1.0
     engine.core._merge_policy = policy
