@@ -46,9 +46,6 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     Raises:
         ConfigError: it cannot start as asked.
     """
-    import sys
-
-    sys.setswitchinterval(float(os.environ.get("SWI", "0.005")))
     check_address(config.listen)
     disable_created_metrics()
     metrics = Metrics(CollectorRegistry(), config.metrics_adapters)
