@@ -26,6 +26,10 @@ class AttentionOptions(NamedTuple):
 class AttentionStep(Protocol):
     """Whoever answers a layer's attention during one forward."""
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Of what native kernels read for it in every layer of the step; none where others do it."""
+
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """Query [num_tokens, num_heads, head_dim] → output of its shape; K and V with num_kv_heads."""
 

@@ -44,6 +44,7 @@ class CpuAttentionStep:
         self._cache = cache
         self._slot_mapping = batch.slot_mapping
         self._batch = native_attention.AttentionBatch(batch.block_tables, batch.query_start_loc, batch.position_ids[0])
+        self.addresses = (self._batch.pointer, self._slot_mapping.data_ptr())  # of what the kernels read in every layer
 
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         assert layer is not None

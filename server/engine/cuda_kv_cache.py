@@ -52,6 +52,8 @@ class CudaAttentionStep:
     fixed order (`num_splits=1`, and the same kernel whatever the step is made of).
     """
 
+    addresses: tuple[int, ...] = ()
+
     def __init__(self, cache: CudaKVCache, batch: ForwardBatch) -> None:
         self._cache = cache
         self._slot_mapping = batch.slot_mapping

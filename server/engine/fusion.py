@@ -7,97 +7,46 @@ Engine thread, once at start.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from server.engine.attention import AttentionOptions, AttentionStep
+from server.engine.recorded_forward import Forward, RecordingStep, record_forward
+from server.engine.replay import replay_parts
 from server.kernels import native, native_fused
-
-_TOLERANCE = 1e-5  # of the largest output: rounding in another order
-
-Forward = Callable[..., Any]
-
-
-@dataclass(slots=True)
-class _Call:
-    """One recorded call of a module."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-
-
-@dataclass(slots=True)
-class _RecordingStep:
-    """Lets a real step do the attention and notes how each layer asked for it."""
-
-    step: AttentionStep
-    options: dict[int | None, AttentionOptions] = field(default_factory=dict)
-
-    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        self.options[layer] = options
-        return self.step.attend(layer, query, key, value, options)
 
 
 @torch.inference_mode()
 @native.float32_products()
-def fuse(model: nn.Module, run: Callable[[AttentionStep], Any], step: AttentionStep) -> Counter[str]:
+def fuse(
+    model: nn.Module, run: Callable[[AttentionStep], Any], step: AttentionStep, passes: Callable[[], Any]
+) -> Counter[str]:
     """Gives the parts of a model fused forwards; says how many of each kind.
 
-    Meanwhile x is not rounded for bfloat16 weights, which makes more of the last bit of an x than `_TOLERANCE`.
+    Meanwhile x is not rounded for bfloat16 weights, which makes more of the last bit of an x than the tolerance of
+    `Call.is_answered_by`.
 
     Args:
         run: computes one forward of the model on the CPU, with the step it is given.
         step: the attention of that forward.
+        passes: the bypasses of the running step, as the kernels want them.
     """
-    recording = _RecordingStep(step)
-    calls = _record(model, run, recording)
+    recording = RecordingStep(step)
+    calls = record_forward(model, run, recording)
     done: Counter[str] = Counter()
     # From the inside out: a layer is built from parts that are fused already.
     for path, module in reversed(list(model.named_modules())):
         if path not in calls:
             continue
         for kind, forward in _candidates(module, recording.options):
-            if _gives_the_same(forward, calls[path], recording):
+            if calls[path].is_answered_by(forward):
                 module.forward = forward
                 done[kind] += 1
                 break
-    return done
-
-
-def _record(model: nn.Module, run: Callable[[AttentionStep], Any], recording: _RecordingStep) -> dict[str, _Call]:
-    calls: dict[str, _Call] = {}
-    handles = []
-    for path, module in model.named_modules():
-
-        def before(module: nn.Module, args: Any, kwargs: Any, *, path: str = path) -> None:
-            calls[path] = _Call(_copied(args), _copied(kwargs), None)
-
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any, *, path: str = path) -> None:
-            calls[path].output = _copied(output)
-
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
-        run(recording)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _gives_the_same(forward: Forward, call: _Call, recording: _RecordingStep) -> bool:
-    try:
-        output = forward(*_copied(call.args), **_copied(call.kwargs))
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
-        return False  # the module is called in a way that the candidate does not know
-    got, expected = _tensor(output), _tensor(call.output)
-    if type(output) is not type(call.output) or got is None or expected is None or got.shape != expected.shape:
-        return False
-    return float((got - expected).abs().max()) <= _TOLERANCE * max(1.0, float(expected.abs().max()))
+    done["replay"] = replay_parts(model, calls, passes)
+    return +done  # without kinds of which there are none
 
 
 def _candidates(module: Any, options: dict[int | None, AttentionOptions]) -> Iterator[tuple[str, Forward]]:
@@ -176,7 +125,7 @@ def _decoder_layer(module: Any, first: Tensor, second: Tensor) -> Forward:
     def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended, _ = attention(native_fused.rms_norm(hidden_states, first, first_eps), **kwargs)
         normed = native_fused.rms_norm(attended, second, second_eps, residual=hidden_states)
-        return hidden_states.add_(mlp(normed))
+        return native_fused.add(mlp(normed), hidden_states)
 
     return forward
 
@@ -195,20 +144,3 @@ def _norm_weights(module: Any) -> Iterator[Tensor]:
 
 def _eps(module: nn.Module) -> float:
     return float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
-
-
-def _tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else None
-
-
-def _copied(value: Any) -> Any:
-    """The same with tensors cloned: fused forwards write into what they are given."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, tuple | list):
-        return type(value)(_copied(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return value

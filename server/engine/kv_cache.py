@@ -42,6 +42,8 @@ class TorchKVCache:
 class TorchAttentionStep:
     """Attention of one step: writes the new K and V into the cache and reads every request's context from it."""
 
+    addresses: tuple[int, ...] = ()
+
     def __init__(self, cache: TorchKVCache, batch: ForwardBatch) -> None:
         self._batch = batch
         self._cache = cache

@@ -133,6 +133,7 @@ class _Probe:
     linear_layers: dict[str, LinearShape] = field(default_factory=dict)
     linear_groups: list[list[str]] = field(default_factory=list)
     head: str = ""
+    addresses: tuple[int, ...] = ()
 
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         self.kv_shapes[layer] = (key.shape[1], key.shape[2])

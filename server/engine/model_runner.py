@@ -57,7 +57,9 @@ class ModelRunner:
         request = self._reference_request(0)
         scheduled = [ScheduledRequest(request, len(reference.token_ids))]
         batch = build_forward_batch(scheduled, self.cache.block_size, self.base.device)
-        return fuse(self.base.model, lambda step: self._forward(batch, step), self.cache.step(batch))
+        return fuse(
+            self.base.model, lambda step: self._forward(batch, step), self.cache.step(batch), lambda: self.lora.passes
+        )
 
     @torch.inference_mode()
     def warm_up(self) -> None:

@@ -140,6 +140,7 @@ class Kernels:
     prepare_segments: Callable[[Sequence[Segment]], Any]  # one pass, made once a step for all its groups
     embedding_bypass: Callable[[int, int, int], EmbeddingBypass]  # sizes of vocabulary and rows, number of slots
     groups_layers: bool  # whether layers that share their input are better computed in one call
+    keep_passes: Callable[[Sequence[Any]], Sequence[Any]] = tuple  # a step's prepared passes, for all its groups
     no_merge: str = ""  # why no adapter can be added to the weights; empty: it can
     storage: torch.dtype | None = None  # what linear_group rounds weights to; None: their own dtype
     # An embedding that shares the group's weight, whose rows it multiplies by the number.

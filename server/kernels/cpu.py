@@ -1,5 +1,6 @@
 """The native CPU kernels as `LinearGroup`s: weights packed once, adapters read where they lie in host memory."""
 
+import ctypes
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,6 +11,17 @@ from transformers.pytorch_utils import Conv1D
 from server.kernels import Kernels, LayerWeights, LinearGroup, Storage, native, native_linear, native_lora
 from server.kernels.memory import Arena
 
+_linear_group = native.Function("linear_group")
+
+
+class _GroupStruct(ctypes.Structure):
+    _fields_ = (
+        ("count", native.INT),
+        ("weights", native.POINTER),
+        ("slots", native.POINTER),
+        ("strides", native.POINTER),
+    )
+
 
 class CpuLinearGroup:
     """Packs its layers into `arena`, their own weights can go after that; bit-identical rows in any batch."""
@@ -19,6 +31,7 @@ class CpuLinearGroup:
         self._base = self._linear = native_linear.LinearGroup(packed)
         self._slots = [native_lora.LoRASlots(layer.in_features, layer.out_features, num_slots) for layer in packed]
         self._lora = native_lora.LoRAGroup(self._slots)
+        self._struct = _GroupStruct(len(packed), self._linear.pointers, self._lora.pointers, self._linear.strides)
 
     @property
     def packed(self) -> Sequence[native_linear.PackedLinear]:
@@ -42,16 +55,24 @@ class CpuLinearGroup:
                 memory = current.data if current.data is not base.data else None  # of the last sum
                 layers[index] = merged = base.merged(lora, out=memory)
                 num_bytes += merged.data.nbytes if merged.data is not base.data else 0
-        self._linear = native_linear.LinearGroup(layers)
+        self._compute_with(native_linear.LinearGroup(layers))
         return num_bytes
 
     def unmerge(self) -> None:
-        self._linear = self._base
+        self._compute_with(self._base)
+
+    def _compute_with(self, linear: native_linear.LinearGroup) -> None:
+        self._linear, self._struct.weights = linear, linear.pointers
 
     def __call__(self, x: Tensor, passes: Sequence[native_lora.Segments]) -> list[Tensor]:
-        outputs = native_linear.linear(x, self._linear)
-        for segments in passes:
-            native_lora.add_lora(outputs, x, self._lora, segments)
+        assert x.shape[-1] == self._linear.in_features
+        if not isinstance(passes, native_lora.Passes):
+            passes = native_lora.Passes(passes)
+        x = native.contiguous(x)
+        rows = x.numel() // self._linear.in_features
+        outputs = native_linear.Outputs([torch.empty((*x.shape[:-1], out)) for out in self._linear.outs])
+        if _linear_group(x.data_ptr(), rows, ctypes.addressof(self._struct), passes.pointer, outputs.pointers):
+            raise MemoryError(f"no scratch memory for {rows} rows")
         return outputs.tensors
 
 
@@ -91,6 +112,7 @@ def cpu_kernels(storage: Storage) -> Kernels:
         partial(CpuLinearGroup, storage, Arena()),
         native_lora.Segments,
         CpuEmbeddingBypass,
+        keep_passes=native_lora.Passes,
         groups_layers=True,
         no_merge="the base is quantized (--quantization int8)" if storage == "int8" else "",
         storage=getattr(torch, storage),

@@ -66,6 +66,25 @@ typedef struct {
     float scale;
 } lora_segment;
 
+/* The segments of a pass are disjoint; a row takes one bypass of each pass. */
+typedef struct {
+    int64_t num_segments;
+    const lora_segment *segments;
+} lora_pass;
+
+typedef struct {
+    int64_t count;
+    const lora_pass *passes;
+} lora_passes;
+
+/* Layers that read the same x, with their slots; row t of output i begins at t * y_strides[i]. */
+typedef struct {
+    int64_t count;
+    const packed_linear *const *weights;
+    const lora_slots *const *slots;
+    const int64_t *y_strides;
+} linear_group;
+
 /*
  * One layer of the KV cache in blocks of 16 positions: keys [num_blocks, kv_heads, head_dim, 16], values
  * [num_blocks, kv_heads, 16, value_dim] with value_dim = head_dim rounded up to 16 and zeros past head_dim.
@@ -162,6 +181,7 @@ typedef struct {
     void (*layer_norm)(const float *, float *, const float *, const float *, float, float *, long, long);
     void (*rotary)(float *, long, long, float *, long, long, const float *, const float *, long, long, long);
     void (*gated)(const float *, long, const float *, long, float *, long, long, int);
+    void (*add)(const float *, float *, long, long);
 } kernel_set;
 
 /*
@@ -285,6 +305,15 @@ int loraplex_add_lora(const float *x, int64_t n, const lora_slots *const *slots,
     return sets[chosen].kernels->add_lora(x, n, slots, ys, y_strides, num_segments, segments);
 }
 
+int loraplex_linear_group(const float *x, int64_t rows, const linear_group *group, const lora_passes *passes,
+                          float *const *ys) {
+    int failed = loraplex_linear(x, rows, group->count, group->weights, ys, group->y_strides);
+    for (int64_t i = 0; i < passes->count; i++)
+        failed |= loraplex_add_lora(x, group->count, group->slots, ys, group->y_strides, passes->passes[i].num_segments,
+                                    passes->passes[i].segments);
+    return failed;
+}
+
 void loraplex_add_embedding_lora(const int64_t *ids, const lora_slots *slots, float *y, int64_t num_segments,
                                  const lora_segment *segments) {
     sets[chosen].kernels->add_embedding_lora(ids, slots, y, num_segments, segments);
@@ -323,6 +352,79 @@ void loraplex_silu_mul(const float *gate, int64_t gate_stride, const float *up, 
 void loraplex_gelu_tanh_mul(const float *gate, int64_t gate_stride, const float *up, int64_t up_stride, float *out,
                             int64_t rows, int64_t n) {
     sets[chosen].kernels->gated(gate, gate_stride, up, up_stride, out, rows, n, 1);
+}
+
+/* y += x, both [rows, n] and contiguous. */
+void loraplex_add(const float *x, float *y, int64_t rows, int64_t n) { sets[chosen].kernels->add(x, y, rows, n); }
+
+/* ------------------------------------------------------------------------------------------------ recorded calls */
+
+/* A word of a recorded call: inputs[source] (or 0 where source is negative) + fixed + per_row * rows. */
+typedef struct {
+    int64_t source;
+    int64_t fixed;
+    int64_t per_row;
+} recorded_word;
+
+enum { MAX_WORDS = 16 };
+
+typedef struct {
+    int64_t function; /* its place in `recordable` */
+    int64_t num_words;
+    recorded_word words[MAX_WORDS];
+} recorded_call;
+
+/* In the order of the cases of `call`. */
+static const char *const recordable[] = {"linear_group", "attention",  "write_kv", "rms_norm",      "layer_norm",
+                                         "rotary",       "silu_mul", "gelu_tanh_mul", "add"};
+
+/* The place of a function among those that can be recorded, or -1. */
+int64_t loraplex_recordable(const char *name) {
+    for (int i = 0; i < (int)(sizeof recordable / sizeof *recordable); i++)
+        if (!strcmp(name, recordable[i]))
+            return i;
+    return -1;
+}
+
+/* The float whose bits are the low half of a word. */
+INLINE float as_float(int64_t word) {
+    const uint32_t bits = (uint32_t)word;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+#define P(i) ((void *)w[i])
+
+/* The words of `linear_group` end with the addresses of its outputs. */
+static int call(int64_t function, const int64_t *w) {
+    switch (function) {
+    case 0: return loraplex_linear_group(P(0), w[1], P(2), P(3), (float *const *)(w + 4));
+    case 1: return loraplex_attention(P(0), P(1), P(2), P(3), w[4], P(5), w[6]);
+    case 2: loraplex_write_kv(P(0), P(1), w[2], P(3), w[4], P(5), w[6]); return 0;
+    case 3: loraplex_rms_norm(P(0), P(1), P(2), as_float(w[3]), P(4), w[5], w[6]); return 0;
+    case 4: loraplex_layer_norm(P(0), P(1), P(2), P(3), as_float(w[4]), P(5), w[6], w[7]); return 0;
+    case 5: loraplex_rotary(P(0), w[1], w[2], P(3), w[4], w[5], P(6), P(7), w[8], w[9], w[10]); return 0;
+    case 6: loraplex_silu_mul(P(0), w[1], P(2), w[3], P(4), w[5], w[6]); return 0;
+    case 7: loraplex_gelu_tanh_mul(P(0), w[1], P(2), w[3], P(4), w[5], w[6]); return 0;
+    default: loraplex_add(P(0), P(1), w[2], w[3]); return 0;
+    }
+}
+
+#undef P
+
+/* Makes recorded calls once more, for so many rows; -1 if one lacks scratch memory. */
+int loraplex_replay(const recorded_call *calls, int64_t count, const int64_t *inputs, int64_t rows) {
+    for (int64_t i = 0; i < count; i++) {
+        int64_t words[MAX_WORDS];
+        for (int64_t j = 0; j < calls[i].num_words; j++) {
+            const recorded_word word = calls[i].words[j];
+            words[j] = (word.source < 0 ? 0 : inputs[word.source]) + word.fixed + word.per_row * rows;
+        }
+        if (call(calls[i].function, words))
+            return -1;
+    }
+    return 0;
 }
 
 #else /* LORAPLEX_ISA: everything below is compiled once per instruction set */
@@ -1432,7 +1534,14 @@ static void FN(gated)(const float *gates, long gate_stride, const float *up, lon
     }
 }
 
-static const kernel_set FN(kernels) = {FN(linear),   FN(add_lora), FN(add_embedding_lora), FN(attention), FN(write_kv),
-                                       FN(rms_norm), FN(layer_norm), FN(rotary),           FN(gated)};
+/* y += x, both [rows, n]. */
+static void FN(add)(const float *x, float *y, long rows, long n) {
+#pragma omp parallel for schedule(static) if (rows * n > SMALL)
+    for (long row = 0; row < rows; row++)
+        add_residual(x + row * n, y + row * n, n);
+}
+
+static const kernel_set FN(kernels) = {FN(linear),   FN(add_lora),   FN(add_embedding_lora), FN(attention), FN(write_kv),
+                                       FN(rms_norm), FN(layer_norm), FN(rotary),             FN(gated),     FN(add)};
 
 #endif

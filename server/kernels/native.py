@@ -1,6 +1,7 @@
 """Typed access to the native CPU kernels (native.c); any one thread at a time calls them, the engine's.
 
-Here is the library itself; `native_linear`, `native_lora`, `native_attention` and `native_fused` call it.
+Here is the library itself; `native_linear`, `native_lora`, `native_attention` and `native_fused` call it, and
+`native_program` replays what they called.
 Tensors are float32 and row-major; an output row has the same bits whatever other rows share its call. Objects made once
 (weights, slots, caches, a step's segments and block tables) check shapes when built and keep their tensors alive, so
 that a call is little more than its pointers. The library needs torch imported first, whose OpenMP threads it shares.
@@ -12,6 +13,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[object, ...]] = {
     "linear": (POINTER, INT, INT, POINTER, POINTER, POINTER),
     "add_lora": (POINTER, INT, POINTER, POINTER, POINTER, INT, POINTER),
+    "linear_group": (POINTER, INT, POINTER, POINTER, POINTER),
     "add_embedding_lora": (POINTER, POINTER, POINTER, INT, POINTER),
     "attention": (POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT),
     "write_kv": (POINTER, POINTER, INT, POINTER, INT, POINTER, INT),
@@ -35,8 +38,10 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "rotary": (POINTER, INT, INT, POINTER, INT, INT, POINTER, POINTER, INT, INT, INT),
     "silu_mul": (POINTER, INT, POINTER, INT, POINTER, INT, INT),
     "gelu_tanh_mul": (POINTER, INT, POINTER, INT, POINTER, INT, INT),
+    "add": (POINTER, POINTER, INT, INT),
+    "replay": (POINTER, INT, POINTER, INT),
 }
-_CAN_FAIL = {"linear", "add_lora", "attention"}  # they need scratch memory
+_CAN_FAIL = {"linear", "add_lora", "linear_group", "attention", "replay"}  # they need scratch memory
 
 
 def _load() -> ctypes.CDLL | None:
@@ -60,10 +65,44 @@ def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
         function.restype = ctypes.c_int if name in _CAN_FAIL else None
     loaded.loraplex_isa.restype = ctypes.c_char_p
     loaded.loraplex_set_isa.argtypes = (ctypes.c_char_p,)
+    loaded.loraplex_recordable.argtypes = (ctypes.c_char_p,)
+    loaded.loraplex_recordable.restype = INT
     return loaded
 
 
 library = _load()
+
+
+class Function:
+    """A native function whose calls can be recorded."""
+
+    _recording: ClassVar[list["Recorded"] | None] = None
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._call = getattr(library, f"loraplex_{name}", None)
+
+    def __call__(self, *args: Any) -> Any:
+        if Function._recording is not None:
+            Function._recording.append(Recorded(self.name, args))
+        return self._call(*args)  # type: ignore[misc]
+
+
+class Recorded(NamedTuple):
+    name: str
+    args: tuple[Any, ...]
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[Recorded]]:
+    """Within, the calls of `Function`s are noted, as they are made."""
+    assert Function._recording is None
+    calls: list[Recorded] = []
+    Function._recording = calls
+    try:
+        yield calls
+    finally:
+        Function._recording = None
 
 
 def available() -> bool:
@@ -80,6 +119,13 @@ def set_isa(name: str | None) -> None:
     """Uses a given instruction set; None: the widest that this processor has."""
     if _loaded().loraplex_set_isa(name.encode() if name else None):
         raise ValueError(f"this processor or build has no {name} kernels")
+
+
+def recordable(name: str) -> int:
+    """The number of a function in recorded calls."""
+    number: int = _loaded().loraplex_recordable(name.encode())
+    assert number >= 0, name
+    return number
 
 
 @contextmanager

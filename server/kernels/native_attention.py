@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 from server.kernels.memory import lazy_zeros
-from server.kernels.native import FLOAT, INT, KINDS, PANEL, POINTER, library, pointer
+from server.kernels.native import FLOAT, INT, KINDS, PANEL, POINTER, Function, pointer
 
 BLOCK_SIZE = 16  # positions of a KV block
 MAX_HEAD_DIM = 256
 
-
-if library is not None:
-    _attention = library.loraplex_attention
-    _write_kv = library.loraplex_write_kv
+_attention, _write_kv = Function("attention"), Function("write_kv")
 
 
 def serves_head_dim(head_dim: int) -> bool:

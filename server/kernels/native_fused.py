@@ -3,14 +3,10 @@
 import torch
 from torch import Tensor
 
-from server.kernels.native import contiguous, library, pointer
+from server.kernels.native import Function, contiguous, pointer
 
-if library is not None:
-    _rms_norm = library.loraplex_rms_norm
-    _layer_norm = library.loraplex_layer_norm
-    _rotary = library.loraplex_rotary
-    _silu_mul = library.loraplex_silu_mul
-    _gelu_tanh_mul = library.loraplex_gelu_tanh_mul
+_rms_norm, _layer_norm, _rotary = Function("rms_norm"), Function("layer_norm"), Function("rotary")
+_silu_mul, _gelu_tanh_mul, _add = Function("silu_mul"), Function("gelu_tanh_mul"), Function("add")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -43,6 +39,13 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         q.data_ptr(), q.stride(0), heads, k.data_ptr(), k.stride(0), k.shape[1],
         cos.data_ptr(), sin.data_ptr(), cos.shape[-1], head_dim, num_tokens,
     )  # fmt: skip
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """y += x in place, both contiguous [..., n]; returns y."""
+    n = y.shape[-1]
+    _add(contiguous(x).data_ptr(), y.data_ptr(), y.numel() // n, n)
+    return y
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:

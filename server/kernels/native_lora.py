@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -91,6 +92,34 @@ class Segments:
         self.count = len(segments)
         self._table = (_SegmentStruct * self.count)(*(_SegmentStruct(*segment) for segment in segments))
         self.pointer = ctypes.addressof(self._table)
+
+
+class _PassStruct(ctypes.Structure):
+    _fields_ = (("num_segments", INT), ("segments", POINTER))
+
+
+class _PassesStruct(ctypes.Structure):
+    _fields_ = (("count", INT), ("passes", POINTER))
+
+
+class Passes(Sequence[Segments]):
+    """The passes of a step, as a table for all its groups."""
+
+    def __init__(self, passes: Sequence[Segments]) -> None:
+        self._passes = tuple(passes)
+        self._table = (_PassStruct * len(passes))(*(_PassStruct(each.count, each.pointer) for each in passes))
+        self._struct = _PassesStruct(len(passes), ctypes.addressof(self._table))
+        self.pointer = ctypes.addressof(self._struct)
+
+    def __len__(self) -> int:
+        return len(self._passes)
+
+    @overload
+    def __getitem__(self, index: int) -> Segments: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Segments]: ...
+    def __getitem__(self, index: int | slice) -> Segments | Sequence[Segments]:
+        return self._passes[index]
 
 
 def add_lora(outputs: Outputs, x: Tensor, group: LoRAGroup, segments: Segments) -> None:

@@ -20,8 +20,8 @@ from server.lora.base_weights import BaseWeights
 class _Rows:
     """The running step's passes, as the kernels want them; shared by layers that see the same rows."""
 
-    def __init__(self) -> None:
-        self.passes: Sequence[Any] = ()
+    def __init__(self, passes: Sequence[Any]) -> None:
+        self.passes = passes
 
 
 class _SharedInput:
@@ -123,7 +123,9 @@ class LoRALayers:
         self.prepare = kernels.prepare_segments
         self._fixed_segments = kernels.fixed_segments
         self._device = next(model.parameters()).device
-        self._tokens, self._logits = _Rows(), _Rows()
+        self._keep_passes = kernels.keep_passes
+        self._no_passes = self._keep_passes(())
+        self._tokens, self._logits = _Rows(self._no_passes), _Rows(self._no_passes)
         self.groups: list[tuple[Sequence[str], LinearGroup]] = []
         self.base_weights = BaseWeights(shapes, kernels.storage or model.dtype)
         embedding = model.get_input_embeddings()
@@ -204,9 +206,15 @@ class LoRALayers:
 
     def activate(self, passes: Sequence[Pass], logits_passes: Sequence[Pass]) -> AbstractContextManager[None]:
         """Within, every forward is a step whose tokens take the bypasses of `passes`, its logits `logits_passes`."""
-        return self._active(
-            [self.prepare(segments) for segments in passes], [self.prepare(segments) for segments in logits_passes]
-        )
+        return self._active(self._prepared(passes), self._prepared(logits_passes))
+
+    @property
+    def passes(self) -> Sequence[Any]:
+        """The running step's, over its tokens, as the kernels want them."""
+        return self._tokens.passes
+
+    def _prepared(self, passes: Sequence[Pass]) -> Sequence[Any]:
+        return self._keep_passes([self.prepare(segments) for segments in passes])
 
     def fixed_segments(self, num_rows: int) -> FixedSegments:
         """Room on the device for one pass over so many rows."""
@@ -224,7 +232,7 @@ class LoRALayers:
         try:
             yield
         finally:
-            self._tokens.passes = self._logits.passes = ()
+            self._tokens.passes = self._logits.passes = self._no_passes
 
 
 def bytes_on_device(adapter: Adapter, device: torch.device) -> int:

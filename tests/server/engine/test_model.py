@@ -61,11 +61,11 @@ SERVED: dict[str, dict[str, Any]] = {
 }
 # What a model of two layers must have fused; the others fuse what they have.
 FUSED = {
-    "llama": {"RMS norm": 5, "gated feed-forward": 2, "rotary attention": 2, "decoder layer": 2},
-    "mistral": {"RMS norm": 5, "gated feed-forward": 2, "rotary attention": 2, "decoder layer": 2},
-    "qwen2": {"RMS norm": 5, "gated feed-forward": 2, "rotary attention": 2, "decoder layer": 2},
-    "gemma": {"RMS norm": 5, "gated feed-forward": 2, "rotary attention": 2, "decoder layer": 2},
-    "qwen3": {"gated feed-forward": 2},
+    "llama": {"RMS norm": 5, "gated feed-forward": 2, "rotary attention": 2, "decoder layer": 2, "replay": 2},
+    "mistral": {"RMS norm": 5, "gated feed-forward": 2, "rotary attention": 2, "decoder layer": 2, "replay": 2},
+    "qwen2": {"RMS norm": 5, "gated feed-forward": 2, "rotary attention": 2, "decoder layer": 2, "replay": 2},
+    "gemma": {"RMS norm": 5, "gated feed-forward": 2, "rotary attention": 2, "decoder layer": 2, "replay": 2},
+    "qwen3": {"gated feed-forward": 2, "replay": 2},
     "phi": {"layer norm": 3},
     "gpt2": {"layer norm": 5},
 }

@@ -1,0 +1,93 @@
+"""One forward of a model, recorded: what goes into every part and what comes out. Engine thread, once at start."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from server.engine.attention import AttentionOptions, AttentionStep
+
+_TOLERANCE = 1e-5  # of the largest output: rounding in another order
+
+Forward = Callable[..., Any]
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a module, by copies of what it was given and gave."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """For another call, which may write into them."""
+        return _copied(self.args), _copied(self.kwargs)
+
+    def is_answered_by(self, forward: Forward) -> bool:
+        """Whether another forward gives the same output, up to rounding."""
+        args, kwargs = self.arguments()
+        try:
+            output = forward(*args, **kwargs)
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
+            return False  # the module is called in a way that the other does not know
+        got, expected = _tensor(output), _tensor(self.output)
+        if type(output) is not type(self.output) or got is None or expected is None or got.shape != expected.shape:
+            return False
+        return float((got - expected).abs().max()) <= _TOLERANCE * max(1.0, float(expected.abs().max()))
+
+
+@dataclass(slots=True)
+class RecordingStep:
+    """Lets a real step do the attention and notes how each layer asked for it."""
+
+    step: AttentionStep
+    options: dict[int | None, AttentionOptions] = field(default_factory=dict)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return self.step.addresses
+
+    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        self.options[layer] = options
+        return self.step.attend(layer, query, key, value, options)
+
+
+def record_forward(model: nn.Module, run: Callable[[AttentionStep], Any], recording: RecordingStep) -> dict[str, Call]:
+    """Calls `run` with a step that notes how layers attend; the last call of every module that took part, by path."""
+    calls: dict[str, Call] = {}
+    handles = []
+    for path, module in model.named_modules():
+
+        def before(module: nn.Module, args: Any, kwargs: Any, *, path: str = path) -> None:
+            calls[path] = Call(_copied(args), _copied(kwargs), None)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any, *, path: str = path) -> None:
+            calls[path].output = _copied(output)
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        run(recording)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else None
+
+
+def _copied(value: Any) -> Any:
+    """The same with tensors cloned: fused forwards write into what they are given."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, tuple | list):
+        return type(value)(_copied(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,143 @@
+"""Replays of a model's parts: what they call of the native kernels, made in one call. Engine thread.
+
+A decoder layer is some ten native calls; between them Python only says where things lie, which takes longer than the
+calls themselves when a step has few rows, and holds the interpreter's lock, which the event loop needs. No architecture
+is known by name: whatever does nothing but native calls is replayed, the largest parts first.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from server.engine.recorded_forward import Call, Forward
+from server.kernels.native_program import Buffer, NotRecordable, Program, Workspace, record
+
+_MIN_CALLS = 2  # of a part that is worth it
+_STEP = "attention_step"  # the keyword argument that holds the step's attention
+
+Place = tuple[int | str, ...]  # keys and indices that lead to one of a call's arguments
+
+
+def replay_parts(model: nn.Module, calls: Mapping[str, Call], passes: Callable[[], Any]) -> int:
+    """Gives the outermost parts that do nothing but native calls a replay; says how many.
+
+    Args:
+        calls: of the parts in one forward, by path.
+        passes: the bypasses of the running step, as the kernels want them.
+    """
+    workspace = Workspace()
+
+    def visit(path: str, module: nn.Module) -> int:
+        call = calls.get(path)
+        replay = None if call is None else _replay_of(module.forward, call, passes, workspace)
+        if call is not None and replay is not None and call.is_answered_by(replay):
+            module.forward = replay
+            return 1
+        return sum(visit(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children())
+
+    return visit("", model)
+
+
+def _replay_of(forward: Forward, call: Call, passes: Callable[[], Any], workspace: Workspace) -> "_Replay | None":
+    """None: it is no row of native calls over rows."""
+    args, kwargs = call.arguments()
+    found = {place: tensor for place, tensor in _tensors(args, kwargs) if tensor.is_contiguous()}
+    tensors = list(found.values())
+    if not tensors or tensors[0].dim() != 3 or len(tensors[0]) != 1:
+        return None
+    inputs = [Buffer.of(tensor) for tensor in tensors]
+    inputs += [Buffer(address, 1) for address in _addresses(passes, kwargs)]
+    outputs: list[Any] = []
+
+    def run() -> Tensor:
+        outputs.append(forward(*args, **kwargs))
+        tensor = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+            raise NotRecordable("the result is not [1, rows, width]")
+        return tensor
+
+    try:
+        program = record(run, inputs, tensors[0].shape[1])
+    except NotRecordable:
+        return None
+    if program.num_calls < _MIN_CALLS:
+        return None
+    beside = outputs[0][1:] if isinstance(outputs[0], tuple) else None
+    if beside and any(value is not None for value in beside):
+        return None
+    places = [place for index, place in enumerate(found) if index in program.inputs]
+    of_step = [index - len(tensors) for index in program.inputs if index >= len(tensors)]
+    return _Replay(forward, program, places, of_step, passes, workspace, beside)
+
+
+class _Replay:
+    """A part's forward; what does not look like the recorded arguments is computed as it always was."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        program: Program,
+        places: Sequence[Place],
+        of_step: Sequence[int],
+        passes: Callable[[], Any],
+        workspace: Workspace,
+        beside: tuple[None, ...] | None,
+    ) -> None:
+        """
+        Args:
+            places: where the tensors that the program needs are among the arguments; they come first in its inputs.
+            of_step: which addresses of the step follow.
+            beside: what follows the result in a tuple; None: the result stands alone.
+        """
+        self._forward = forward
+        self._program = program
+        self._places = places
+        self._of_step = of_step
+        self._passes = passes
+        self._workspace = workspace
+        self._beside = beside
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            tensors = [_at(place, args, kwargs) for place in self._places]
+        except (KeyError, IndexError, TypeError):
+            return self._forward(*args, **kwargs)
+        if not all(isinstance(tensor, Tensor) and tensor.is_contiguous() for tensor in tensors):
+            return self._forward(*args, **kwargs)
+        inputs = [tensor.data_ptr() for tensor in tensors]
+        addresses = _addresses(self._passes, kwargs)
+        inputs += [addresses[index] for index in self._of_step]
+        result = self._program(tensors[0].shape[1], inputs, self._workspace)
+        result = tensors[0] if result is None else result
+        return result if self._beside is None else (result, *self._beside)
+
+
+def _addresses(passes: Callable[[], Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """What else a step brings that native calls read."""
+    step = kwargs.get(_STEP)
+    return passes().pointer, *(step.addresses if step is not None else ())
+
+
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Place, Tensor]]:
+    """Every tensor among the arguments, with the keys that lead to it."""
+
+    def within(place: Place, value: Any) -> Iterator[tuple[Place, Tensor]]:
+        if isinstance(value, Tensor):
+            yield place, value
+        elif isinstance(value, tuple | list):
+            for index, item in enumerate(value):
+                yield from within((*place, index), item)
+
+    for index, value in enumerate(args):
+        yield from within((index,), value)
+    for name, value in kwargs.items():
+        yield from within((name,), value)
+
+
+def _at(place: Place, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    key, *rest = place
+    value = args[key] if isinstance(key, int) else kwargs[key]
+    for index in rest:
+        value = value[index]
+    return value
