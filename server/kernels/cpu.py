@@ -1,6 +1,5 @@
 """The native CPU kernels as `LinearGroup`s: weights packed once, adapters read where they lie in host memory."""
 
-import ctypes
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,27 +10,15 @@ from transformers.pytorch_utils import Conv1D
 from server.kernels import Kernels, LayerWeights, LinearGroup, Storage, native, native_linear, native_lora
 from server.kernels.memory import Arena
 
-_linear_group = native.Function("linear_group")
-
-
-class _GroupStruct(ctypes.Structure):
-    _fields_ = (
-        ("count", native.INT),
-        ("weights", native.POINTER),
-        ("slots", native.POINTER),
-        ("strides", native.POINTER),
-    )
-
 
 class CpuLinearGroup:
     """Packs its layers into `arena`, their own weights can go after that; bit-identical rows in any batch."""
 
     def __init__(self, storage: Storage, arena: Arena, layers: Sequence[nn.Module], num_slots: int) -> None:
         packed = [_pack(layer, storage, arena) for layer in layers]
-        self._base = self._linear = native_linear.LinearGroup(packed)
+        self._base = native_linear.LinearGroup(packed)
         self._slots = [native_lora.LoRASlots(layer.in_features, layer.out_features, num_slots) for layer in packed]
-        self._lora = native_lora.LoRAGroup(self._slots)
-        self._struct = _GroupStruct(len(packed), self._linear.pointers, self._lora.pointers, self._linear.strides)
+        self._group = native_lora.AdaptedGroup(self._base, native_lora.LoRAGroup(self._slots))
 
     @property
     def packed(self) -> Sequence[native_linear.PackedLinear]:
@@ -49,31 +36,20 @@ class CpuLinearGroup:
     def merge(self, weights: Sequence[LayerWeights | None]) -> int:
         layers, num_bytes = list(self._base.layers), 0
         for index, (base, current, lora) in enumerate(
-            zip(self._base.layers, self._linear.layers, weights, strict=True)
+            zip(self._base.layers, self._group.linear.layers, weights, strict=True)
         ):
             if lora is not None:
                 memory = current.data if current.data is not base.data else None  # of the last sum
                 layers[index] = merged = base.merged(lora, out=memory)
                 num_bytes += merged.data.nbytes if merged.data is not base.data else 0
-        self._compute_with(native_linear.LinearGroup(layers))
+        self._group.compute_with(native_linear.LinearGroup(layers))
         return num_bytes
 
     def unmerge(self) -> None:
-        self._compute_with(self._base)
-
-    def _compute_with(self, linear: native_linear.LinearGroup) -> None:
-        self._linear, self._struct.weights = linear, linear.pointers
+        self._group.compute_with(self._base)
 
     def __call__(self, x: Tensor, passes: Sequence[native_lora.Segments]) -> list[Tensor]:
-        assert x.shape[-1] == self._linear.in_features
-        if not isinstance(passes, native_lora.Passes):
-            passes = native_lora.Passes(passes)
-        x = native.contiguous(x)
-        rows = x.numel() // self._linear.in_features
-        outputs = native_linear.Outputs([torch.empty((*x.shape[:-1], out)) for out in self._linear.outs])
-        if _linear_group(x.data_ptr(), rows, ctypes.addressof(self._struct), passes.pointer, outputs.pointers):
-            raise MemoryError(f"no scratch memory for {rows} rows")
-        return outputs.tensors
+        return self._group(x, passes if isinstance(passes, native_lora.Passes) else native_lora.Passes(passes))
 
 
 class CpuEmbeddingBypass:

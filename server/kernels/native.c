@@ -1,5 +1,5 @@
 /*
- * CPU kernels of the server. One call of any of these functions is one OpenMP region at most.
+ * CPU kernels of the server.
  *
  * The file includes itself once per instruction set (AVX-512 with and without products of bfloat16 pairs, AVX2, generic
  * = SSE2, NEON or plain C); the pass without LORAPLEX_ISA holds the shared types and, after the passes with it, the
@@ -295,21 +295,12 @@ const char *loraplex_isa(void) { return sets[chosen].name; }
 
 __attribute__((constructor)) static void choose_isa(void) { loraplex_set_isa(NULL); }
 
-int loraplex_linear(const float *x, int64_t rows, int64_t n, const packed_linear *const *weights, float *const *ys,
-                    const int64_t *y_strides) {
-    return sets[chosen].kernels->linear(x, rows, n, weights, ys, y_strides);
-}
-
-int loraplex_add_lora(const float *x, int64_t n, const lora_slots *const *slots, float *const *ys,
-                      const int64_t *y_strides, int64_t num_segments, const lora_segment *segments) {
-    return sets[chosen].kernels->add_lora(x, n, slots, ys, y_strides, num_segments, segments);
-}
-
 int loraplex_linear_group(const float *x, int64_t rows, const linear_group *group, const lora_passes *passes,
                           float *const *ys) {
-    int failed = loraplex_linear(x, rows, group->count, group->weights, ys, group->y_strides);
+    const kernel_set *kernels = sets[chosen].kernels;
+    int failed = kernels->linear(x, rows, group->count, group->weights, ys, group->y_strides);
     for (int64_t i = 0; i < passes->count; i++)
-        failed |= loraplex_add_lora(x, group->count, group->slots, ys, group->y_strides, passes->passes[i].num_segments,
+        failed |= kernels->add_lora(x, group->count, group->slots, ys, group->y_strides, passes->passes[i].num_segments,
                                     passes->passes[i].segments);
     return failed;
 }

@@ -27,8 +27,6 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 _SIGNATURES: dict[str, tuple[object, ...]] = {
-    "linear": (POINTER, INT, INT, POINTER, POINTER, POINTER),
-    "add_lora": (POINTER, INT, POINTER, POINTER, POINTER, INT, POINTER),
     "linear_group": (POINTER, INT, POINTER, POINTER, POINTER),
     "add_embedding_lora": (POINTER, POINTER, POINTER, INT, POINTER),
     "attention": (POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT),
@@ -41,7 +39,7 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "add": (POINTER, POINTER, INT, INT),
     "replay": (POINTER, INT, POINTER, INT),
 }
-_CAN_FAIL = {"linear", "add_lora", "linear_group", "attention", "replay"}  # they need scratch memory
+_CAN_FAIL = {"linear_group", "attention", "replay"}  # they need scratch memory
 
 
 def _load() -> ctypes.CDLL | None:

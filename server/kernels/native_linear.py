@@ -1,4 +1,4 @@
-"""Frozen linear layers on the CPU: weights packed once, outputs of layers that share their input in one call."""
+"""Frozen linear layers as the native CPU kernels want them: weights packed once, layers of one input together."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,13 +9,10 @@ from torch.nn import functional
 
 from server.kernels import LayerWeights, Storage
 from server.kernels.memory import Arena, lazy_zeros
-from server.kernels.native import INT, PANEL, POINTER, contiguous, library, pointer
+from server.kernels.native import INT, PANEL, POINTER, pointer
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 4, torch.int8: 3}
 _STORAGE: dict[Storage, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-
-if library is not None:
-    _linear = library.loraplex_linear
 
 
 class _LinearStruct(ctypes.Structure):
@@ -99,7 +96,7 @@ class PackedLinear:
 
 
 class LinearGroup:
-    """Packed layers that read the same x, applied in one call."""
+    """Packed layers that read the same x."""
 
     def __init__(self, layers: Sequence[PackedLinear]) -> None:
         self.layers = tuple(layers)
@@ -113,14 +110,6 @@ class LinearGroup:
         self._strides = (INT * len(self.outs))(*self.outs)
         self.pointers = ctypes.addressof(self._structs)
         self.strides = ctypes.addressof(self._strides)
-
-
-class Outputs:
-    """What the layers of a group give, [..., out] each, and a table of addresses for all calls that write to it."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
-        self.pointers = (POINTER * len(tensors))(*[y.data_ptr() for y in tensors])
 
 
 def pack_linear(
@@ -158,17 +147,6 @@ def _pairs(panels: Tensor) -> Tensor:
     if panels.shape[1] % 2:
         panels = functional.pad(panels, (0, 0, 0, 1))
     return panels.view(len(panels), -1, 2, PANEL).transpose(2, 3)
-
-
-def linear(x: Tensor, group: LinearGroup) -> Outputs:
-    """y [..., out] = x [..., in] @ weight.T + bias for each layer of the group."""
-    assert x.shape[-1] == group.in_features
-    x = contiguous(x)
-    outputs = Outputs([torch.empty((*x.shape[:-1], out)) for out in group.outs])
-    rows = x.numel() // group.in_features
-    if _linear(x.data_ptr(), rows, len(group.outs), group.pointers, outputs.pointers, group.strides):
-        raise MemoryError(f"no scratch memory for {rows} rows")
-    return outputs
 
 
 def _padded(vector: Tensor, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""LoRA bypasses by the native CPU kernels, over adapters where they lie in host memory; see `native`."""
+"""Linear layers with LoRA bypasses by the native CPU kernels, over adapters where the host has them; see `native`."""
 
 import ctypes
 from collections.abc import Sequence
@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from server.kernels import LayerWeights, Segment
-from server.kernels.native import FLOAT, INT, KINDS, POINTER, contiguous, library, pointer
-from server.kernels.native_linear import Outputs
+from server.kernels.native import FLOAT, INT, KINDS, POINTER, Function, contiguous, pointer
+from server.kernels.native_linear import LinearGroup
 
-if library is not None:
-    _add_lora = library.loraplex_add_lora
-    _add_embedding_lora = library.loraplex_add_embedding_lora
+_linear_group = Function("linear_group")
+_add_embedding_lora = Function("add_embedding_lora")
 
 
 class _SlotsStruct(ctypes.Structure):
@@ -68,7 +67,7 @@ class LoRASlots:
 
 
 class LoRAGroup:
-    """The slots of layers that read the same x, applied in one call."""
+    """The slots of layers that read the same x."""
 
     def __init__(self, layers: Sequence[LoRASlots]) -> None:
         self.layers = tuple(layers)
@@ -122,20 +121,39 @@ class Passes(Sequence[Segments]):
         return self._passes[index]
 
 
-def add_lora(outputs: Outputs, x: Tensor, group: LoRAGroup, segments: Segments) -> None:
-    """y[t] += scale * scaling[s] * (x[t] @ lora_a[s].T) @ lora_b[s] for each layer's y [..., out], row t of a segment.
+class _AdaptedGroupStruct(ctypes.Structure):
+    _fields_ = (("count", INT), ("weights", POINTER), ("slots", POINTER), ("strides", POINTER))
 
-    Where the slot has them, y is multiplied by its `gain` and gets its `bias` after that.
-    x is [..., in]; outputs are contiguous and belong to the group's layers in order. A row outside every segment, or in
-    one whose slot is empty, stays as it is.
-    """
-    assert x.shape[-1] == group.in_features
-    x = contiguous(x)
-    if _add_lora(
-        x.data_ptr(), len(group.layers), group.pointers, outputs.pointers, group.strides, segments.count,
-        segments.pointer,
-    ):  # fmt: skip
-        raise MemoryError("no scratch memory for the LoRA activations")
+
+class AdaptedGroup:
+    """Packed layers that read the same x with their adapter slots, applied in one call."""
+
+    def __init__(self, linear: LinearGroup, lora: LoRAGroup) -> None:
+        self.linear, self._lora = linear, lora
+        self._struct = _AdaptedGroupStruct(len(linear.layers), linear.pointers, lora.pointers, lora.strides)
+        self._pointer = ctypes.addressof(self._struct)
+
+    def compute_with(self, linear: LinearGroup) -> None:
+        """Puts other weights of the same shapes in place of those that are there; replayed calls take them too."""
+        self.linear, self._struct.weights = linear, linear.pointers
+
+    def __call__(self, x: Tensor, passes: Passes) -> list[Tensor]:
+        """y [..., out] = x [..., in] @ weight.T + bias for each layer; then in each pass, for each row t of a segment
+
+            y[t] += scale * scaling[s] * (x[t] @ lora_a[s].T) @ lora_b[s]
+
+        Where the slot has them, y is multiplied by its `gain` and gets its `bias` after that. A row outside every
+        segment, or in one whose slot is empty, stays as it is.
+        """
+        in_features = self.linear.in_features
+        assert x.shape[-1] == in_features
+        x = contiguous(x)
+        rows = x.numel() // in_features
+        outputs = [torch.empty((*x.shape[:-1], out)) for out in self.linear.outs]
+        table = (POINTER * len(outputs))(*[y.data_ptr() for y in outputs])
+        if _linear_group(x.data_ptr(), rows, self._pointer, passes.pointer, table):
+            raise MemoryError(f"no scratch memory for {rows} rows")
+        return outputs
 
 
 def add_embedding_lora(y: Tensor, token_ids: Tensor, slots: LoRASlots, segments: Segments) -> None:

@@ -1,11 +1,12 @@
 """The native kernels on every instruction set that this processor has."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
-from server.kernels import native
+from server.kernels import Segment, native, native_linear, native_lora
 
 
 def supported_isas() -> list[str]:
@@ -31,3 +32,12 @@ def random_split(total: int) -> list[int]:
     while sum(sizes) < total:
         sizes.append(min(int(torch.randint(1, 40, ()).item()), total - sum(sizes)))
     return sizes
+
+
+def apply(
+    x: Tensor, linear: native_linear.LinearGroup, lora: Sequence[native_lora.LoRASlots] = (), *passes: Sequence[Segment]
+) -> list[Tensor]:
+    """What the layers of a group give, with slots of their own (none: empty ones)."""
+    slots = lora or [native_lora.LoRASlots(linear.in_features, out, 1) for out in linear.outs]
+    group = native_lora.AdaptedGroup(linear, native_lora.LoRAGroup(slots))
+    return group(x, native_lora.Passes([native_lora.Segments(segments) for segments in passes]))

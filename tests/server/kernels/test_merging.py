@@ -81,6 +81,6 @@ def test_sums_lie_in_pages_of_their_own_and_are_written_again(storage: Storage) 
     places = []
     for _ in range(2):
         group.merge([random_weights(5, out) for out in OUTS])
-        places.append([layer.data.data_ptr() for layer in group._linear.layers])
+        places.append([layer.data.data_ptr() for layer in group._group.linear.layers])
     assert places[0] == places[1]
     assert all(place % mmap.PAGESIZE == 0 for place in places[0])

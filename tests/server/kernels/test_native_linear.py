@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from server.kernels import Storage, native, native_linear
-from tests.server.kernels.conftest import random_split
+from tests.server.kernels.conftest import apply, random_split
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -13,7 +13,7 @@ STORAGES: list[Storage] = ["float32", "bfloat16", "int8"]
 
 
 def linear(x: Tensor, packed: native_linear.PackedLinear) -> Tensor:
-    (y,) = native_linear.linear(x, native_linear.LinearGroup([packed])).tensors
+    (y,) = apply(x, native_linear.LinearGroup([packed]))
     return y
 
 
@@ -74,9 +74,7 @@ def test_linear_bits_do_not_depend_on_threads_or_grouping() -> None:
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            for y, alone in zip(
-                native_linear.linear(x, native_linear.LinearGroup(layers)).tensors, expected, strict=True
-            ):
+            for y, alone in zip(apply(x, native_linear.LinearGroup(layers)), expected, strict=True):
                 assert torch.equal(y, alone)
     finally:
         torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from server.kernels import LayerWeights, Segment, native_linear, native_lora
 from server.kernels.torch_ops import TorchEmbeddingBypass, add_lora
-from tests.server.kernels.conftest import random_split
+from tests.server.kernels.conftest import apply, random_split
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -26,17 +26,25 @@ class Adapters:
 
     def __init__(self, ranks: list[int], in_features: int, outs: tuple[int, ...], dtype: torch.dtype) -> None:
         self.layers = [native_lora.LoRASlots(in_features, out, len(ranks)) for out in outs]
-        self.group = native_lora.LoRAGroup(self.layers)
+        weights = [native_linear.pack_linear(torch.randn(out, in_features), torch.randn(out)) for out in outs]
+        self.linear = native_linear.LinearGroup(weights)
         for layer in self.layers:
             for slot, rank in enumerate(ranks):
                 a = torch.randn(rank, in_features).to(dtype) / math.sqrt(in_features)
                 b = torch.randn(rank, layer.out_features).to(dtype)
                 layer.set(slot, LayerWeights(a, b, 0.5 + slot))
 
+    def __call__(self, x: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
+        return apply(x, self.linear, self.layers, segments)
+
     def reference(self, layer: int, slot: int, x: Tensor) -> Tensor:
         weights = self.layers[layer].weights[slot]
         assert weights is not None
         return weights.scaling * (x.double() @ weights.lora_a.double().T) @ weights.lora_b.double()
+
+
+def zeros(in_features: int, out_features: int) -> native_linear.LinearGroup:
+    return native_linear.LinearGroup([native_linear.pack_linear(torch.zeros(out_features, in_features))])
 
 
 def segments_of(lengths: list[int], start: int = 2) -> list[Segment]:
@@ -48,10 +56,6 @@ def segments_of(lengths: list[int], start: int = 2) -> list[Segment]:
     return segments
 
 
-def add_native(ys: list[Tensor], x: Tensor, group: native_lora.LoRAGroup, segments: Sequence[Segment]) -> None:
-    native_lora.add_lora(native_linear.Outputs(ys), x, group, native_lora.Segments(segments))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize(("in_features", "outs"), [(96, (64, 144)), (37, (19, 100))])
@@ -61,10 +65,7 @@ def test_add_lora(in_features: int, outs: tuple[int, ...], popularity: str, dtyp
     adapters = Adapters(ranks, in_features, outs, dtype)
     segments = segments_of(lengths)
     x = torch.randn(segments[-1].end + 3, in_features)
-    before = [torch.randn(len(x), out) for out in outs]
-    ys = [y.clone() for y in before]
-    add_native(ys, x, adapters.group, segments)
-    for layer, (y, base) in enumerate(zip(ys, before, strict=True)):
+    for layer, (y, base) in enumerate(zip(adapters(x, segments), apply(x, adapters.linear), strict=True)):
         expected = base.double()
         for slot, start, end, scale in segments:
             expected[start:end] += scale * adapters.reference(layer, slot, x[start:end])
@@ -78,8 +79,7 @@ def test_add_lora_halves_are_exact() -> None:
     layer = native_lora.LoRASlots(1, 8, 1)
     b = torch.tensor([numbers], dtype=torch.float16)
     layer.set(0, LayerWeights(torch.ones(1, 1, dtype=torch.float16), b, 1.0))
-    y = torch.zeros(1, 8)
-    add_native([y], torch.ones(1, 1), native_lora.LoRAGroup([layer]), [Segment(0, 0, 1)])
+    (y,) = apply(torch.ones(1, 1), zeros(1, 8), [layer], [Segment(0, 0, 1)])
     expected = torch.tensor([numbers], dtype=torch.float16).float()
     assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
 
@@ -91,19 +91,18 @@ def test_add_lora_scales_and_shifts_what_comes_out(rank: int, extras: tuple[bool
     layer = native_lora.LoRASlots(37, 75, 1)
     scale, bias = (torch.randn(75) if wanted else None for wanted in extras)
     layer.set(0, LayerWeights(torch.randn(rank, 37), torch.randn(rank, 75), 0.5, scale, bias))
-    group, x, base = native_lora.LoRAGroup([layer]), torch.randn(20, 37), torch.randn(20, 75)
-    reference, y, single = base.double(), base.clone(), base.clone()
+    linear, x = native_linear.LinearGroup([native_linear.pack_linear(torch.randn(75, 37))]), torch.randn(20, 37)
+    (base,) = apply(x, linear)
+    reference = base.double()
     weights = layer.weights[0]
     assert weights is not None
     add_lora(reference, x.double(), [weights], [Segment(0, 3, 17, 2.0)])
-    add_native([y], x, group, [Segment(0, 3, 17, 2.0)])
+    (y,) = apply(x, linear, [layer], [Segment(0, 3, 17, 2.0)])
     torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=1e-5)
-    for row in range(3, 17):
-        add_native([single], x, group, [Segment(0, row, row + 1, 2.0)])
+    (single,) = apply(x, linear, [layer], *([Segment(0, row, row + 1, 2.0)] for row in range(3, 17)))
     assert torch.equal(single, y)
     layer.clear(0)
-    after = base.clone()
-    add_native([after], x, group, [Segment(0, 0, 20)])
+    (after,) = apply(x, linear, [layer], [Segment(0, 0, 20)])
     assert torch.equal(after, base)
 
 
@@ -131,33 +130,27 @@ def test_add_embedding_lora(rank: int, dtype: torch.dtype) -> None:
 def test_add_lora_rows_do_not_depend_on_their_segments() -> None:
     adapters = Adapters([13], 100, (90, 33), torch.float32)
     x = torch.randn(200, 100)
-    whole = [torch.ones(200, 90), torch.ones(200, 33)]
-    add_native(whole, x, adapters.group, [Segment(0, 0, 200)])
+    whole = adapters(x, [Segment(0, 0, 200)])
     for _ in range(3):
         start, segments = 0, []
         for size in random_split(200):
             segments.append(Segment(0, start, start + size))
             start += size
-        ys = [torch.ones(200, 90), torch.ones(200, 33)]
-        add_native(ys, x, adapters.group, segments)
-        assert all(torch.equal(y, expected) for y, expected in zip(ys, whole, strict=True))
+        assert all(map(torch.equal, adapters(x, segments), whole))
 
 
 def test_add_lora_nan_stays_in_its_slot_and_empty_slots_add_nothing() -> None:
     adapters = Adapters([8, 8, 8], 32, (48,), torch.float32)
     x = torch.randn(9, 32)
     segments = [Segment(0, 0, 3), Segment(1, 3, 6), Segment(2, 6, 9)]
-    clean = torch.zeros(9, 48)
-    add_native([clean], x, adapters.group, segments)
+    (clean,) = adapters(x, segments)
     weights = adapters.layers[0].weights[1]
     assert weights is not None
     weights.lora_a.fill_(math.nan)
-    y = torch.zeros(9, 48)
-    add_native([y], x, adapters.group, segments)
+    (y,) = adapters(x, segments)
     assert y[3:6].isnan().all()
     assert torch.equal(y[:3], clean[:3])
     assert torch.equal(y[6:], clean[6:])
     adapters.layers[0].clear(1)
-    y = torch.zeros(9, 48)
-    add_native([y], x, adapters.group, segments)
-    assert torch.equal(y[3:6], torch.zeros(3, 48))
+    (y,) = adapters(x, segments)
+    assert torch.equal(y[3:6], apply(x, adapters.linear)[0][3:6])
