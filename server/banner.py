@@ -53,7 +53,7 @@ def _security(config: ServerConfig) -> str:
 
 
 def refused_adapters(
-    adapters: Mapping[AdapterRef, Path], layers: Mapping[str, LinearShape], max_rank: int
+    adapters: Mapping[AdapterRef, Path], layers: Mapping[str, LinearShape], max_rank: int, base_model: str
 ) -> dict[AdapterRef, str]:
     """The adapters whose configuration this server cannot serve, and why, of the first thousand by name and folder.
 
@@ -62,7 +62,7 @@ def refused_adapters(
     refused = {}
     for ref, folder in islice(adapters.items(), MAX_CHECKED):
         try:
-            check_config(folder, layers, max_rank)
+            check_config(folder, layers, max_rank, base_model)
         except AdapterFormatError as error:
             refused[ref] = str(error)
     return refused

@@ -61,7 +61,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             folders = {ref: catalog.path(ref) for ref in catalog.refs()}
             # What cannot be served is said before it is asked for.
             refused = await asyncio.to_thread(
-                refused_adapters, folders, parts.base.linear_layers, engine_config.max_lora_rank
+                refused_adapters, folders, parts.base.linear_layers, engine_config.max_lora_rank, parts.base.name
             )
             for ref, why in refused.items():
                 engine.adapters.board.refused(ref, why)

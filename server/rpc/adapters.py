@@ -154,6 +154,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
                 target_modules=adapter.target_modules,
                 num_layers=len(adapter.weights),
                 unmatched_targets=adapter.unmatched_targets,
+                other_base=adapter.other_base,
                 bytes_disk=adapter.num_bytes_disk,  # of one from elsewhere than the store, too
                 bytes_host=adapter.num_bytes,
                 bytes_device=bytes_on_device(adapter, self._engine.base.device) if on_device else 0,

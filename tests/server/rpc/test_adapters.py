@@ -79,9 +79,9 @@ async def test_another_folder_under_a_stored_name_is_a_replacement(running: Runn
 
 
 async def test_targets_that_the_base_lacks_are_told(running: Running) -> None:
-    _set(running.adapters_dir / "attention", '"q_proj"', '"q_proj", "nonsense"')
+    _set(running.adapters_dir / "attention", '"q_proj"', r'"q_proj", "nonsense", "\ud800"')
     loaded = await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="attention"))
-    assert list(loaded.unmatched_targets) == ["nonsense"]
+    assert list(loaded.unmatched_targets) == ["nonsense", r"\ud800"]
     assert loaded.num_layers == 2 * len(loaded.target_modules)
 
 
