@@ -10,6 +10,7 @@ ServingError
 ├── AdapterInUse            FAILED_PRECONDITION   unload if idle, and it is not
 ├── AdapterChanged          ABORTED               a lost compare-and-swap, or files that changed while they were read
 ├── AdapterUnloaded         ABORTED               a forced unload ended the request
+├── UploadTooSlow           DEADLINE_EXCEEDED     an upload stalled, or took longer than it may
 ├── DamagedAdapter          DATA_LOSS             a published adapter is not what was published
 ├── StoreNotWritable        FAILED_PRECONDITION
 ├── Overloaded              RESOURCE_EXHAUSTED
@@ -94,6 +95,11 @@ class AdapterChanged(ServingError):
 class AdapterUnloaded(ServingError):
     code = grpc.StatusCode.ABORTED
     reason = "ADAPTER_UNLOADED"
+
+
+class UploadTooSlow(ServingError):
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "UPLOAD_TOO_SLOW"
 
 
 class DamagedAdapter(ServingError):

@@ -19,7 +19,8 @@ from server.lora.adapter import Adapter, CheckedAdapter
 from server.lora.base_weights import BaseWeights
 from server.lora.digests import SUMS_FILE, check_sums
 from server.lora.disk_workers import DiskWorkers
-from server.lora.host_memory import HostCopy, HostMemory
+from server.lora.host_copy import HostCopy
+from server.lora.host_memory import HostMemory
 from server.lora.store import AdapterRef, Fingerprint, fingerprint
 
 log = logging.getLogger(__name__)

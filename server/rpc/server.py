@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from server.config import ServerConfig
 from server.engine.async_engine import AsyncEngine
 from server.errors import ConfigError
+from server.lora.uploads import UploadLimits
 from server.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from server.pb.loraplex.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from server.rpc.adapters import AdaptersService
@@ -86,7 +87,7 @@ class RpcServer:
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
             OpenInferenceService(engine, info, inference), self._server
         )
-        adapters_pb2_grpc.add_AdaptersServicer_to_server(AdaptersService(engine, config.max_upload_bytes), self._server)
+        adapters_pb2_grpc.add_AdaptersServicer_to_server(AdaptersService(engine, _upload_limits(config)), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
             names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -117,3 +118,7 @@ class RpcServer:
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(0)
         await self._server.stop(grace=1)
+
+
+def _upload_limits(config: ServerConfig) -> UploadLimits:
+    return UploadLimits(config.max_upload_bytes, config.upload_idle_seconds, config.upload_seconds)

@@ -23,7 +23,7 @@ from server.errors import (
 )
 from server.lora.adapter import Adapter
 from server.lora.cache import AdapterCache, UnloadMode
-from server.lora.host_memory import HostCopy
+from server.lora.host_copy import HostCopy
 from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
 
@@ -476,7 +476,7 @@ async def test_a_copy_that_is_leaving_the_device_is_not_revoked(tmp_path: Path, 
     leave = asyncio.Event()
     revoked: list[Adapter] = []
 
-    async def evict(adapter: Adapter) -> int:
+    async def evict(adapter: Adapter, makes_room: bool) -> int:
         await leave.wait()
         return 0
 

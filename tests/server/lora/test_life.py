@@ -282,7 +282,7 @@ class Lives(RuleBasedStateMachine):
             self._end(request)
         self.run(asyncio.sleep(0.01))
         assert all(copy.num_users == 0 for copy in self.cache.memory._copies.values())
-        assert not self.cache.memory._retiring
+        assert not self.cache.memory.retired
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
         shutil.rmtree(self.root)

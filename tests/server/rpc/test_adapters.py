@@ -1,6 +1,7 @@
 """The Adapters service through a real client: the life of adapters, and refusals that disturb nobody."""
 
 import asyncio
+import contextlib
 import gc
 import hashlib
 import resource
@@ -20,6 +21,7 @@ from torch import Tensor
 from server.engine.request import SamplingParams
 from server.lora.adapter import Adapter
 from server.lora.store import AdapterRef
+from server.lora.uploads import UploadLimits
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1.inference_pb2 import GenerateResponse
 from server.rpc import adapters as service
@@ -345,24 +347,31 @@ async def test_an_upload_whose_rank_does_not_fit_is_not_published(
     assert leftovers(running) == []
 
 
-@pytest.mark.parametrize("how", ["cancel", "stall"])
-async def test_an_upload_that_ends_half_way_leaves_nothing(
-    running: Running, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service, "UPLOAD_IDLE_SECONDS", 0.05 if how == "stall" else 60)
-    call = running.adapters.UploadAdapter()
-    for message in list(upload("sent", running.adapters_dir / "plain"))[:3]:
-        await call.write(message)
-    if how == "stall":
-        assert (await failure(call)).code() == grpc.StatusCode.ABORTED
-    else:
-        await asyncio.sleep(0.05)
-        assert leftovers(running)
-        call.cancel()
-    async with asyncio.timeout(5):
-        while leftovers(running):
-            await asyncio.sleep(0.005)
-    assert "sent" not in await listed(running)
+@pytest.mark.parametrize("how", ["cancel", "stall", "trickle"])
+async def test_an_upload_that_ends_half_way_leaves_nothing(serve: Serve, how: str) -> None:
+    limits = {"stall": {"upload_idle_seconds": 1}, "trickle": {"upload_seconds": 1}}.get(how, {})
+    async with serve(**limits) as running:
+        call = running.adapters.UploadAdapter()
+        messages = list(upload("sent", running.adapters_dir / "plain", chunk=100))
+        for message in messages[:3]:
+            await call.write(message)
+        if how == "cancel":
+            async with asyncio.timeout(5):
+                while not leftovers(running):
+                    await asyncio.sleep(0.005)
+            call.cancel()
+        else:
+            for message in messages[3:8] if how == "trickle" else ():
+                await asyncio.sleep(0.3)
+                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it has ended already
+                    await call.write(message)
+            error = await failure(call)
+            assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            assert f"(--{next(iter(limits)).replace('_', '-')})" in str(error.details())
+        async with asyncio.timeout(5):
+            while leftovers(running):
+                await asyncio.sleep(0.005)
+        assert "sent" not in await listed(running)
 
 
 async def test_two_uploads_of_one_name_at_once(running: Running) -> None:
@@ -541,7 +550,9 @@ async def test_a_watcher_that_does_not_read_keeps_no_weights(running: Running) -
     """Its call stands where it hands an event on."""
     for kind in (pb.AdapterEvent.SNAPSHOT, pb.AdapterEvent.REPLACED):
         await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain"))
-        watching = service.AdaptersService(running.engine, 1).WatchAdapters(pb.WatchAdaptersRequest(), None)
+        watching = service.AdaptersService(running.engine, UploadLimits(1, 1, 1)).WatchAdapters(
+            pb.WatchAdaptersRequest(), None
+        )
         async with aclosing(watching) as events:
             event = await anext(events)
             if kind == pb.AdapterEvent.REPLACED:
