@@ -38,12 +38,16 @@ def banner(
         f"adapters  {num_adapters} in {config.adapters_dir}; {engine_config.adapter_slots} device slots, rank up to "
         f"{engine_config.max_lora_rank}, kernels: {parts.runner.lora.kernels_name}",
         *(f"refused   {ref.name}@{ref.version}: {why}" for ref, why in list(refused.items())[:MAX_REFUSED_LINES]),
-        f"listening gRPC {config.listen}, metrics {config.metrics_listen or 'off'}, reflection "
+        f"listening gRPC {_addresses(config)}, metrics {config.metrics_listen or 'off'}, reflection "
         f"{'on' if config.reflection else 'off'}, {_security(config)}",
     ]
     if len(refused) > MAX_REFUSED_LINES:
         lines.insert(-1, f"refused   {len(refused) - MAX_REFUSED_LINES} more: see 'loraplex adapters list'")
     return lines
+
+
+def _addresses(config: ServerConfig) -> str:
+    return f"{config.listen}, of adapters {config.admin_listen}" if config.admin_listen else config.listen
 
 
 def _security(config: ServerConfig) -> str:

@@ -70,6 +70,9 @@ class ServerConfig:
 
     adapters_dir: Path = setting(Path("adapters-store"), "Folder of adapters: NAME/ or NAME/VERSION/ in PEFT's format.")
     listen: str = setting("127.0.0.1:50051", "Address of the gRPC server.")
+    admin_listen: str = setting(
+        "", "Address of the Adapters service, apart from the others; empty: that of --listen, for every client of it."
+    )
     metrics_listen: str = setting("127.0.0.1:9090", "Address of the Prometheus endpoint; empty: none.")
     metrics_adapters: int = setting(20, "Adapters with metrics of their own; the others share 'other'.", low=0)
     otlp_endpoint: str = setting("", "Where OpenTelemetry traces go, as http://HOST:4317; empty: see OTEL_ variables.")

@@ -11,6 +11,7 @@ ServingError
 ├── AdapterChanged          ABORTED               a lost compare-and-swap, or files that changed while they were read
 ├── AdapterUnloaded         ABORTED               a forced unload ended the request
 ├── UploadTooSlow           DEADLINE_EXCEEDED     an upload stalled, or took longer than it may
+├── AdminOnly               PERMISSION_DENIED     only the admin address changes adapters
 ├── DamagedAdapter          DATA_LOSS             a published adapter is not what was published
 ├── StoreNotWritable        FAILED_PRECONDITION
 ├── Overloaded              RESOURCE_EXHAUSTED
@@ -100,6 +101,14 @@ class AdapterUnloaded(ServingError):
 class UploadTooSlow(ServingError):
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "UPLOAD_TOO_SLOW"
+
+
+class AdminOnly(ServingError):
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "ADMIN_ONLY"
+
+    def __init__(self) -> None:
+        super().__init__("adapters are loaded and unloaded at the admin address alone (--admin-listen)")
 
 
 class DamagedAdapter(ServingError):

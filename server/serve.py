@@ -28,7 +28,8 @@ from server.lora.store import AdapterStore
 from server.lora.watcher import StoreWatcher
 from server.metrics import Metrics
 from server.pb.loraplex.v1.inference_pb2 import ModelInfo
-from server.rpc.server import RpcServer, check_address
+from server.rpc.listener import check_address
+from server.rpc.server import RpcServer
 from server.throughput_log import ThroughputLog
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     Raises:
         ConfigError: it cannot start as asked.
     """
-    check_address(config.listen)
+    check_address("--listen", config.listen)
+    if config.admin_listen:
+        check_address("--admin-listen", config.admin_listen)
     disable_created_metrics()
     metrics = Metrics(CollectorRegistry(), config.metrics_adapters)
     ProcessCollector(registry=metrics.registry)

@@ -29,6 +29,11 @@ class AdapterStatus:
     error: str = ""
     num_bytes_disk: int = 0  # of its files in the store
 
+    @property
+    def answers(self) -> bool:
+        """Whether a request for it would be answered; one on disk is loaded by its first request."""
+        return self.adapter is not None or not self.error
+
 
 class EventKind(enum.Enum):
     SNAPSHOT = enum.auto()  # was there when the watch began
