@@ -1,0 +1,101 @@
+"""Merging through a real client: on request, beside others, and what becomes of a merged adapter."""
+
+import asyncio
+import threading
+
+import grpc
+import pytest
+
+from server.lora.adapter import Adapter
+from server.pb.loraplex.v1 import adapters_pb2 as pb
+from tests.server.rpc.conftest import Running, Serve, listed
+from tests.server.rpc.test_inference import ask, failure
+
+
+async def test_merge_and_unmerge(running: Running) -> None:
+    plain = await running.inference.Generate(ask(adapter="plain"))
+    other = await running.inference.Generate(ask(adapter="attention"))
+    merged = await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
+    assert merged.seconds > 0
+    assert merged.bytes_merged > 0
+    assert merged.adapter.merged
+    assert [name for name, adapter in (await listed(running)).items() if adapter.merged] == ["plain"]
+    again = await running.inference.Generate(ask(adapter="plain"))
+    assert (again.token_ids, again.adapter.merged) == (plain.token_ids, True)
+    beside = await running.inference.Generate(ask(adapter="attention"))
+    assert (beside.token_ids, beside.adapter.merged) == (other.token_ids, False)
+    await running.adapters.UnmergeAdapter(pb.UnmergeAdapterRequest())
+    assert not any(adapter.merged for adapter in (await listed(running)).values())
+    error = await failure(running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="nobody")))
+    assert error.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_merged_adapter_is_replaced_and_unloaded(running: Running) -> None:
+    expected = await running.inference.Generate(ask(adapter="plain"))
+    await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
+    await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain", replace=True))
+    assert (await running.inference.Generate(ask(adapter="plain"))).token_ids == expected.token_ids
+    await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
+    await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
+    assert running.engine.merging.num_bytes == 0
+    assert (await running.inference.Generate(ask())).token_ids != expected.token_ids
+
+
+async def test_a_merge_fails_with_the_engine(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for an answer of the engine's thread hears when it dies, and so does who asks later."""
+    await running.inference.Generate(ask(adapter="plain"))
+    reached, die = threading.Event(), threading.Event()
+
+    def stop_here(adapter: object) -> float:
+        reached.set()
+        die.wait()
+        raise SystemExit("the weights are broken")
+
+    monkeypatch.setattr(running.parts.runner, "merge", stop_here)
+    merge = running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="attention"))
+    async with asyncio.timeout(10):
+        await asyncio.to_thread(reached.wait)
+        unload = running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
+        while "plain" in await listed(running):
+            await asyncio.sleep(0.01)
+        die.set()
+        for error in await asyncio.gather(failure(merge), failure(unload)):
+            assert error.code() == grpc.StatusCode.UNAVAILABLE
+            assert error.details() == "the engine is down"
+    error = await failure(running.adapters.UnmergeAdapter(pb.UnmergeAdapterRequest()))
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_client_that_leaves_a_merge_leaves_the_engine_alive(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    merge = running.parts.runner.merge
+
+    def slow(adapter: Adapter | None) -> float:
+        reached.set()
+        go_on.wait()
+        return merge(adapter)
+
+    monkeypatch.setattr(running.parts.runner, "merge", slow)
+    call = running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
+    other = asyncio.create_task(running.engine.merging.merge("attention"))  # and one that has not begun
+    async with asyncio.timeout(10):
+        await asyncio.to_thread(reached.wait)
+        while not (await listed(running))["attention"].requests_running:
+            await asyncio.sleep(0.01)
+        call.cancel()
+        other.cancel()
+        await asyncio.wait([other])
+        go_on.set()
+        assert (await running.inference.Generate(ask(adapter="plain"))).token_ids
+    assert not running.engine.died.is_set()
+
+
+async def test_merging_on_request_needs_its_policy(serve: Serve) -> None:
+    async with serve({"merge_policy": "off"}) as server:
+        error = await failure(server.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain")))
+        assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert "--merge-policy is off" in str(error.details())
+
+
