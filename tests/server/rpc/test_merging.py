@@ -2,11 +2,14 @@
 
 import asyncio
 import threading
+from concurrent.futures import Future
 
 import grpc
 import pytest
 
+from server.engine.core import Merge
 from server.lora.adapter import Adapter
+from server.lora.store import AdapterRef
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from tests.server.rpc.conftest import Running, Serve, listed
 from tests.server.rpc.test_inference import ask, failure
@@ -99,3 +102,47 @@ async def test_merging_on_request_needs_its_policy(serve: Serve) -> None:
         assert "--merge-policy is off" in str(error.details())
 
 
+async def test_what_an_operator_merged_stays_until_it_is_unmerged(serve: Serve) -> None:
+    """As if it were pinned. What goes in its stead leaves host and device, and counts for both."""
+    async with serve(adapter_host_bytes=30_000) as server:  # for two of these three
+        merged = (await server.adapters.MergeAdapter(pb.MergeAdapterRequest(name="attention"))).adapter
+        for name in ("feed-forward", "head"):
+            await server.inference.Generate(ask(adapter=name))
+        kept = {name for name, adapter in (await listed(server)).items() if adapter.tier != pb.DISK}
+        assert kept == {"attention", "head"}
+        assert (await listed(server))["attention"].merged
+        answer = await server.adapters.ListAdapters(pb.ListAdaptersRequest())
+        assert answer.bytes_host_pinned == merged.bytes_host
+        for tier in ("host", "device"):
+            labels = {"adapter": "feed-forward", "tier": tier}
+            for counter in ("evictions_total", "loads_total"):
+                assert server.metrics.registry.get_sample_value(f"loraplex_adapter_{counter}", labels) == 1
+            seconds = server.metrics.registry.get_sample_value("loraplex_adapter_load_time_seconds_total", labels)
+            assert seconds is not None
+            assert seconds > 0
+        await server.adapters.UnmergeAdapter(pb.UnmergeAdapterRequest())
+        await server.inference.Generate(ask(adapter="feed-forward"))
+        assert (await listed(server))["attention"].tier == pb.DISK
+
+
+async def test_what_was_merged_unasked_goes_and_that_is_told(serve: Serve) -> None:
+    async with serve({"merge_policy": "auto"}, adapter_host_bytes=30_000) as server:
+        await server.inference.Generate(ask(adapter="attention"))
+        copy = server.engine.adapters.memory.get(AdapterRef("attention", "1"))
+        assert copy is not None
+        events = aiter(server.adapters.WatchAdapters(pb.WatchAdaptersRequest()))
+
+        async def told(kind: pb.AdapterEvent.Type.ValueType) -> pb.Adapter:
+            async with asyncio.timeout(10):
+                async for event in events:
+                    if (event.type, event.adapter.name) == (kind, "attention"):
+                        break
+            return event.adapter
+
+        await told(pb.AdapterEvent.SNAPSHOT)
+        server.engine._core.put(Merge(copy.adapter, Future()))  # as its policy would
+        assert (await told(pb.AdapterEvent.UPDATED)).merged
+        for name in ("feed-forward", "head"):
+            await server.inference.Generate(ask(adapter=name))
+        assert not (await told(pb.AdapterEvent.EVICTED)).merged
+        assert server.engine.merging.num_bytes == 0
