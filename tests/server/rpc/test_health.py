@@ -14,9 +14,9 @@ from tests.server.rpc.test_inference import ask, failure
 SERVING, NOT_SERVING = pb.HealthCheckResponse.SERVING, pb.HealthCheckResponse.NOT_SERVING
 
 
-async def check(running: Running, service: str) -> pb.HealthCheckResponse.ServingStatus:
+async def check(running: Running, service: str) -> int:
     stub = health_pb2_grpc.HealthStub(running.channel)
-    return (await stub.Check(pb.HealthCheckRequest(service=service))).status
+    return int((await stub.Check(pb.HealthCheckRequest(service=service))).status)
 
 
 async def test_an_adapter_serves_if_requests_for_it_are_answered(running: Running) -> None:
@@ -37,9 +37,9 @@ async def test_watching_an_adapter(running: Running) -> None:
     stub = health_pb2_grpc.HealthStub(running.channel)
     statuses = aiter(stub.Watch(pb.HealthCheckRequest(service="adapter/new")))
 
-    async def told() -> pb.HealthCheckResponse.ServingStatus:
+    async def told() -> int:
         async with asyncio.timeout(10):
-            return (await anext(statuses)).status
+            return int((await anext(statuses)).status)
 
     assert await told() == pb.HealthCheckResponse.SERVICE_UNKNOWN
     await running.adapters.LoadAdapter(adapters_pb2.LoadAdapterRequest(name="plain"))  # of no interest

@@ -132,12 +132,13 @@ async def test_what_was_merged_unasked_goes_and_that_is_told(serve: Serve) -> No
         assert copy is not None
         events = aiter(server.adapters.WatchAdapters(pb.WatchAdaptersRequest()))
 
-        async def told(kind: pb.AdapterEvent.Type.ValueType) -> pb.Adapter:
+        async def told(kind: int) -> pb.Adapter:
             async with asyncio.timeout(10):
-                async for event in events:
-                    if (event.type, event.adapter.name) == (kind, "attention"):
-                        break
-            return event.adapter
+                event = await anext(events)
+                while (event.type, event.adapter.name) != (kind, "attention"):
+                    event = await anext(events)
+            adapter: pb.Adapter = event.adapter
+            return adapter
 
         await told(pb.AdapterEvent.SNAPSHOT)
         server.engine._core.put(Merge(copy.adapter, Future()))  # as its policy would
