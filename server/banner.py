@@ -47,7 +47,7 @@ def banner(
 
 
 def _addresses(config: ServerConfig) -> str:
-    return f"{config.listen}, of adapters {config.admin_listen}" if config.admin_listen else config.listen
+    return f"{config.listen}, for operators {config.admin_listen}" if config.admin_listen else config.listen
 
 
 def _security(config: ServerConfig) -> str:

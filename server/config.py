@@ -71,7 +71,7 @@ class ServerConfig:
     adapters_dir: Path = setting(Path("adapters-store"), "Folder of adapters: NAME/ or NAME/VERSION/ in PEFT's format.")
     listen: str = setting("127.0.0.1:50051", "Address of the gRPC server.")
     admin_listen: str = setting(
-        "", "Address of the Adapters service, apart from the others; empty: that of --listen, for every client of it."
+        "", "Address that serves the Adapters service beside all others; empty: --listen serves it too."
     )
     metrics_listen: str = setting("127.0.0.1:9090", "Address of the Prometheus endpoint; empty: none.")
     metrics_adapters: int = setting(20, "Adapters with metrics of their own; the others share 'other'.", low=0)

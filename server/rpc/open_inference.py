@@ -26,10 +26,16 @@ _DATA_TYPES = {"BYTES": pb.TYPE_STRING, "BOOL": pb.TYPE_BOOL, "UINT32": pb.TYPE_
 
 
 class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
-    """Owns nothing but the statistics."""
+    """Owns nothing."""
 
     def __init__(
-        self, engine: AsyncEngine, info: inference_pb2.ModelInfo, inference: InferenceService, *, changes_adapters: bool
+        self,
+        engine: AsyncEngine,
+        info: inference_pb2.ModelInfo,
+        inference: InferenceService,
+        statistics: ModelStatistics,
+        *,
+        changes_adapters: bool,
     ) -> None:
         """`changes_adapters`: whether clients may load and unload them here."""
         self._engine = engine
@@ -37,7 +43,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
         self._inference = inference
         self._changes_adapters = changes_adapters
         self._models = Models(info.name, engine.adapters)
-        self._statistics = ModelStatistics()
+        self._statistics = statistics
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: object) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)

@@ -13,7 +13,8 @@ from server.rpc.adapters import AdaptersService
 from server.rpc.call_metrics import CallMetricsInterceptor
 from server.rpc.inference import InferenceService
 from server.rpc.interceptors import ErrorInterceptor
-from server.rpc.listener import Listener
+from server.rpc.listener import Listener, Register
+from server.rpc.model_statistics import ModelStatistics
 from server.rpc.open_inference import OpenInferenceService
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ SERVICES = (INFERENCE, ADAPTERS, OPEN_INFERENCE)
 
 
 class RpcServer:
-    """Owns the listeners: one, or with --admin-listen a second one for whatever changes adapters."""
+    """Owns the listeners: one, or with --admin-listen a second one, so that the first changes no adapters."""
 
     def __init__(self, config: ServerConfig, engine: AsyncEngine, info: inference_pb2.ModelInfo) -> None:
         """Binds the addresses.
@@ -35,25 +36,29 @@ class RpcServer:
         """
         self._engine = engine
         inference = InferenceService(engine, info)
-        open_inference = OpenInferenceService(engine, info, inference, changes_adapters=not config.admin_listen)
         adapters = AdaptersService(
             engine, UploadLimits(config.max_upload_bytes, config.upload_idle_seconds, config.upload_seconds)
         )
-        public = {
-            INFERENCE: partial(inference_pb2_grpc.add_InferenceServicer_to_server, inference),
-            OPEN_INFERENCE: partial(grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, open_inference),
-        }
-        admin = {ADAPTERS: partial(adapters_pb2_grpc.add_AdaptersServicer_to_server, adapters)}
+        statistics = ModelStatistics()
+
+        def services(*, changes_adapters: bool) -> dict[str, Register]:
+            models = OpenInferenceService(engine, info, inference, statistics, changes_adapters=changes_adapters)
+            result: dict[str, Register] = {
+                INFERENCE: partial(inference_pb2_grpc.add_InferenceServicer_to_server, inference),
+                OPEN_INFERENCE: partial(grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, models),
+            }
+            if changes_adapters:
+                result[ADAPTERS] = partial(adapters_pb2_grpc.add_AdaptersServicer_to_server, adapters)
+            return result
+
         tracing = [engine.tracer.interceptor()] if engine.tracer else []
         interceptors = [CallMetricsInterceptor(engine.metrics.registry), *tracing, ErrorInterceptor()]
         listen = partial(Listener, config=config, engine=engine, interceptors=interceptors)
-        if config.admin_listen:
-            self._listeners = [
-                listen("--listen", config.listen, services=public),
-                listen("--admin-listen", config.admin_listen, services=admin),
-            ]
-        else:
-            self._listeners = [listen("--listen", config.listen, services={**public, **admin})]
+        has_admin = bool(config.admin_listen)
+        self._listeners = [listen("--listen", config.listen, services=services(changes_adapters=not has_admin))]
+        if has_admin:
+            everything = services(changes_adapters=True)
+            self._listeners.append(listen("--admin-listen", config.admin_listen, services=everything))
 
     @property
     def port(self) -> int:
@@ -61,7 +66,7 @@ class RpcServer:
 
     @property
     def admin_port(self) -> int:
-        """Where the Adapters service is."""
+        """Of the address that serves everything."""
         return self._listeners[-1].port
 
     async def start(self) -> None:

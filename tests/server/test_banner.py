@@ -14,5 +14,7 @@ def test_a_bounded_number_of_configurations_is_looked_at_and_no_weights(tmp_path
         (folder / "adapter_model.safetensors").touch()
     opened.clear()
     refused = refused_adapters(folders, {}, 8, "tiny")
-    assert list(dict.fromkeys(opened)) == [str(folder / "adapter_config.json") for folder in list(folders.values())[:MAX_CHECKED]]
+    assert list(dict.fromkeys(opened)) == [
+        str(folder / "adapter_config.json") for folder in list(folders.values())[:MAX_CHECKED]
+    ]
     assert list(refused) == list(folders)[:MAX_CHECKED]
