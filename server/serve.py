@@ -189,7 +189,7 @@ async def _until_stopped(server: RpcServer, engine: AsyncEngine, config: ServerC
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
-    log.info("ready: listening on port %d", server.port)  # and ready to be stopped
+    log.info("ready: listening on port %s", " and ".join(map(str, server.ports)))  # and ready to be stopped
     stopped = asyncio.create_task(stop.wait())
     died = asyncio.create_task(engine.died.wait())
     await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)

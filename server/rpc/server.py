@@ -62,12 +62,12 @@ class RpcServer:
 
     @property
     def port(self) -> int:
-        return self._listeners[0].port
+        return self.ports[0]
 
     @property
-    def admin_port(self) -> int:
-        """Of the address that serves everything."""
-        return self._listeners[-1].port
+    def ports(self) -> list[int]:
+        """Of --listen, and of --admin-listen if there is one."""
+        return [listener.port for listener in self._listeners]
 
     async def start(self) -> None:
         for listener in self._listeners:

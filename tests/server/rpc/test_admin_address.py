@@ -21,7 +21,7 @@ from tests.server.rpc.test_inference import ask, failure
 async def test_the_first_address_has_no_adapters_service(serve: Serve) -> None:
     async with (
         serve(admin_listen="127.0.0.1:0") as server,
-        grpc.aio.insecure_channel(f"127.0.0.1:{server.server.admin_port}") as admin,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.server.ports[1]}") as admin,
     ):
         loaded = await AdaptersStub(admin).LoadAdapter(pb.LoadAdapterRequest(name="plain"))
         assert (await server.inference.Generate(ask(adapter="plain"))).adapter.generation == loaded.generation
@@ -45,7 +45,7 @@ async def test_the_other_protocol_changes_nothing_there(serve: Serve) -> None:
             assert "--admin-listen" in str(error.details())
         index = await server.open_inference.RepositoryIndex(open_pb.RepositoryIndexRequest(ready=True))
         assert "plain" in {model.name for model in index.models}
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.server.admin_port}") as admin:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.server.ports[1]}") as admin:
             request = open_pb.RepositoryModelUnloadRequest(model_name="plain")
             await GRPCInferenceServiceStub(admin).RepositoryModelUnload(request)
         index = await server.open_inference.RepositoryIndex(open_pb.RepositoryIndexRequest(ready=True))
