@@ -20,7 +20,7 @@ MAX_ALPHA = 65536.0
 # Keys that say how an adapter was made, or nothing at all: they do not change what it computes.
 _IGNORED_KEYS = frozenset({
     "auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config",
-    "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "runtime_config",
 })  # fmt: skip
 # Features that are not served, and why. A key is harmless while its value is false, empty or missing.
 _NOT_SERVED = {
@@ -54,7 +54,8 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     dropout: float = 0.0
-    base_model: str = ""
+    base_model: str = ""  # the name or folder of the model that it was trained on; empty: not recorded
+    base_revision: str = ""
     fan_in_fan_out: bool = False
     use_dora: bool = False
     bias: str = "none"  # whose biases were trained: "none", "lora_only" (of the targets) or "all"
@@ -62,6 +63,12 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...] = ()  # modules that were trained whole
     ensure_weight_tying: bool = False  # whether a head that is the embedding's weight is adapted as the embedding is
     invocation_tokens: tuple[int, ...] = ()  # aLoRA: the adapter works from their last occurrence in the prompt on
+
+    @property
+    def trained_on(self) -> str:
+        """The base model and its revision, for people."""
+        at = f" at revision {self.base_revision}" if self.base_revision else ""
+        return f"{self.base_model or 'a base model that it does not name'}{at}"
 
     def rank_of(self, module: str) -> int:
         return by_pattern(self.rank_pattern, module, self.rank)
@@ -107,7 +114,8 @@ def parse_config(data: bytes) -> AdapterConfig:
         rank_pattern=reader.pattern("rank_pattern", lambda r, key: r.integer(key, 1, MAX_RANK)),
         alpha_pattern=reader.pattern("alpha_pattern", lambda r, key: r.number(key, MAX_ALPHA)),
         dropout=reader.share("lora_dropout"),
-        base_model=str(raw.get("base_model_name_or_path") or ""),
+        base_model=reader.text("base_model_name_or_path"),
+        base_revision=reader.text("revision"),
         fan_in_fan_out=reader.boolean("fan_in_fan_out"),
         use_dora=reader.boolean("use_dora"),
         bias=reader.choice("bias", ("none", "lora_only", "all")),
@@ -117,7 +125,7 @@ def parse_config(data: bytes) -> AdapterConfig:
         invocation_tokens=reader.integers("alora_invocation_tokens"),
     )
     known = reader.seen | _IGNORED_KEYS | _NOT_SERVED.keys()
-    known |= {"peft_type", "task_type", "init_lora_weights", "base_model_name_or_path"}
+    known |= {"peft_type", "task_type", "init_lora_weights"}
     if unknown := sorted(raw.keys() - known):
         raise AdapterFormatError(f"{CONFIG_FILE}: unknown key {unknown[0]!r}")
     if config.use_dora and (config.lora_bias or config.invocation_tokens):
@@ -138,6 +146,7 @@ def to_peft(config: AdapterConfig) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.base_model or None,
+        "revision": config.base_revision or None,
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,

@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from adapters.errors import AdapterFormatError
+from adapters.errors import AdapterFormatError, printable
 
 Value = TypeVar("Value")
 
 MAX_ITEMS = 4096  # of a list
+MAX_TEXT = 1024  # characters
 
 
 def parse_json(data: bytes, file: str) -> dict[str, Any]:
@@ -86,6 +87,17 @@ class ConfigReader:
         if value not in choices:
             raise AdapterFormatError(f"{key} is {value!r}; one of {', '.join(choices)} is needed")
         return str(value)
+
+    def text(self, key: str) -> str:
+        """A name or path; empty if it is not there."""
+        value = self.get(key)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise AdapterFormatError(f"{key} is {value!r}; a text is needed")
+        if len(value) > MAX_TEXT:
+            raise AdapterFormatError(f"{key} has {len(value):,} characters; at most {MAX_TEXT:,} are taken")
+        return printable(value)
 
     def names(self, key: str, required: bool = False) -> tuple[str, ...] | str:
         """A pattern, or names; the empty tuple if it is not there."""

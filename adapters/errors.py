@@ -28,3 +28,7 @@ class AdapterIncompatibleError(AdapterFormatError):
 
     def __init__(self, message: str, reason: str = "INCOMPATIBLE_ADAPTER") -> None:
         super().__init__(message, reason)
+
+
+class WrongBaseError(AdapterIncompatibleError):
+    """What the files hold belongs to another base model."""

@@ -5,6 +5,7 @@ code, no tokenizer, no template. Every size is capped before it is used, every k
 understood or refused by name, and every tensor must be one that the configuration and the base model call for.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ import math
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from adapters.base_fingerprint import METADATA_KEY
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config, to_peft
-from adapters.errors import AdapterFormatError
+from adapters.errors import AdapterFormatError, WrongBaseError
 from adapters.tensors import PREFIX, LinearShape, Part, known_tensors, largest_file, read_header
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -59,18 +60,22 @@ class AdapterFiles:
         return hashlib.sha256("".join(self.file_digests.values()).encode()).hexdigest()
 
 
-def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int) -> AdapterFiles:
-    """Reads and checks an adapter for a base model that has `layers`.
+def read_adapter(
+    folder: Path, layers: Mapping[str, LinearShape], max_rank: int, base_model: str = "the base model"
+) -> AdapterFiles:
+    """Reads and checks an adapter for a base model that has `layers`, and a name for messages.
 
     Raises:
         AdapterFormatError: the files are missing, malformed, of wrong shapes or not finite.
-        AdapterIncompatibleError: another base, a rank over `max_rank`, or a feature that is not served.
+        AdapterIncompatibleError: a rank over `max_rank`, or a feature that is not served.
+        WrongBaseError: the layers or shapes are another base's.
     """
     config_bytes = _read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
     config = parse_config(config_bytes)
-    known = known_tensors(config, layers, max_rank)
-    weights_bytes = _read_file(folder / WEIGHTS_FILE, largest_file(known))
-    present, metadata = read_header(weights_bytes, known, layers)
+    with _naming_bases(config, base_model):
+        known = known_tensors(config, layers, max_rank)
+        weights_bytes = _read_file(folder / WEIGHTS_FILE, largest_file(known))
+        present, metadata = read_header(weights_bytes, known, layers)
     try:
         tensors = safetensors.torch.load(weights_bytes)
     except Exception as error:  # the library's errors have no common base but Exception
@@ -100,13 +105,17 @@ def read_adapter(folder: Path, layers: Mapping[str, LinearShape], max_rank: int)
     )
 
 
-def check_config(folder: Path, layers: Mapping[str, LinearShape], max_rank: int) -> None:
+def check_config(
+    folder: Path, layers: Mapping[str, LinearShape], max_rank: int, base_model: str = "the base model"
+) -> None:
     """Checks the configuration alone: a cheap first look at many adapters.
 
     Raises:
-        AdapterFormatError, AdapterIncompatibleError: those of `read_adapter` that need no weights.
+        AdapterFormatError, AdapterIncompatibleError, WrongBaseError: those of `read_adapter` that need no weights.
     """
-    known_tensors(parse_config(_read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES)), layers, max_rank)
+    config = parse_config(_read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
+    with _naming_bases(config, base_model):
+        known_tensors(config, layers, max_rank)
 
 
 def write_adapter(
@@ -165,6 +174,16 @@ def fsync(path: Path) -> None:
 def open_plain(path: str | Path) -> io.BufferedReader:
     """Opens a file for reading that strangers may have put there: links are not followed, pipes not waited for."""
     return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
+
+
+@contextlib.contextmanager
+def _naming_bases(config: AdapterConfig, base_model: str) -> Iterator[None]:
+    """Within, a refusal that blames the base names both: the adapter's and ours."""
+    try:
+        yield
+    except WrongBaseError as error:
+        message = f"it was trained on {config.trained_on}, served is {base_model}: {error}"
+        raise WrongBaseError(message, error.reason) from error
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:

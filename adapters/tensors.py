@@ -10,7 +10,7 @@ import torch
 
 from adapters.config import WEIGHTS_FILE, AdapterConfig
 from adapters.config_reader import parse_json
-from adapters.errors import AdapterFormatError, AdapterIncompatibleError
+from adapters.errors import AdapterFormatError, AdapterIncompatibleError, WrongBaseError
 
 PREFIX = "base_model.model."
 MAX_HEADER_BYTES = 4 << 20
@@ -55,7 +55,8 @@ def known_tensors(config: AdapterConfig, layers: Mapping[str, LinearShape], max_
     """By name, every tensor that the configuration calls for or allows on a base model with these layers.
 
     Raises:
-        AdapterIncompatibleError: a rank over `max_rank`, no layer that matches, or a layer that cannot be adapted so.
+        AdapterIncompatibleError: a rank over `max_rank`, or a layer that cannot be adapted so.
+        WrongBaseError: no layer matches.
     """
     _check_saved_modules(config, layers)
     embeds = any(shape.kind == "embedding" and config.targets(module) for module, shape in layers.items())
@@ -68,7 +69,7 @@ def known_tensors(config: AdapterConfig, layers: Mapping[str, LinearShape], max_
         known |= _of_base_layer(config, module, shape, targeted)
     if not any(spec.required for spec in known.values()):
         targets = config.target_modules
-        raise AdapterIncompatibleError(
+        raise WrongBaseError(
             f"target_modules {targets if isinstance(targets, str) else sorted(targets)} match no linear layer of the "
             f"base model, whose layers end in {sorted({module.rpartition('.')[2] for module in layers})}",
             "NO_MATCHING_MODULE",
@@ -85,6 +86,7 @@ def read_header(
 
     Raises:
         AdapterFormatError: malformed, of wrong shapes, with a required tensor missing or an unknown one in it.
+        WrongBaseError: the shapes or layers are another base's.
     """
     if len(data) < 8:
         raise AdapterFormatError(f"{WEIGHTS_FILE}: truncated: {len(data)} bytes", "MALFORMED_WEIGHTS")
@@ -127,7 +129,7 @@ def _wrong_shape(name: str, spec: TensorSpec, shape: Any) -> AdapterFormatError:
             "WRONG_SHAPE",
         )
     resized = "; the vocabulary was resized" if spec.part == "weight" else ""
-    return AdapterIncompatibleError(
+    return WrongBaseError(
         f"{WEIGHTS_FILE}: {name} has shape {shape}; the configuration and the base model need "
         f"{list(spec.shape)}{resized}",
         "WRONG_SHAPE",
@@ -192,7 +194,7 @@ def _check_names(header: Iterable[str], known: Mapping[str, TensorSpec], layers:
         message = f"{WEIGHTS_FILE}: unexpected tensor {_some(unknown)}"
         module = _module(unknown[0])
         if module is not None and module not in layers:
-            raise AdapterIncompatibleError(
+            raise WrongBaseError(
                 f"{message}: it belongs to a layer that the base model does not have", "NO_MATCHING_MODULE"
             )
         if unknown[0].endswith(".bias"):

@@ -22,7 +22,7 @@ _COUNTERS = {  # name: (help, whether it also has the label `tier`)
     "adapter_shared_steps": ("Steps in which an adapter's tokens ran with those of others", False),
     "adapter_hits": ("Requests that found their adapter in the tier", True),
     "adapter_loads": ("Adapters brought to a tier", True),
-    "adapter_load_time_seconds": ("Time spent on bringing adapters from disk to host memory", False),
+    "adapter_load_time_seconds": ("Time spent on bringing adapters to a tier", True),
     "adapter_evictions": ("Adapters dropped from a tier to make room", True),
     "adapter_merges": ("Times that an adapter was merged into the base's weights", False),
     "adapter_unmerges": ("Times that it was taken out again, or another took its place", False),
@@ -89,15 +89,10 @@ class AdapterMetrics(Collector):
         with self._lock:
             self._add("adapter_hits", name, tier=tier)
 
-    def loaded_to_host(self, name: str, seconds: float) -> None:
+    def loaded(self, name: str, tier: str, seconds: float) -> None:
         with self._lock:
-            self._add("adapter_loads", name, tier="host")
-            self._add("adapter_load_time_seconds", name, seconds)
-
-    def loaded_to_device(self, name: str) -> None:
-        """Engine thread."""
-        with self._lock:
-            self._add("adapter_loads", name, tier="device")
+            self._add("adapter_loads", name, tier=tier)
+            self._add("adapter_load_time_seconds", name, seconds, tier)
 
     def evicted(self, name: str, tier: str) -> None:
         with self._lock:

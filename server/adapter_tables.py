@@ -59,6 +59,8 @@ def say_loaded(adapter: pb.Adapter) -> None:
     )
     if adapter.unmatched_targets:
         click.echo(f"warning: target_modules that match no layer: {', '.join(adapter.unmatched_targets)}", err=True)
+    if adapter.other_base:
+        click.echo(f"warning: trained on {adapter.other_base}, which is not how the served base is called", err=True)
 
 
 def mib(num_bytes: int) -> str:

@@ -38,12 +38,16 @@ def banner(
         f"adapters  {num_adapters} in {config.adapters_dir}; {engine_config.adapter_slots} device slots, rank up to "
         f"{engine_config.max_lora_rank}, kernels: {parts.runner.lora.kernels_name}",
         *(f"refused   {ref.name}@{ref.version}: {why}" for ref, why in list(refused.items())[:MAX_REFUSED_LINES]),
-        f"listening gRPC {config.listen}, metrics {config.metrics_listen or 'off'}, reflection "
+        f"listening gRPC {_addresses(config)}, metrics {config.metrics_listen or 'off'}, reflection "
         f"{'on' if config.reflection else 'off'}, {_security(config)}",
     ]
     if len(refused) > MAX_REFUSED_LINES:
         lines.insert(-1, f"refused   {len(refused) - MAX_REFUSED_LINES} more: see 'loraplex adapters list'")
     return lines
+
+
+def _addresses(config: ServerConfig) -> str:
+    return f"{config.listen}, for operators {config.admin_listen}" if config.admin_listen else config.listen
 
 
 def _security(config: ServerConfig) -> str:
@@ -53,7 +57,7 @@ def _security(config: ServerConfig) -> str:
 
 
 def refused_adapters(
-    adapters: Mapping[AdapterRef, Path], layers: Mapping[str, LinearShape], max_rank: int
+    adapters: Mapping[AdapterRef, Path], layers: Mapping[str, LinearShape], max_rank: int, base_model: str
 ) -> dict[AdapterRef, str]:
     """The adapters whose configuration this server cannot serve, and why, of the first thousand by name and folder.
 
@@ -62,7 +66,7 @@ def refused_adapters(
     refused = {}
     for ref, folder in islice(adapters.items(), MAX_CHECKED):
         try:
-            check_config(folder, layers, max_rank)
+            check_config(folder, layers, max_rank, base_model)
         except AdapterFormatError as error:
             refused[ref] = str(error)
     return refused

@@ -70,12 +70,17 @@ class ServerConfig:
 
     adapters_dir: Path = setting(Path("adapters-store"), "Folder of adapters: NAME/ or NAME/VERSION/ in PEFT's format.")
     listen: str = setting("127.0.0.1:50051", "Address of the gRPC server.")
+    admin_listen: str = setting(
+        "", "Address that serves the Adapters service beside all others; empty: --listen serves it too."
+    )
     metrics_listen: str = setting("127.0.0.1:9090", "Address of the Prometheus endpoint; empty: none.")
     metrics_adapters: int = setting(20, "Adapters with metrics of their own; the others share 'other'.", low=0)
     otlp_endpoint: str = setting("", "Where OpenTelemetry traces go, as http://HOST:4317; empty: see OTEL_ variables.")
     adapter_host_bytes: int = setting(4 << 30, "Most host memory for adapters in bytes.", low=1)
     adapter_poll_seconds: int = setting(2, "How often the adapters folder is looked at for changes; 0: never.", low=0)
     max_upload_bytes: int = setting(2 << 30, "Largest adapter that UploadAdapter takes, in bytes.", low=1)
+    upload_idle_seconds: int = setting(60, "How long UploadAdapter waits for the next message.", low=1)
+    upload_seconds: int = setting(3600, "How long an upload may take until its last byte is here.", low=1)
     max_waiting: int = setting(1024, "Most requests in the queue; more are answered RESOURCE_EXHAUSTED.", low=0)
     max_message_bytes: int = setting(16 << 20, "Largest gRPC message in bytes.", low=1024)
     drain_seconds: int = setting(30, "How long SIGTERM waits for running requests.", low=0)

@@ -10,6 +10,8 @@ ServingError
 ├── AdapterInUse            FAILED_PRECONDITION   unload if idle, and it is not
 ├── AdapterChanged          ABORTED               a lost compare-and-swap, or files that changed while they were read
 ├── AdapterUnloaded         ABORTED               a forced unload ended the request
+├── UploadTooSlow           DEADLINE_EXCEEDED     an upload stalled, or took longer than it may
+├── AdminOnly               PERMISSION_DENIED     only the admin address changes adapters
 ├── DamagedAdapter          DATA_LOSS             a published adapter is not what was published
 ├── StoreNotWritable        FAILED_PRECONDITION
 ├── Overloaded              RESOURCE_EXHAUSTED
@@ -94,6 +96,19 @@ class AdapterChanged(ServingError):
 class AdapterUnloaded(ServingError):
     code = grpc.StatusCode.ABORTED
     reason = "ADAPTER_UNLOADED"
+
+
+class UploadTooSlow(ServingError):
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "UPLOAD_TOO_SLOW"
+
+
+class AdminOnly(ServingError):
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "ADMIN_ONLY"
+
+    def __init__(self) -> None:
+        super().__init__("adapters are loaded and unloaded at the admin address alone (--admin-listen)")
 
 
 class DamagedAdapter(ServingError):

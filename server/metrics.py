@@ -107,7 +107,7 @@ class Metrics:
 
     def adapter_loaded(self, name: str, seconds: float) -> None:
         """An adapter came from disk to host memory."""
-        self.adapters.loaded_to_host(name, seconds)
+        self.adapters.loaded(name, "host", seconds)
         self.adapter_load_seconds.observe(seconds)
 
 

@@ -29,7 +29,8 @@ from server.lora.watcher import StoreWatcher
 from server.metrics import Metrics
 from server.openmp import release_team
 from server.pb.loraplex.v1.inference_pb2 import ModelInfo
-from server.rpc.server import RpcServer, check_address
+from server.rpc.listener import check_address
+from server.rpc.server import RpcServer
 from server.throughput_log import ThroughputLog
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     Raises:
         ConfigError: it cannot start as asked.
     """
-    check_address(config.listen)
+    check_address("--listen", config.listen)
+    if config.admin_listen:
+        check_address("--admin-listen", config.admin_listen)
     disable_created_metrics()
     metrics = Metrics(CollectorRegistry(), config.metrics_adapters)
     ProcessCollector(registry=metrics.registry)
@@ -62,7 +65,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             folders = {ref: catalog.path(ref) for ref in catalog.refs()}
             # What cannot be served is said before it is asked for.
             refused = await asyncio.to_thread(
-                refused_adapters, folders, parts.base.linear_layers, engine_config.max_lora_rank
+                refused_adapters, folders, parts.base.linear_layers, engine_config.max_lora_rank, parts.base.name
             )
             for ref, why in refused.items():
                 engine.adapters.board.refused(ref, why)
@@ -195,7 +198,7 @@ async def _until_stopped(server: RpcServer, engine: AsyncEngine, config: ServerC
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
-    log.info("ready: listening on port %d", server.port)  # and ready to be stopped
+    log.info("ready: listening on port %s", " and ".join(map(str, server.ports)))  # and ready to be stopped
     stopped = asyncio.create_task(stop.wait())
     died = asyncio.create_task(engine.died.wait())
     await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)

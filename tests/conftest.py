@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,21 @@ def require_tool() -> Callable[[str], str]:
         pytest.skip(f"{name} is not installed")
 
     return find
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """The files and folders that are opened meanwhile, in order; one with an opener of its own is named twice."""
+    paths: list[str] = []
+    listening = True
+
+    def note(event: str, args: tuple[Any, ...]) -> None:
+        if listening and event in ("open", "os.listdir", "os.scandir"):
+            paths.append(str(args[0]))
+
+    sys.addaudithook(note)  # for good: no hook is ever removed
+    yield paths
+    listening = False
 
 
 @pytest.fixture(scope="session")

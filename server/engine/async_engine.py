@@ -238,8 +238,8 @@ class AsyncEngine:
         if not self._num_requests:
             self._drained.set()
 
-    async def _evict(self, adapter: Adapter) -> int:
-        return await self._thread.ask(partial(Evict, adapter))
+    async def _evict(self, adapter: Adapter, makes_room: bool) -> int:
+        return await self._thread.ask(partial(Evict, adapter, makes_room=makes_room))
 
     def _revoke(self, adapter: Adapter) -> None:
         text = f"adapter {adapter.name}@{adapter.version} was unloaded by force"

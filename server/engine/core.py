@@ -4,7 +4,7 @@ import logging
 import queue
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain
@@ -23,6 +23,7 @@ from server.metrics import Metrics
 log = logging.getLogger(__name__)
 
 Emit = Callable[[list[TokenOutput]], None]
+Switched = Callable[[Adapter | None, Adapter | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Evict:
 
     adapter: Adapter
     freed: Future[int]
+    makes_room: bool = False  # its host memory is needed, and with that goes the slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class EngineCore:
         metrics.merged_bytes.set_function(lambda: self.merged_bytes)
         metrics.adapters.watch("device", lambda: self.resident)
         self._emit: Emit = _drop
+        self._switched: Switched = _ignore
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
         self._revoked: dict[Adapter, ServingError] = {}
@@ -102,6 +105,10 @@ class EngineCore:
         """Says who gets the outputs of each step; called before the first one."""
         self._emit = emit
 
+    def on_switch(self, switched: Switched) -> None:
+        """Says who hears when another adapter is merged than before, or none: of both. Called before the first step."""
+        self._switched = switched
+
     def put(self, command: Command) -> None:
         self._inbox.put(command)
 
@@ -120,12 +127,13 @@ class EngineCore:
         batch = self.scheduler.schedule()
         started = time.monotonic()
         try:
+            write_seconds = [self.runner.write_slot(slot, adapter) for slot, adapter in batch.slot_writes]
             results = self.runner.run(batch)
         except Exception:
             self._fail(batch)
             return
         if batch.slot_writes:
-            self._book_slot_writes(batch)
+            self._book_slot_writes(batch, write_seconds)
         if self._merge_policy is not None:
             counts = [(item.request.sole_adapter, item.num_tokens) for item in batch.requests]
             self._merge_policy.observe(counts, time.monotonic() - started, self.merged)
@@ -182,13 +190,15 @@ class EngineCore:
                 self._revoked[adapter] = error
                 ended = self.scheduler.abort_users(adapter)
                 self._emit([TokenOutput(request_id, None, error=error) for request_id in ended])
-            case Evict(adapter, freed):
+            case Evict(adapter, freed, makes_room):
                 self._revoked.pop(adapter, None)
                 if adapter is self.merged:
                     self._merge(None)
                 if self._merge_policy is not None:
                     self._merge_policy.forget(adapter)
                 was_resident = self._empty_slot(adapter)
+                if was_resident and makes_room:
+                    self._metrics.adapters.evicted(adapter.name, "device")
                 self._publish_resident()
                 freed.set_result(bytes_on_device(adapter, self.runner.base.device) if was_resident else 0)
             case Merge(adapter, done):
@@ -231,18 +241,22 @@ class EngineCore:
 
     def _merge(self, adapter: Adapter | None) -> float:
         before = self.merged
-        seconds = self.runner.merge(adapter)
+        try:
+            seconds = self.runner.merge(adapter)
+        finally:
+            if self.merged is not before:
+                self._metrics.adapters.merged(self.merged, before)
+                self._switched(self.merged, before)
         if self._merge_policy is not None:
             self._merge_policy.switched(adapter, seconds)
-        self._metrics.adapters.merged(adapter, before)
         log.info("%s in %.0f ms", f"adapter {adapter.name} merged" if adapter else "unmerged", 1000 * seconds)
         return seconds
 
-    def _book_slot_writes(self, batch: ScheduledBatch) -> None:
+    def _book_slot_writes(self, batch: ScheduledBatch, seconds: Sequence[float]) -> None:
         before = self.resident
         self._publish_resident()
-        for _, adapter in batch.slot_writes:
-            self._metrics.adapters.loaded_to_device(adapter.name)
+        for (_, adapter), write_seconds in zip(batch.slot_writes, seconds, strict=True):
+            self._metrics.adapters.loaded(adapter.name, "device", write_seconds)
         for adapter in before - self.resident:
             self._metrics.adapters.evicted(adapter.name, "device")
 
@@ -259,4 +273,8 @@ class EngineCore:
 
 
 def _drop(outputs: list[TokenOutput]) -> None:
+    pass
+
+
+def _ignore(merged: Adapter | None, before: Adapter | None) -> None:
     pass

@@ -85,10 +85,15 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
+    def write_slot(self, slot: int, adapter: Adapter) -> float:
+        """Puts an adapter's weights into a device slot; returns the seconds it took."""
+        started = time.perf_counter()
+        self.lora.write(slot, adapter)
+        return time.perf_counter() - started
+
+    @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[tuple[Request, Sampled]]:
-        """Writes the slots that the batch needs, computes it, and samples for the requests that reached their end."""
-        for slot, adapter in batch.slot_writes:
-            self.lora.write(slot, adapter)
+        """Computes a batch whose slots are written, and samples for the requests that reached their end."""
         if not batch.requests:
             return []
         merged = MergedAdapter(self.lora.merged, self.lora.merged_slot) if self.lora.merged else None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapters.errors import AdapterFormatError, AdapterIncompatibleError
+from adapters.errors import AdapterFormatError, AdapterIncompatibleError, printable
 from adapters.format import AdapterFiles
 from server.kernels import LayerWeights
 from server.kernels.memory import lazy_zeros
@@ -43,7 +43,8 @@ class CheckedAdapter:
             for module in sorted(files.weights.keys() | files.base_biases.keys())
             if (layer := _layer(files, module, base)) is not None
         }
-        return cls(files, layers, dtype, files.config.unmatched_targets(base.shapes))
+        unmatched = files.config.unmatched_targets(base.shapes)
+        return cls(files, layers, dtype, tuple(map(printable, unmatched)))
 
     @property
     def num_bytes(self) -> int:
@@ -71,6 +72,7 @@ class Adapter:
     no_mix: str = ""  # why it takes no factor and no other adapter beside it; empty: it does
     no_merge: str = ""  # why nobody else could be served while it is merged; empty: they can
     unmatched_targets: tuple[str, ...] = ()  # names in its configuration that no layer of the base has
+    other_base: str = ""  # that it says it was trained on, and nothing shows that it is ours; empty: there is none
     invocation_tokens: tuple[int, ...] = ()  # aLoRA: it works from their last occurrence in a prompt on
 
     @classmethod
@@ -87,7 +89,9 @@ class Adapter:
         return cls.copied(CheckedAdapter.from_files(files, base, dtype), name, version, generation)
 
     @classmethod
-    def copied(cls, checked: CheckedAdapter, name: str, version: str, generation: int) -> "Adapter":
+    def copied(
+        cls, checked: CheckedAdapter, name: str, version: str, generation: int, other_base: str = ""
+    ) -> "Adapter":
         """Copies the weights into one block of memory, which goes back to the system whole when the adapter goes.
 
         Raises:
@@ -109,6 +113,7 @@ class Adapter:
             no_merge=_why_no_merge(weights),
             invocation_tokens=files.config.invocation_tokens,
             unmatched_targets=checked.unmatched_targets,
+            other_base=other_base,
         )
 
     def first_token(self, prompt: Sequence[int]) -> int | None:

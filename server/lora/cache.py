@@ -11,7 +11,8 @@ from server.lora.catalog import AdapterCatalog
 from server.lora.claims import NameClaims
 from server.lora.disk_workers import DiskWorkers
 from server.lora.events import AdapterStatus, EventKind
-from server.lora.host_memory import EvictFromDevice, FreedBytes, HostMemory, RevokeFromRequests
+from server.lora.host_copy import EvictFromDevice, FreedBytes, RevokeFromRequests
+from server.lora.host_memory import HostMemory
 from server.lora.loader import AdapterLoader, ServedBase
 from server.lora.loads import AdapterLoads
 from server.lora.status_board import StatusBoard
@@ -56,7 +57,7 @@ class AdapterCache:
 
     def connect(self, evict_from_device: EvictFromDevice, revoke: RevokeFromRequests) -> None:
         """Tells how to take an adapter off the device and from requests; until then there are none."""
-        self.memory.connect(evict_from_device, revoke)
+        self.memory.retired.connect(evict_from_device, revoke)
 
     @contextlib.asynccontextmanager
     async def acquire(self, reference: str, label: str = "") -> AsyncIterator[Adapter]:
@@ -134,7 +135,7 @@ class AdapterCache:
         """
         bare_name, version = parse_reference(name, "name")
         refs = [ref for ref in self.catalog.versions(bare_name) if version in (None, ref.version)]
-        draining = self.memory.retiring(bare_name, version) if mode is UnloadMode.FORCE else []
+        draining = self.memory.retired.of(bare_name, version) if mode is UnloadMode.FORCE else []
         if not refs and not draining:
             raise AdapterNotFound(name)
         busy = [status for ref in refs if (status := self.board.status(ref)).num_users or status.num_waiting]
@@ -148,7 +149,7 @@ class AdapterCache:
         self.board.publish(EventKind.UNLOADED, *refs)
         if mode is UnloadMode.FORCE:
             for task in tasks:
-                self.memory.revoke(task)
+                self.memory.retired.revoke(task)
         # Shielded: a client that stops waiting does not stop the unloading.
         freed = await asyncio.shield(asyncio.gather(*tasks))
         return FreedBytes(sum(part.device for part in freed), sum(part.host for part in freed))

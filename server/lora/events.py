@@ -29,6 +29,11 @@ class AdapterStatus:
     error: str = ""
     num_bytes_disk: int = 0  # of its files in the store
 
+    @property
+    def answers(self) -> bool:
+        """Whether a request for it would be answered; one on disk is loaded by its first request."""
+        return self.adapter is not None or not self.error
+
 
 class EventKind(enum.Enum):
     SNAPSHOT = enum.auto()  # was there when the watch began
@@ -37,10 +42,10 @@ class EventKind(enum.Enum):
     LOADED = enum.auto()
     REPLACED = enum.auto()  # a new generation has the name
     UNLOADED = enum.auto()  # the name was taken away
-    EVICTED = enum.auto()  # left host memory to make room
+    EVICTED = enum.auto()  # left host memory to make room, and is not merged any more
     REMOVED = enum.auto()  # went from the store
     FAILED = enum.auto()  # a load was refused; what was loaded stays
-    UPDATED = enum.auto()  # pinned, unpinned, promoted, another share of the traffic, or merged or unmerged on request
+    UPDATED = enum.auto()  # pinned, unpinned, promoted, another share of the traffic, merged or unmerged
 
 
 @dataclass(frozen=True, slots=True)

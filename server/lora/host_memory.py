@@ -2,47 +2,25 @@
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 
 from server.errors import Overloaded
 from server.lora.adapter import Adapter
-from server.lora.store import AdapterRef, Fingerprint
-
-EvictFromDevice = Callable[[Adapter], Awaitable[int]]
-RevokeFromRequests = Callable[[Adapter], None]
+from server.lora.host_copy import FreedBytes, HostCopy, RetiredCopies
+from server.lora.store import AdapterRef
 
 
 class NotAwaited(Exception):
     """A copy need not wait for room any more: it is here already, or nobody waits for it."""
 
 
-class HostCopy:
-    """An adapter in memory, the state of the files it came from, and how many requests use it."""
-
-    def __init__(self, adapter: Adapter, source: Fingerprint | None) -> None:
-        self.adapter = adapter
-        self.source = source
-        self.num_users = 0
-        self.unused = asyncio.Event()
-        self.unused.set()
-
-
-@dataclass(frozen=True, slots=True)
-class FreedBytes:
-    """Memory that an unload gave back."""
-
-    device: int
-    host: int
-
-
 class HostMemory:
     """Owns the host copies, under one limit of bytes.
 
-    A copy stays until room is needed and nobody uses it; the least recently used one goes first, and a pinned one
-    never. Who waits for room gets it in order of arrival. Taking a copy's name away never disturbs the requests that
-    still use it.
+    A copy stays until room is needed and nobody uses it; the least recently used one goes first, and one that is pinned
+    or that an operator merged never. Who waits for room gets it in order of arrival. Taking a copy's name away never
+    disturbs the requests that still use it.
     """
 
     def __init__(self, max_bytes: int, evicted: Callable[[AdapterRef], None]) -> None:
@@ -51,21 +29,13 @@ class HostMemory:
         self._evicted = evicted
         self._copies: OrderedDict[AdapterRef, HostCopy] = OrderedDict()  # least recently used first
         self._pinned: set[AdapterRef] = set()
-        self._retiring: dict[
-            asyncio.Task[FreedBytes], tuple[AdapterRef, HostCopy]
-        ] = {}  # without a name, not freed yet
+        self._merged: Adapter | None = None
         self._reserved = 0  # bytes of adapters that are being read
         self._awaited: Counter[AdapterRef] = Counter()  # requests that wait for a copy to be here
         self._waiting: list[AdapterRef] = []  # for room, in order of arrival
         self._kept: frozenset[AdapterRef] = frozenset()
         self._changed = asyncio.Event()  # there may be more room than before
-        self._evict_from_device: EvictFromDevice | None = None
-        self._revoke: RevokeFromRequests | None = None
-
-    def connect(self, evict_from_device: EvictFromDevice, revoke: RevokeFromRequests) -> None:
-        """Tells how to take an adapter off the device, and from the requests that run on it."""
-        self._evict_from_device = evict_from_device
-        self._revoke = revoke
+        self.retired = RetiredCopies(self._changed.set)
 
     def __len__(self) -> int:
         return len(self._copies)
@@ -73,12 +43,12 @@ class HostMemory:
     @property
     def num_bytes(self) -> int:
         """Memory of all copies, those included that have lost their name but are still in use."""
-        retiring = sum(copy.adapter.num_bytes for _, copy in self._retiring.values())
-        return retiring + sum(copy.adapter.num_bytes for copy in self._copies.values())
+        return self.retired.num_bytes + sum(copy.adapter.num_bytes for copy in self._copies.values())
 
     @property
     def num_pinned_bytes(self) -> int:
-        return sum(self._copies[ref].adapter.num_bytes for ref in self._pinned)
+        """Of what stays until an operator lets it go: pinned copies, and the merged one."""
+        return sum(self._copies[ref].adapter.num_bytes for ref in self._staying())
 
     def adapters(self) -> list[Adapter]:
         """Those that have a name. Any thread."""
@@ -86,6 +56,11 @@ class HostMemory:
 
     def get(self, ref: AdapterRef) -> HostCopy | None:
         return self._copies.get(ref)
+
+    def holds(self, adapter: Adapter) -> bool:
+        """Whether its name still means this very copy."""
+        copy = self._copies.get(AdapterRef(adapter.name, adapter.version))
+        return copy is not None and copy.adapter is adapter
 
     @contextmanager
     def using(self, ref: AdapterRef) -> Iterator[Adapter]:
@@ -107,7 +82,7 @@ class HostMemory:
         old = self._copies.pop(ref, None)
         self._copies[ref] = copy
         if old is not None:
-            self._retire(ref, old)
+            self.retired.add(ref, old)
         self._changed.set()  # whoever loads the same waits in vain
 
     def num_awaiting(self, ref: AdapterRef) -> int:
@@ -137,22 +112,16 @@ class HostMemory:
     def is_pinned(self, ref: AdapterRef) -> bool:
         return ref in self._pinned
 
+    def keep_merged(self, adapter: Adapter | None) -> None:
+        """This one is merged now, and stays until another is, or none."""
+        self._merged = adapter
+        self._changed.set()
+
     def remove(self, ref: AdapterRef) -> "asyncio.Task[FreedBytes] | None":
         """Takes the name from a copy; the task ends when its last request is done and its memory is free."""
         self._pinned.discard(ref)
         copy = self._copies.pop(ref, None)
-        return None if copy is None else self._retire(ref, copy)
-
-    def retiring(self, name: str, version: str | None) -> "list[asyncio.Task[FreedBytes]]":
-        """The copies that have lost this name, or one version of it, and are still in use."""
-        return [
-            task for task, (ref, _) in self._retiring.items() if ref.name == name and version in (None, ref.version)
-        ]
-
-    def revoke(self, task: "asyncio.Task[FreedBytes]") -> None:
-        """Ends the requests that still use a copy which lost its name; without any it may be leaving the device."""
-        if task in self._retiring and self._revoke is not None and self._retiring[task][1].num_users:
-            self._revoke(self._retiring[task][1].adapter)
+        return None if copy is None else self.retired.add(ref, copy)
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether nobody waits for room, and there is enough of it, or will be as soon as idle copies go."""
@@ -223,7 +192,7 @@ class HostMemory:
                 raise self._no_room(num_bytes)
             if idle is None:
                 return False
-            freeing = self._retire(idle, self._copies.pop(idle))
+            freeing = self.retired.add(idle, self._copies.pop(idle), makes_room=True)
             self._evicted(idle)
             await asyncio.shield(freeing)  # the copy has lost its name, and must be freed whoever stops waiting
         return True
@@ -231,35 +200,25 @@ class HostMemory:
     def _is_next(self, ref: AdapterRef) -> bool:
         return ref in self._kept or (ref == self._waiting[0] and self._kept.isdisjoint(self._waiting))
 
+    def _staying(self) -> set[AdapterRef]:
+        """Copies that only an operator lets go."""
+        merged = self._merged
+        if merged is None or not self.holds(merged):
+            return self._pinned
+        return self._pinned | {AdapterRef(merged.name, merged.version)}
+
     def _idle(self) -> Iterator[AdapterRef]:
         """Copies that may go, the least recently used first."""
-        kept = self._pinned | self._kept | self._awaited.keys()
+        kept = self._staying() | self._kept | self._awaited.keys()
         return (ref for ref, copy in self._copies.items() if not copy.num_users and ref not in kept)
 
     def _num_kept_bytes(self, besides: Collection[AdapterRef | None]) -> int:
-        kept = (self._pinned | self._kept) & self._copies.keys()
+        kept = (self._staying() | self._kept) & self._copies.keys()
         return sum(self._copies[ref].adapter.num_bytes for ref in kept if ref not in besides)
 
     def _no_room(self, num_bytes: int) -> Overloaded:
         return Overloaded(
             f"{num_bytes:,} bytes do not fit beside {self.num_bytes + self._reserved:,} of other adapters, of which "
-            f"{self.num_pinned_bytes:,} are pinned; the limit is {self.max_bytes:,} (--adapter-host-bytes)",
+            f"{self.num_pinned_bytes:,} are pinned or merged; the limit is {self.max_bytes:,} (--adapter-host-bytes)",
             reason="ADAPTER_MEMORY",
         )
-
-    def _retire(self, ref: AdapterRef, copy: HostCopy) -> "asyncio.Task[FreedBytes]":
-        task = asyncio.create_task(self._free(copy))
-        self._retiring[task] = ref, copy
-        task.add_done_callback(self._retired)
-        return task
-
-    def _retired(self, task: "asyncio.Task[FreedBytes]") -> None:
-        del self._retiring[task]
-        self._changed.set()
-        if not task.cancelled():
-            task.exception()  # whoever waits for the task hears of it; nobody has to
-
-    async def _free(self, copy: HostCopy) -> FreedBytes:
-        await copy.unused.wait()
-        on_device = await self._evict_from_device(copy.adapter) if self._evict_from_device else 0
-        return FreedBytes(on_device, copy.adapter.num_bytes)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +12,22 @@ from typing import NamedTuple
 import torch
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.errors import AdapterFormatError, AdapterIncompatibleError
+from adapters.errors import AdapterFormatError, AdapterIncompatibleError, WrongBaseError
 from adapters.format import AdapterFiles, read_adapter
 from server.errors import AdapterChanged, AdapterNotFound, IncompatibleAdapter, InvalidAdapter, Overloaded, ServingError
 from server.lora.adapter import Adapter, CheckedAdapter
 from server.lora.base_weights import BaseWeights
 from server.lora.digests import SUMS_FILE, check_sums
 from server.lora.disk_workers import DiskWorkers
-from server.lora.host_memory import HostCopy, HostMemory
+from server.lora.host_copy import HostCopy
+from server.lora.host_memory import HostMemory
 from server.lora.store import AdapterRef, Fingerprint, fingerprint
 
 log = logging.getLogger(__name__)
 
 _MAX_NAMES = 10  # files that one line of the log tells of
+# What a base model is called within a path: the last part, or the repository's name in a cache of the hub.
+_IN_HUB_CACHE = re.compile(r"models--(?:.*--)?(?P<name>[^/]+)/snapshots/")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,26 @@ class ServedBase:
     name: str = ""
     fingerprint: str = ""  # see `adapters.base_fingerprint`; empty: any base will do whose layers fit
     lora_dtype: torch.dtype | None = None  # of adapters' factors in memory; None: as they were saved
+
+    def check(self, files: AdapterFiles) -> None:
+        """Raises WrongBaseError for an adapter with the fingerprint of another base."""
+        theirs = files.base_fingerprint
+        if theirs and self.fingerprint and theirs != self.fingerprint:
+            raise WrongBaseError(
+                f"it was trained on {files.config.trained_on} with fingerprint {theirs[:12]!r}; served is "
+                f"{self.name} with fingerprint {self.fingerprint[:12]!r}",
+                "WRONG_BASE",
+            )
+
+    def other_base(self, files: AdapterFiles) -> str:
+        """The base that an adapter says it was trained on, if that is not called as this one and no fingerprint shows
+        that it is this one all the same; else empty.
+
+        A folder may be called anything, so this is to be told and is no reason to refuse.
+        """
+        proven = files.base_fingerprint and files.base_fingerprint == self.fingerprint
+        named = files.config.base_model
+        return "" if proven or not named or _base_name(named) == _base_name(self.name) else files.config.trained_on
 
 
 class AdapterLoader:
@@ -109,9 +133,9 @@ class AdapterLoader:
         fault: AdapterFormatError | None = None
         digests: Mapping[str, str] = {}
         try:
-            files = read_adapter(folder, self._served.weights.shapes, self._served.max_rank)
+            files = read_adapter(folder, self._served.weights.shapes, self._served.max_rank, self._served.name)
             digests = files.file_digests
-            self._check_base(files)
+            self._served.check(files)
             checked = CheckedAdapter.from_files(files, self._served.weights, self._served.lora_dtype)
         except AdapterFormatError as error:
             fault = error
@@ -123,23 +147,17 @@ class AdapterLoader:
         if fault is not None:
             raise _refusal(name, fault) from fault
         _report(name, folder, checked)
+        if other := self._served.other_base(files):
+            log.warning("adapter %s: trained on %s, served is %s", name, other, self._served.name)
         return checked, before
 
     def _copied(self, checked: CheckedAdapter, ref: AdapterRef, generation: int) -> Adapter:
         """Worker thread."""
         try:
-            return Adapter.copied(checked, ref.name, ref.version, generation)
+            other_base = self._served.other_base(checked.files)
+            return Adapter.copied(checked, ref.name, ref.version, generation, other_base)
         except (MemoryError, OSError) as error:
             raise _no_memory(ref.name) from error
-
-    def _check_base(self, files: AdapterFiles) -> None:
-        theirs, ours = files.base_fingerprint, self._served.fingerprint
-        if theirs and ours and theirs != ours:
-            raise AdapterIncompatibleError(
-                f"it was trained on {files.config.base_model or 'a base model'} with fingerprint {theirs[:12]!r}; "
-                f"served is {self._served.name} with fingerprint {ours[:12]!r}",
-                "WRONG_BASE",
-            )
 
 
 class _LastLoad(NamedTuple):
@@ -158,6 +176,13 @@ def _report(name: str, folder: Path, checked: CheckedAdapter) -> None:
     with contextlib.suppress(OSError):
         if ignored := sorted(set(os.listdir(folder)) - {CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE}):
             log.info("adapter %s: never opened: %s", name, _some(ignored))
+
+
+def _base_name(text: str) -> str:
+    """What two names or folders of one base model have in common."""
+    path = text.replace("\\", "/").rstrip("/")
+    cached = _IN_HUB_CACHE.search(path)
+    return (cached["name"] if cached else path.rpartition("/")[2]).lower()
 
 
 def _some(names: Sequence[str]) -> str:

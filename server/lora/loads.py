@@ -9,7 +9,8 @@ from pathlib import Path
 from server.errors import AdapterNotFound, ServingError
 from server.lora.catalog import AdapterCatalog
 from server.lora.events import EventKind
-from server.lora.host_memory import HostCopy, HostMemory, NotAwaited
+from server.lora.host_copy import HostCopy
+from server.lora.host_memory import HostMemory, NotAwaited
 from server.lora.loader import AdapterLoader
 from server.lora.status_board import StatusBoard
 from server.lora.store import AdapterRef

@@ -163,7 +163,7 @@ class Publication:
                     )
             ref = AdapterRef(name, version)
             if stored and version in stored.versions:
-                raise AdapterExists(f"{ref} is in the store; a version never changes: upload another", field="name")
+                raise version_exists(ref)
             if parent.is_symlink():
                 raise StoreNotWritable(f"{name} is a link in the adapters folder, which is never followed")
             parent.mkdir(exist_ok=True)
@@ -180,6 +180,10 @@ class Publication:
         for file in self._open.values():
             with contextlib.suppress(OSError):  # what could not be written is given up
                 file.close()
+
+
+def version_exists(ref: AdapterRef) -> AdapterExists:
+    return AdapterExists(f"{ref} is in the store; a version never changes: upload another", field="name")
 
 
 def remove_leftovers(store: AdapterStore) -> None:

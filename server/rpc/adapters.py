@@ -1,23 +1,21 @@
 """The Adapters service: messages to the adapters' owners and back, nothing else."""
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from server.engine.async_engine import AsyncEngine
-from server.errors import AdapterChanged, InvalidRequest
+from server.errors import InvalidRequest
 from server.lora.cache import UnloadMode
 from server.lora.events import AdapterStatus
 from server.lora.layers import bytes_on_device
 from server.lora.publish import DeclaredFile
 from server.lora.router import AdapterRouter
 from server.lora.store import AdapterRef, parse_reference
-from server.lora.uploads import AdapterUploads
+from server.lora.uploads import AdapterUploads, UploadClaim, UploadLimits
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1 import adapters_pb2_grpc as pb_grpc
 
 MAX_PAGE = 1000  # adapters in one answer, which must stay under the usual 4 MiB of a message
-UPLOAD_IDLE_SECONDS = 60  # without a chunk, then the upload is given up
 _MODES = {
     pb.UNLOAD_MODE_UNSPECIFIED: UnloadMode.DRAIN,
     pb.DRAIN: UnloadMode.DRAIN,
@@ -27,11 +25,11 @@ _MODES = {
 
 
 class AdaptersService(pb_grpc.AdaptersServicer):
-    def __init__(self, engine: AsyncEngine, max_upload_bytes: int) -> None:
+    def __init__(self, engine: AsyncEngine, upload_limits: UploadLimits) -> None:
         self._engine = engine
         self._adapters = engine.adapters
         self._router = AdapterRouter(engine.adapters)
-        self._uploads = AdapterUploads(engine.adapters, max_upload_bytes)
+        self._uploads = AdapterUploads(engine.adapters, upload_limits)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: object) -> pb.Adapter:
         """Errors: INVALID_ARGUMENT, FAILED_PRECONDITION, NOT_FOUND, ALREADY_EXISTS, ABORTED, DATA_LOSS,
@@ -48,18 +46,17 @@ class AdaptersService(pb_grpc.AdaptersServicer):
 
     async def UploadAdapter(self, requests: AsyncIterator[pb.UploadAdapterRequest], context: object) -> pb.Adapter:
         """Errors: those of LoadAdapter."""
-        messages = _without_pauses(requests)
+        messages = self._uploads.limits.in_time(requests)
         header = (await anext(messages, pb.UploadAdapterRequest())).header
         files = [DeclaredFile(file.name, file.size, file.sha256) for file in header.files]
-        async with self._uploads.receive(header.name, files) as upload:
+        generation = _expected_generation(header)
+        claim = UploadClaim(name=header.name, replace=header.replace, expected_generation=generation)
+        async with self._uploads.receive(claim, files) as upload:
             async for message in messages:
                 if message.WhichOneof("message") != "chunk":
                     raise InvalidRequest("after the header come chunks only", field="message")
                 await upload.write(message.chunk.file, message.chunk.offset, message.chunk.data)
-            status = await upload.publish(
-                replace=header.replace, expected_generation=_expected_generation(header), pin=header.pin
-            )
-        return self._message(status)
+            return self._message(await upload.publish(pin=header.pin))
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: object) -> pb.UnloadAdapterResponse:
         """Errors: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION."""
@@ -154,6 +151,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
                 target_modules=adapter.target_modules,
                 num_layers=len(adapter.weights),
                 unmatched_targets=adapter.unmatched_targets,
+                other_base=adapter.other_base,
                 bytes_disk=adapter.num_bytes_disk,  # of one from elsewhere than the store, too
                 bytes_host=adapter.num_bytes,
                 bytes_device=bytes_on_device(adapter, self._engine.base.device) if on_device else 0,
@@ -167,19 +165,3 @@ class AdaptersService(pb_grpc.AdaptersServicer):
 
 def _expected_generation(request: pb.LoadAdapterRequest | pb.UploadHeader) -> int | None:
     return request.expected_generation if request.HasField("expected_generation") else None
-
-
-async def _without_pauses(
-    requests: AsyncIterator[pb.UploadAdapterRequest],
-) -> AsyncGenerator[pb.UploadAdapterRequest, None]:
-    """Raises AdapterChanged when a client sends nothing for too long: its upload must not stay for ever."""
-    while True:
-        try:
-            async with asyncio.timeout(UPLOAD_IDLE_SECONDS):
-                message = await anext(requests, None)
-        except TimeoutError as error:
-            text = f"no chunk came for {UPLOAD_IDLE_SECONDS} seconds: the upload is given up"
-            raise AdapterChanged(text, reason="UPLOAD_STALLED") from error
-        if message is None:
-            return
-        yield message

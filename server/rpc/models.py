@@ -20,8 +20,8 @@ class Model:
 
     @property
     def answers(self) -> bool:
-        """Whether a request for it would be answered; an adapter on disk is loaded by its first request."""
-        return self.adapter is None or self.adapter.adapter is not None or not self.adapter.error
+        """Whether a request for it would be answered."""
+        return self.adapter is None or self.adapter.answers
 
     @property
     def reason(self) -> str:
@@ -72,6 +72,12 @@ class Models:
             Model(status.ref.name, status.ref.version, str(status.ref), status) for status in self._adapters.statuses()
         ]
         return [Model(self._base_name, BASE_VERSION), *adapters]
+
+    def versions(self, model: Model) -> list[str]:
+        """All that requests may name beside it."""
+        if model.adapter is None:
+            return [model.version]
+        return [ref.version for ref in self._adapters.catalog.versions(model.name)]
 
     def refuse_base(self, name: str) -> None:
         """Raises InvalidRequest for the one model that is neither loaded nor unloaded."""

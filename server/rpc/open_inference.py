@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from server.engine.async_engine import AsyncEngine
-from server.errors import AdapterNotFound, InvalidRequest
+from server.errors import AdapterNotFound, AdminOnly, InvalidRequest
 from server.pb.inference import grpc_service_pb2 as pb
 from server.pb.inference import grpc_service_pb2_grpc as pb_grpc
 from server.pb.loraplex.v1 import inference_pb2
@@ -26,14 +26,24 @@ _DATA_TYPES = {"BYTES": pb.TYPE_STRING, "BOOL": pb.TYPE_BOOL, "UINT32": pb.TYPE_
 
 
 class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
-    """Owns nothing but the statistics."""
+    """Owns nothing."""
 
-    def __init__(self, engine: AsyncEngine, info: inference_pb2.ModelInfo, inference: InferenceService) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        info: inference_pb2.ModelInfo,
+        inference: InferenceService,
+        statistics: ModelStatistics,
+        *,
+        changes_adapters: bool,
+    ) -> None:
+        """`changes_adapters`: whether clients may load and unload them here."""
         self._engine = engine
         self._info = info
         self._inference = inference
+        self._changes_adapters = changes_adapters
         self._models = Models(info.name, engine.adapters)
-        self._statistics = ModelStatistics()
+        self._statistics = statistics
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: object) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -52,11 +62,11 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
         return pb.ServerMetadataResponse(name=PLATFORM, version=self._info.version, extensions=EXTENSIONS)
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: object) -> pb.ModelMetadataResponse:
-        """Errors: INVALID_ARGUMENT, NOT_FOUND."""
+        """Of all versions, unless the request names one. Errors: INVALID_ARGUMENT, NOT_FOUND."""
         model = await self._models.find(request.name, request.version)
         return pb.ModelMetadataResponse(
             name=model.name,
-            versions=[model.version],
+            versions=[model.version] if request.version else self._models.versions(model),
             platform=PLATFORM,
             inputs=[_metadata(spec) for spec in INPUTS.values()],
             outputs=[_metadata(spec) for spec in OUTPUTS.values()],
@@ -127,8 +137,8 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: object
     ) -> pb.RepositoryModelLoadResponse:
-        """Errors: those of Adapters/LoadAdapter."""
-        _refuse_repository(request.repository_name)
+        """Errors: those of Adapters/LoadAdapter, PERMISSION_DENIED."""
+        self._check_change(request.repository_name)
         self._models.refuse_base(request.model_name)
         for name in request.parameters:
             raise InvalidRequest(
@@ -141,13 +151,18 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: object
     ) -> pb.RepositoryModelUnloadResponse:
-        """Errors: those of Adapters/UnloadAdapter."""
-        _refuse_repository(request.repository_name)
+        """Errors: those of Adapters/UnloadAdapter, PERMISSION_DENIED."""
+        self._check_change(request.repository_name)
         self._models.refuse_base(request.model_name)
         for name in request.parameters.keys() - {"unload_dependents"}:  # which adapters do not have
             raise InvalidRequest(f"parameter {name[:80]!r} is not known", field="parameters")
         await self._engine.adapters.unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
+
+    def _check_change(self, repository: str) -> None:
+        if not self._changes_adapters:
+            raise AdminOnly
+        _refuse_repository(repository)
 
     async def _streamed(self, request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelInferResponse, None]:
         async with aclosing(self._responses(request, read_text_request(request))) as responses:

@@ -297,6 +297,7 @@ def test_configurations_that_are_no_json_object(folder: Path, text: bytes) -> No
         ({"rank_pattern": {f"layer-{number}": 4 for number in range(2000)}}, "2,000 patterns .* at most 1,024"),
         ({"target_modules": [f"layer-{number}" for number in range(5000)]}, "target_modules lists 5,000 items"),
         ({"layers_to_transform": list(range(5000))}, "layers_to_transform lists 5,000 items"),
+        ({"revision": "x" * 5000}, "revision has 5,000 characters; at most 1,024"),
         ({"target_modules": "(a{500}){500}"}, "not a plain regular expression"),
     ],
 )

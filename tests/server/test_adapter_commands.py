@@ -1,6 +1,7 @@
 """The commands `loraplex adapters …` against a running server."""
 
 import asyncio
+import json
 import re
 from pathlib import Path
 
@@ -69,6 +70,17 @@ async def test_errors_are_one_line(running: Running, tmp_path: Path, words: list
     assert result.exit_code != 0
     assert re.fullmatch(line, result.output.splitlines()[-1]), result.output
     assert "Traceback" not in result.output
+
+
+async def test_another_base_and_targets_without_a_layer_are_warned_of(running: Running) -> None:
+    path = running.adapters_dir / "attention" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config |= {"base_model_name_or_path": "someone/large", "target_modules": ["q_proj", "v_proj", "nonsense"]}
+    path.write_text(json.dumps(config))
+    loaded = await said(running, "load", "attention")
+    assert "warning: trained on someone/large, which is not how the served base is called" in loaded
+    assert "warning: target_modules that match no layer: nonsense" in loaded
+    assert re.search(r"other_base +│ someone/large ", await said(running, "get", "attention"))
 
 
 async def test_watch_prints_until_the_server_stops(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

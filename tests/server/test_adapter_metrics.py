@@ -102,10 +102,10 @@ def test_tiers() -> None:
     metrics = AdapterMetrics(1)
     metrics.watch("host", lambda: [adapter("a"), adapter("a"), adapter("b")])
     metrics.watch("device", lambda: [adapter("a")])
-    metrics.loaded_to_host("a", 0.5)
-    metrics.loaded_to_host("a", 0.25)
-    metrics.loaded_to_device("a")
-    metrics.loaded_to_device("b")
+    metrics.loaded("a", "host", 0.5)
+    metrics.loaded("a", "host", 0.25)
+    metrics.loaded("a", "device", 0.125)
+    metrics.loaded("b", "device", 0.0625)
     metrics.found("a", "host")
     metrics.request("a", 1, on_device=True)
     metrics.evicted("b", "device")
@@ -113,7 +113,11 @@ def test_tiers() -> None:
     assert series(metrics, "adapter_resident") == {("a", "host"): 2, ("a", "device"): 1}
     assert series(metrics, "adapter_host_bytes") == {(): 30}
     assert series(metrics, "adapter_loads") == {("a", "host"): 2, ("a", "device"): 1, ("other", "device"): 1}
-    assert series(metrics, "adapter_load_time_seconds") == {("a",): 0.75}
+    assert series(metrics, "adapter_load_time_seconds") == {
+        ("a", "host"): 0.75,
+        ("a", "device"): 0.125,
+        ("other", "device"): 0.0625,
+    }
     assert series(metrics, "adapter_hits") == {("a", "host"): 1, ("a", "device"): 1}
     assert series(metrics, "adapter_evictions") == {("other", "device"): 1}
 

@@ -105,6 +105,22 @@ def test_memory_of_the_sums_is_counted_and_given_back(engine: Engine, adapters: 
     assert engine.core.merged is None
 
 
+def test_every_switch_is_told_also_one_that_fails(
+    engine: Engine, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[Adapter | None, Adapter | None]] = []
+    monkeypatch.setattr(engine.core, "_switched", lambda *switch: heard.append(switch))
+    plain, attention = adapters["plain"], adapters["attention"]
+    for adapter in (plain, plain, attention, None, None, plain):
+        engine.merge(adapter)
+    _, last = engine.parts.runner.lora.groups[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "merge", lambda weights: (_ for _ in ()).throw(MemoryError("no room")))
+        with pytest.raises(MemoryError):
+            engine.merge(attention)
+    assert heard == [(plain, None), (attention, plain), (None, attention), (plain, None), (None, plain)]
+
+
 def test_an_adapter_that_goes_is_unmerged(
     engine: Engine, adapters: dict[str, Adapter], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:

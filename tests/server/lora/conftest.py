@@ -36,7 +36,7 @@ def make_cache(
     )
     evicted: list[Adapter] = []
 
-    async def evict(adapter: Adapter) -> int:
+    async def evict(adapter: Adapter, makes_room: bool) -> int:
         evicted.append(adapter)
         return 5
 

@@ -60,10 +60,17 @@ async def test_weights_that_are_a_pipe(tmp_path: Path, make_adapter: MakeAdapter
 
 
 async def test_another_base_model_is_named(tmp_path: Path, make_adapter: MakeAdapter) -> None:
-    make_adapter("a", target_modules=["o_proj"])
+    """And so is ours: by which layers it has not, or by their shapes."""
+    files = read_adapter(make_adapter("a"), LAYERS, max_rank=8)
+    config = replace(files.config, base_model="someone/sibling", base_revision="v2")
+    narrow = {module: replace(lora, lora_a=lora.lora_a[:, :32]) for module, lora in files.weights.items()}
+    write_adapter(tmp_path / "layers", replace(config, target_modules=("o_proj",)), files.weights)
+    write_adapter(tmp_path / "shapes", config, narrow)
     cache, _ = make_cache(tmp_path)
-    with pytest.raises(IncompatibleAdapter, match="match no linear layer"):
-        await cache.load("a")
+    for name, why in (("layers", "target_modules .* match no linear layer"), ("shapes", "adapter_model.* has shape")):
+        match = f"trained on someone/sibling at revision v2, served is tiny: {why}"
+        with pytest.raises(IncompatibleAdapter, match=match):
+            await cache.load(name)
 
 
 async def test_a_recorded_base_must_be_ours(tmp_path: Path, make_adapter: MakeAdapter) -> None:
@@ -77,6 +84,34 @@ async def test_a_recorded_base_must_be_ours(tmp_path: Path, make_adapter: MakeAd
     with pytest.raises(IncompatibleAdapter, match="sibling with fingerprint '456745674567'; served is tiny") as caught:
         await cache.load("other")
     assert caught.value.reason == "WRONG_BASE"
+
+
+@pytest.mark.parametrize(
+    ("base_model", "other"),
+    [
+        ("tiny", ""),
+        ("someone/Tiny", ""),
+        ("/models/tiny/", ""),
+        (r"C:\models\tiny", ""),
+        ("/cache/models--someone--tiny/snapshots/0123abcd", ""),
+        ("", ""),
+        ("someone/tiny-chat", "someone/tiny-chat at revision v2"),
+        ("/cache/models--someone--small/snapshots/tiny", "/cache/models--someone--small/snapshots/tiny at revision v2"),
+    ],
+)
+async def test_a_base_of_another_name_is_told(
+    tmp_path: Path, make_adapter: MakeAdapter, caplog: pytest.LogCaptureFixture, base_model: str, other: str
+) -> None:
+    """And is no reason to refuse; with our fingerprint the name counts for nothing."""
+    files = read_adapter(make_adapter("a"), LAYERS, max_rank=8)
+    config = replace(files.config, base_model=base_model, base_revision="v2")
+    for name, fingerprint in (("a", ""), ("proven", "0123" * 16)):
+        write_adapter(tmp_path / name, config, files.weights, fingerprint)
+    cache, _ = make_cache(tmp_path)
+    assert (await cache.load("a")).other_base == other
+    told = [record.getMessage() for record in caplog.records if "trained on" in record.message]
+    assert told == ([f"adapter a: trained on {other}, served is tiny"] if other else [])
+    assert (await cache.load("proven")).other_base == ""
 
 
 async def test_a_folder_without_an_adapter_is_no_source(tmp_path: Path) -> None:

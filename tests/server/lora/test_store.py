@@ -134,12 +134,15 @@ def test_routing_is_kept_and_a_broken_one_means_nothing(store: AdapterStore, cap
         assert known.current("many") == "2", "a server that knew it goes on"
 
 
-def test_many_adapters_are_an_index(tmp_path: Path) -> None:
-    """Once read, names and pages of the listing need the disk no more."""
+def test_many_adapters_are_an_index(tmp_path: Path, opened: list[str]) -> None:
+    """One look into each folder and no file opened; once read, names and pages of the listing need the disk no more."""
     root = tmp_path / "store"
     for index in range(MANY):
         put(root / f"adapter-{index}")
+    opened.clear()
     catalog = AdapterCatalog(AdapterStore(root))
+    assert len(opened) == len(set(opened)) == MANY + 1
+    assert {os.path.basename(path).partition("-")[0] for path in opened} == {"store", "adapter"}
     root.rename(tmp_path / "away")
     page = catalog.refs(limit=100)
     assert len(page) == 100

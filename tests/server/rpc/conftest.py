@@ -17,6 +17,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.build import EngineParts, build_engine
 from server.metrics import Metrics
 from server.pb.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 from server.rpc.server import RpcServer
@@ -78,3 +79,17 @@ def serve(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> Serve:
 async def running(serve: Serve) -> AsyncIterator[Running]:
     async with serve() as server:
         yield server
+
+
+async def listed(running: Running) -> dict[str, pb.Adapter]:
+    """The adapters by name."""
+    answer = await running.adapters.ListAdapters(pb.ListAdaptersRequest())
+    return {adapter.name: adapter for adapter in answer.adapters}
+
+
+def edit_config(folder: Path, old: str, new: str) -> None:
+    """Changes an adapter's configuration where it says `old`."""
+    path = folder / "adapter_config.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))

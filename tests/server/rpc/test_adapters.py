@@ -2,38 +2,29 @@
 
 import asyncio
 import gc
-import hashlib
 import resource
 import shutil
-import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import grpc
-import pytest
 from torch import Tensor
 
 from server.engine.request import SamplingParams
-from server.lora.adapter import Adapter
 from server.lora.store import AdapterRef
+from server.lora.uploads import UploadLimits
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1.inference_pb2 import GenerateResponse
 from server.rpc import adapters as service
 from tests.conftest import ADAPTERS
-from tests.server.rpc.conftest import Running, Serve
+from tests.server.rpc.conftest import Running, edit_config, listed
 from tests.server.rpc.test_inference import ask, failure, idle, mix
+from tests.server.rpc.test_uploads import WEIGHTS, upload
 
 STORM_ROUNDS = 1000
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-async def listed(running: Running) -> dict[str, pb.Adapter]:
-    answer = await running.adapters.ListAdapters(pb.ListAdaptersRequest())
-    return {adapter.name: adapter for adapter in answer.adapters}
 
 
 async def test_the_life_of_an_adapter(running: Running) -> None:
@@ -79,9 +70,9 @@ async def test_another_folder_under_a_stored_name_is_a_replacement(running: Runn
 
 
 async def test_targets_that_the_base_lacks_are_told(running: Running) -> None:
-    _set(running.adapters_dir / "attention", '"q_proj"', '"q_proj", "nonsense"')
+    edit_config(running.adapters_dir / "attention", '"q_proj"', r'"q_proj", "nonsense", "\ud800"')
     loaded = await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="attention"))
-    assert list(loaded.unmatched_targets) == ["nonsense"]
+    assert list(loaded.unmatched_targets) == ["nonsense", r"\ud800"]
     assert loaded.num_layers == 2 * len(loaded.target_modules)
 
 
@@ -114,8 +105,8 @@ async def test_bad_loads_change_nobody_elses_tokens(running: Running) -> None:
         (lambda: (broken / "adapter_config.json").write_text("{"), grpc.StatusCode.INVALID_ARGUMENT),
         (lambda: (broken / "adapter_model.safetensors").write_bytes(b"\0" * 64), grpc.StatusCode.INVALID_ARGUMENT),
         (lambda: (broken / "adapter_model.safetensors").unlink(), grpc.StatusCode.INVALID_ARGUMENT),
-        (lambda: _set(broken, '"r": 8', '"r": 65'), grpc.StatusCode.FAILED_PRECONDITION),
-        (lambda: _set(broken, '"use_qalora": false', '"use_qalora": true'), grpc.StatusCode.FAILED_PRECONDITION),
+        (lambda: edit_config(broken, '"r": 8', '"r": 65'), grpc.StatusCode.FAILED_PRECONDITION),
+        (lambda: edit_config(broken, '"use_qalora": false', '"use_qalora": true'), grpc.StatusCode.FAILED_PRECONDITION),
     ]
 
     async def bad_loads() -> None:
@@ -141,237 +132,9 @@ async def test_bad_loads_change_nobody_elses_tokens(running: Running) -> None:
     assert failed.error
 
 
-def _set(folder: Path, old: str, new: str) -> None:
-    path = folder / "adapter_config.json"
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-
-
 async def test_a_long_reason_still_arrives(running: Running) -> None:
     error = await failure(running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="x", source="../" * 4000)))
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
-
-
-async def test_merge_and_unmerge(running: Running) -> None:
-    plain = await running.inference.Generate(ask(adapter="plain"))
-    other = await running.inference.Generate(ask(adapter="attention"))
-    merged = await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
-    assert merged.seconds > 0
-    assert merged.bytes_merged > 0
-    assert merged.adapter.merged
-    assert [name for name, adapter in (await listed(running)).items() if adapter.merged] == ["plain"]
-    again = await running.inference.Generate(ask(adapter="plain"))
-    assert (again.token_ids, again.adapter.merged) == (plain.token_ids, True)
-    beside = await running.inference.Generate(ask(adapter="attention"))
-    assert (beside.token_ids, beside.adapter.merged) == (other.token_ids, False)
-    await running.adapters.UnmergeAdapter(pb.UnmergeAdapterRequest())
-    assert not any(adapter.merged for adapter in (await listed(running)).values())
-    error = await failure(running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="nobody")))
-    assert error.code() == grpc.StatusCode.NOT_FOUND
-
-
-async def test_a_merged_adapter_is_replaced_and_unloaded(running: Running) -> None:
-    expected = await running.inference.Generate(ask(adapter="plain"))
-    await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
-    await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain", replace=True))
-    assert (await running.inference.Generate(ask(adapter="plain"))).token_ids == expected.token_ids
-    await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
-    await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
-    assert running.engine.merging.num_bytes == 0
-    assert (await running.inference.Generate(ask())).token_ids != expected.token_ids
-
-
-async def test_a_merge_fails_with_the_engine(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for an answer of the engine's thread hears when it dies, and so does who asks later."""
-    await running.inference.Generate(ask(adapter="plain"))
-    reached, die = threading.Event(), threading.Event()
-
-    def stop_here(adapter: object) -> float:
-        reached.set()
-        die.wait()
-        raise SystemExit("the weights are broken")
-
-    monkeypatch.setattr(running.parts.runner, "merge", stop_here)
-    merge = running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="attention"))
-    async with asyncio.timeout(10):
-        await asyncio.to_thread(reached.wait)
-        unload = running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
-        while "plain" in await listed(running):
-            await asyncio.sleep(0.01)
-        die.set()
-        for error in await asyncio.gather(failure(merge), failure(unload)):
-            assert error.code() == grpc.StatusCode.UNAVAILABLE
-            assert error.details() == "the engine is down"
-    error = await failure(running.adapters.UnmergeAdapter(pb.UnmergeAdapterRequest()))
-    assert error.code() == grpc.StatusCode.UNAVAILABLE
-
-
-async def test_a_client_that_leaves_a_merge_leaves_the_engine_alive(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reached, go_on = threading.Event(), threading.Event()
-    merge = running.parts.runner.merge
-
-    def slow(adapter: Adapter | None) -> float:
-        reached.set()
-        go_on.wait()
-        return merge(adapter)
-
-    monkeypatch.setattr(running.parts.runner, "merge", slow)
-    call = running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
-    other = asyncio.create_task(running.engine.merging.merge("attention"))  # and one that has not begun
-    async with asyncio.timeout(10):
-        await asyncio.to_thread(reached.wait)
-        while not (await listed(running))["attention"].requests_running:
-            await asyncio.sleep(0.01)
-        call.cancel()
-        other.cancel()
-        await asyncio.wait([other])
-        go_on.set()
-        assert (await running.inference.Generate(ask(adapter="plain"))).token_ids
-    assert not running.engine.died.is_set()
-
-
-async def test_merging_on_request_needs_its_policy(serve: Serve) -> None:
-    async with serve({"merge_policy": "off"}) as server:
-        error = await failure(server.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain")))
-        assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
-        assert "--merge-policy is off" in str(error.details())
-
-
-def upload(name: str, folder: Path, chunk: int = 10_000, **header: Any) -> Iterator[pb.UploadAdapterRequest]:
-    """What a client sends."""
-    files = {file: (folder / file).read_bytes() for file in (CONFIG, WEIGHTS)}
-    declared = [
-        pb.UploadFile(name=file, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-        for file, data in files.items()
-    ]
-    yield pb.UploadAdapterRequest(header=pb.UploadHeader(name=name, files=declared, **header))
-    for file, data in files.items():
-        for offset in range(0, len(data), chunk):
-            part = pb.UploadChunk(file=file, offset=offset, data=data[offset : offset + chunk])
-            yield pb.UploadAdapterRequest(chunk=part)
-
-
-def leftovers(running: Running) -> list[Path]:
-    return list((running.adapters_dir / ".publish").glob("*"))
-
-
-async def test_an_upload_is_served_at_once(running: Running) -> None:
-    expected = await running.inference.Generate(ask(adapter="plain"))
-    uploaded = await running.adapters.UploadAdapter(upload("sent", running.adapters_dir / "plain", pin=True))
-    assert (uploaded.version, uploaded.state, uploaded.pinned, uploaded.current) == ("1", pb.READY, True, True)
-    answer = await running.inference.Generate(ask(adapter="sent"))
-    assert answer.token_ids == expected.token_ids
-    assert answer.adapter.digest == uploaded.digest == expected.adapter.digest
-    assert {path.name for path in (running.adapters_dir / "sent" / "1").iterdir()} == {CONFIG, WEIGHTS, "SHA256SUMS"}
-    assert leftovers(running) == []
-
-
-async def test_an_upload_to_a_name_that_is_taken(running: Running) -> None:
-    folder = running.adapters_dir / "attention"
-    for name in ("plain", "plain@1", "tiny"):
-        error = await failure(running.adapters.UploadAdapter(upload(name, folder)))
-        assert error.code() == grpc.StatusCode.ALREADY_EXISTS
-    error = await failure(running.adapters.UploadAdapter(upload("plain@1", folder, replace=True)))
-    assert error.code() == grpc.StatusCode.ALREADY_EXISTS
-    before = await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain"))
-    error = await failure(
-        running.adapters.UploadAdapter(upload("plain", folder, expected_generation=before.generation + 1))
-    )
-    assert error.code() == grpc.StatusCode.ABORTED
-    after = await running.adapters.UploadAdapter(upload("plain", folder, expected_generation=before.generation))
-    assert (after.version, after.current) == ("2", True)
-    assert (await running.inference.Generate(ask(adapter="plain"))).adapter.version == "2"
-    assert (await running.inference.Generate(ask(adapter="plain@1"))).adapter.generation == before.generation
-
-
-def _change(index: int, **chunk: Any) -> Any:
-    def apply(messages: list[pb.UploadAdapterRequest]) -> None:
-        for field, value in chunk.items():
-            setattr(messages[index].chunk, field, value)
-
-    return apply
-
-
-def _oversized(messages: list[pb.UploadAdapterRequest]) -> None:
-    messages[0].header.files[1].size = 1 << 40
-
-
-def _wrong_digest(messages: list[pb.UploadAdapterRequest]) -> None:
-    messages[0].header.files[1].sha256 = "0" * 64
-
-
-@pytest.mark.parametrize(
-    ("damage", "code"),
-    [
-        (lambda messages: messages.clear(), grpc.StatusCode.INVALID_ARGUMENT),
-        (lambda messages: messages.pop(0), grpc.StatusCode.INVALID_ARGUMENT),
-        (lambda messages: messages.insert(1, messages[0]), grpc.StatusCode.INVALID_ARGUMENT),
-        (lambda messages: messages.insert(1, pb.UploadAdapterRequest()), grpc.StatusCode.INVALID_ARGUMENT),
-        (lambda messages: messages.pop(), grpc.StatusCode.INVALID_ARGUMENT),
-        (lambda messages: messages.pop(2), grpc.StatusCode.INVALID_ARGUMENT),
-        (lambda messages: messages.insert(3, messages[2]), grpc.StatusCode.INVALID_ARGUMENT),
-        (lambda messages: messages.reverse(), grpc.StatusCode.INVALID_ARGUMENT),
-        (_change(1, file="../evil"), grpc.StatusCode.INVALID_ARGUMENT),
-        (_change(-1, data=b"x" * 10_000), grpc.StatusCode.INVALID_ARGUMENT),
-        (_wrong_digest, grpc.StatusCode.INVALID_ARGUMENT),
-        (_oversized, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    ],
-)
-async def test_uploads_that_are_refused(running: Running, damage: Any, code: grpc.StatusCode) -> None:
-    messages = list(upload("sent", running.adapters_dir / "plain"))
-    damage(messages)
-    error = await failure(running.adapters.UploadAdapter(iter(messages)))
-    assert error.code() == code, error.details()
-    assert leftovers(running) == []
-    assert "sent" not in await listed(running)
-
-
-@pytest.mark.parametrize(
-    ("rank", "code"),
-    [(9, grpc.StatusCode.INVALID_ARGUMENT), (4096, grpc.StatusCode.FAILED_PRECONDITION)],
-    ids=["its tensors have another rank", "over --max-lora-rank"],
-)
-async def test_an_upload_whose_rank_does_not_fit_is_not_published(
-    running: Running, rank: int, code: grpc.StatusCode
-) -> None:
-    folder = running.adapters_dir / "plain"
-    _set(folder, '"r": 8', f'"r": {rank}')
-    error = await failure(running.adapters.UploadAdapter(upload("sent", folder)))
-    assert error.code() == code, error.details()
-    assert not (running.adapters_dir / "sent").exists()
-    assert leftovers(running) == []
-
-
-@pytest.mark.parametrize("how", ["cancel", "stall"])
-async def test_an_upload_that_ends_half_way_leaves_nothing(
-    running: Running, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service, "UPLOAD_IDLE_SECONDS", 0.05 if how == "stall" else 60)
-    call = running.adapters.UploadAdapter()
-    for message in list(upload("sent", running.adapters_dir / "plain"))[:3]:
-        await call.write(message)
-    if how == "stall":
-        assert (await failure(call)).code() == grpc.StatusCode.ABORTED
-    else:
-        await asyncio.sleep(0.05)
-        assert leftovers(running)
-        call.cancel()
-    async with asyncio.timeout(5):
-        while leftovers(running):
-            await asyncio.sleep(0.005)
-    assert "sent" not in await listed(running)
-
-
-async def test_two_uploads_of_one_name_at_once(running: Running) -> None:
-    folder = running.adapters_dir / "plain"
-    calls = [running.adapters.UploadAdapter(upload("sent", folder)) for _ in range(3)]
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    codes = [result.code() for result in results if isinstance(result, grpc.aio.AioRpcError)]
-    assert codes == [grpc.StatusCode.ALREADY_EXISTS] * 2
-    assert leftovers(running) == []
 
 
 async def test_versions_promotion_and_traffic(running: Running) -> None:
@@ -541,7 +304,9 @@ async def test_a_watcher_that_does_not_read_keeps_no_weights(running: Running) -
     """Its call stands where it hands an event on."""
     for kind in (pb.AdapterEvent.SNAPSHOT, pb.AdapterEvent.REPLACED):
         await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name="plain"))
-        watching = service.AdaptersService(running.engine, 1).WatchAdapters(pb.WatchAdaptersRequest(), None)
+        watching = service.AdaptersService(running.engine, UploadLimits(1, 1, 1)).WatchAdapters(
+            pb.WatchAdaptersRequest(), None
+        )
         async with aclosing(watching) as events:
             event = await anext(events)
             if kind == pb.AdapterEvent.REPLACED:

@@ -1,6 +1,7 @@
 """The Open Inference Protocol over a real socket: answers, streams, repository, and every way of asking wrongly."""
 
 import json
+import shutil
 import struct
 from collections.abc import AsyncIterator
 from typing import Any
@@ -375,6 +376,18 @@ async def test_what_the_server_says_of_itself(running: Running) -> None:
         assert [tensor.name for tensor in config.input] == [tensor.name for tensor in metadata.inputs]
         assert config.parameters["base_model"].string_value == BASE
     assert (await failure(client.ModelConfig(pb.ModelConfigRequest(name="nobody")))).code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_metadata_and_index_tell_every_version(running: Running) -> None:
+    client = running.open_inference
+    for version in "23":
+        shutil.copytree(running.adapters_dir / "head", running.adapters_dir / "plain" / version)
+    await running.engine.adapters.look("plain")
+    for version, told in (("", ["1", "2", "3"]), ("2", ["2"])):
+        request = pb.ModelMetadataRequest(name="plain", version=version)
+        assert list((await client.ModelMetadata(request)).versions) == told
+    index = await client.RepositoryIndex(pb.RepositoryIndexRequest())
+    assert [model.version for model in index.models if model.name == "plain"] == ["1", "2", "3"]
 
 
 async def ready(running: Running, name: str, version: str = "") -> bool:

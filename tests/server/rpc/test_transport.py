@@ -22,7 +22,7 @@ from server.pb.inference import grpc_service_pb2 as open_pb
 from server.pb.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
-from server.rpc import server as rpc_server
+from server.rpc import listener
 from tests.server.rpc.conftest import Running, Serve
 from tests.server.rpc.test_inference import ask, failure, idle
 from tests.server.rpc.test_open_inference import flag, infer
@@ -51,7 +51,7 @@ async def test_pings_of_idle_clients(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, interval: float, welcome: bool
 ) -> None:
     """A client without a call may ping, if not too often. Plain HTTP/2, since gRPC's own clients hold pings back."""
-    monkeypatch.setattr(rpc_server, "MIN_PING_INTERVAL_MS", 200)
+    monkeypatch.setattr(listener, "MIN_PING_INTERVAL_MS", 200)
     settings, ping = frame(4), frame(6, b"12345678")
     async with serve() as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.server.port)

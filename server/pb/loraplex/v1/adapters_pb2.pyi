@@ -244,7 +244,7 @@ class UnmergeAdapterResponse(_message.Message):
     def __init__(self, seconds: _Optional[float] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "generation", "digest", "state", "rank", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "tier", "requests_running", "error", "merged", "pinned", "requests_waiting", "current", "traffic_percent", "num_layers", "unmatched_targets")
+    __slots__ = ("name", "version", "generation", "digest", "state", "rank", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "tier", "requests_running", "error", "merged", "pinned", "requests_waiting", "current", "traffic_percent", "num_layers", "unmatched_targets", "other_base")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -265,6 +265,7 @@ class Adapter(_message.Message):
     TRAFFIC_PERCENT_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     UNMATCHED_TARGETS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_BASE_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     generation: int
@@ -285,4 +286,5 @@ class Adapter(_message.Message):
     traffic_percent: int
     num_layers: int
     unmatched_targets: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes_disk: _Optional[int] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., requests_running: _Optional[int] = ..., error: _Optional[str] = ..., merged: _Optional[bool] = ..., pinned: _Optional[bool] = ..., requests_waiting: _Optional[int] = ..., current: _Optional[bool] = ..., traffic_percent: _Optional[int] = ..., num_layers: _Optional[int] = ..., unmatched_targets: _Optional[_Iterable[str]] = ...) -> None: ...
+    other_base: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes_disk: _Optional[int] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., requests_running: _Optional[int] = ..., error: _Optional[str] = ..., merged: _Optional[bool] = ..., pinned: _Optional[bool] = ..., requests_waiting: _Optional[int] = ..., current: _Optional[bool] = ..., traffic_percent: _Optional[int] = ..., num_layers: _Optional[int] = ..., unmatched_targets: _Optional[_Iterable[str]] = ..., other_base: _Optional[str] = ...) -> None: ...

@@ -123,8 +123,9 @@ class AdaptersServicer:
         """Takes an adapter's files, checks them as LoadAdapter does, publishes them in the store as a new version, and loads
         it: all of it or nothing. The first message is the header; then each file's bytes in order.
 
-        Errors: those of LoadAdapter; INVALID_ARGUMENT for chunks that do not follow on one another, sizes and digests that
-        differ from the header's; RESOURCE_EXHAUSTED for too many bytes or a full disk; ABORTED when no chunk comes.
+        Errors: those of LoadAdapter, at the header already where they can be known then; INVALID_ARGUMENT for chunks that do
+        not follow on one another, sizes and digests that differ from the header's; RESOURCE_EXHAUSTED for too many bytes or a
+        full disk; DEADLINE_EXCEEDED when no chunk comes for --upload-idle-seconds, or the last one after --upload-seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,7 +148,8 @@ class AdaptersServicer:
 
     def MergeAdapter(self, request, context):
         """Adds an adapter to the base's weights, in place of one that is merged. Its requests then cost what the base's cost;
-        all others run on beside them, in the same batch, and take its effect away again.
+        all others run on beside them, in the same batch, and take its effect away again. It stays in host memory until it is
+        unmerged, replaced or unloaded.
 
         Errors: NOT_FOUND and those of LoadAdapter; FAILED_PRECONDITION for a quantized base or another --merge-policy.
         """
