@@ -25,6 +25,11 @@ class Call:
         """For another call, which may write into them."""
         return _copied(self.args), _copied(self.kwargs)
 
+    @property
+    def result(self) -> Tensor | None:
+        """The output, or what comes first in it; None: that is no tensor."""
+        return _tensor(self.output)
+
     def is_answered_by(self, forward: Forward) -> bool:
         """Whether another forward gives the same output, up to rounding."""
         args, kwargs = self.arguments()
@@ -32,7 +37,7 @@ class Call:
             output = forward(*args, **kwargs)
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
             return False  # the module is called in a way that the other does not know
-        got, expected = _tensor(output), _tensor(self.output)
+        got, expected = _tensor(output), self.result
         if type(output) is not type(self.output) or got is None or expected is None or got.shape != expected.shape:
             return False
         return float((got - expected).abs().max()) <= _TOLERANCE * max(1.0, float(expected.abs().max()))

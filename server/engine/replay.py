@@ -8,6 +8,7 @@ is known by name: whatever does nothing but native calls is replayed, the larges
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from server.engine.recorded_forward import Call, Forward
@@ -34,9 +35,28 @@ def replay_parts(model: nn.Module, calls: Mapping[str, Call], passes: Callable[[
         if call is not None and replay is not None and call.is_answered_by(replay):
             module.forward = replay
             return 1
-        return sum(visit(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children())
+        found = sum(visit(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children())
+        if isinstance(module, nn.ModuleList):
+            _join([(child, calls.get(f"{path}.{name}")) for name, child in module.named_children()])
+        return found
 
     return visit("", model)
+
+
+def _join(layers: Sequence[tuple[nn.Module, Call | None]]) -> None:
+    """Lets the first of several layers that follow one another replay them all, and the others hand its result on."""
+    first: _Replay | None = None
+    before: Call | None = None
+    for layer, call in layers:
+        replay = layer.forward
+        if not isinstance(replay, _Replay) or call is None:
+            first = before = None
+            continue
+        if first is None or before is None or not first.goes_on_with(replay, before, call):
+            first = replay
+        else:
+            layer.forward = _HandedOn(first, replay)
+        before = call
 
 
 def _replay_of(forward: Forward, call: Call, passes: Callable[[], Any], workspace: Workspace) -> "_Replay | None":
@@ -97,20 +117,52 @@ class _Replay:
         self._passes = passes
         self._workspace = workspace
         self._beside = beside
+        self.replayed = False  # by the last call
+
+    def goes_on_with(self, other: "_Replay", before: Call, call: Call) -> bool:
+        """Replays another layer too from here on, if that takes what the one `before` gave and all else as it did."""
+        if not (self._program.in_place and other._program.in_place) or self._program.inputs != other._program.inputs:
+            return False
+        if (self._places, self._of_step, self._beside) != (other._places, other._of_step, other._beside):
+            return False
+        given = [_at(place, call.args, call.kwargs) for place in self._places]
+        taken = [before.result, *(_at(place, before.args, before.kwargs) for place in self._places[1:])]
+        if not all(map(torch.equal, given, taken)):
+            return False
+        self._program = self._program.followed_by(other._program)
+        return True
+
+    def handed_on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What is returned when the first of the tensors holds the result."""
+        result = _at(self._places[0], args, kwargs)
+        return result if self._beside is None else (result, *self._beside)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.replayed = False
         try:
             tensors = [_at(place, args, kwargs) for place in self._places]
         except (KeyError, IndexError, TypeError):
             return self._forward(*args, **kwargs)
         if not all(isinstance(tensor, Tensor) and tensor.is_contiguous() for tensor in tensors):
             return self._forward(*args, **kwargs)
+        self.replayed = True
         inputs = [tensor.data_ptr() for tensor in tensors]
         addresses = _addresses(self._passes, kwargs)
         inputs += [addresses[index] for index in self._of_step]
         result = self._program(tensors[0].shape[1], inputs, self._workspace)
         result = tensors[0] if result is None else result
         return result if self._beside is None else (result, *self._beside)
+
+
+class _HandedOn:
+    """The forward of a layer that an earlier one's replay has computed already."""
+
+    def __init__(self, first: _Replay, own: _Replay) -> None:
+        self._first = first
+        self._own = own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._own.handed_on(args, kwargs) if self._first.replayed else self._own(*args, **kwargs)
 
 
 def _addresses(passes: Callable[[], Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:

@@ -42,7 +42,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """y += x in place, both contiguous [..., n]; returns y."""
+    """y += x in place, both [..., n], y contiguous; returns y."""
+    assert y.is_contiguous()
     n = y.shape[-1]
     _add(contiguous(x).data_ptr(), y.data_ptr(), y.numel() // n, n)
     return y

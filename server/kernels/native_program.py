@@ -89,9 +89,18 @@ class Program:
         """
         self.num_calls = len(calls)
         self.inputs = tuple(inputs)
+        self.in_place = not width
         self._calls = (_Call * len(calls))(*calls)
         self._bytes_per_row = bytes_per_row
         self._width = width
+
+    def followed_by(self, other: "Program") -> "Program":
+        """Both at once, on the same inputs; both are in place, so the other takes this one's result."""
+        assert self.in_place
+        assert other.in_place
+        assert self.inputs == other.inputs
+        bytes_per_row = max(self._bytes_per_row, other._bytes_per_row)
+        return Program([*self._calls, *other._calls], self.inputs, bytes_per_row, 0)
 
     def __call__(self, rows: int, inputs: Sequence[int], workspace: Workspace) -> Tensor | None:
         """Makes the calls; returns the result [1, rows, width], None if it is in the first of the inputs.

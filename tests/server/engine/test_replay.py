@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from server.engine.recorded_forward import Call
-from server.engine.replay import _Replay, replay_parts
+from server.engine.recorded_forward import Call, Forward, RecordingStep, record_forward
+from server.engine.replay import _HandedOn, _Replay, replay_parts
 from server.kernels import native, native_fused
 from server.kernels.native_lora import Passes
 from tests.conftest import ADAPTERS
@@ -17,13 +17,23 @@ from tests.server.engine.conftest import Engine
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 
 
-def replays(engine: Engine) -> list[nn.Module]:
-    return [module for module in engine.parts.base.model.modules() if isinstance(module.forward, _Replay)]
+def unreplayed(forward: Forward) -> Forward:
+    """What a layer's forward was before."""
+    if isinstance(forward, _HandedOn):
+        forward = forward._own
+    return forward._forward if isinstance(forward, _Replay) else forward
 
 
-def test_every_layer_is_replayed_and_nothing_else(model_dir: Path) -> None:
-    engine = Engine(model_dir)
-    assert replays(engine) == list(engine.parts.base.model.model.layers)
+def test_the_first_layer_replays_all_of_them_and_nothing_else_is_replayed(model_dir: Path) -> None:
+    model = Engine(model_dir).parts.base.model
+    first, *others = (layer.forward for layer in model.model.layers)
+    assert isinstance(first, _Replay)
+    assert others
+    assert all(isinstance(forward, _HandedOn) for forward in others)
+    assert [module.forward for module in model.modules() if unreplayed(module.forward) != module.forward] == [
+        first,
+        *others,
+    ]
 
 
 def test_replayed_or_not_the_logits_have_the_same_bits(
@@ -34,9 +44,8 @@ def test_replayed_or_not_the_logits_have_the_same_bits(
     for replayed in (True, False):
         engine = Engine(model_dir, max_num_batched_tokens=48, max_num_seqs=16)
         if not replayed:
-            for module in replays(engine):
-                assert isinstance(module.forward, _Replay)
-                module.forward = module.forward._forward
+            for layer in engine.parts.base.model.model.layers:
+                layer.forward = unreplayed(layer.forward)
         adapters = [None, *(engine.load(adapters_dir / name) for name in ADAPTERS)]
         work = [(prompt, adapters[index % len(adapters)]) for index, prompt in enumerate(prompts)]
         rows: list[Tensor] = []
@@ -100,3 +109,41 @@ def test_a_part_that_depends_on_its_call_alone_stays() -> None:
         module = Doubled()
         assert replay_parts(module, {"": Call((x.clone(),), {}, (answer, None))}, lambda: none) == 0
         assert not isinstance(module.forward, _Replay)
+
+
+class Layers(nn.Module):
+    """Each takes what the one before gives; `own` gives one an input of its own."""
+
+    def __init__(self, own: int | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(InPlace() for _ in range(4))
+        self._own = own
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            x = layer(x * 2 if number == self._own else x)
+        return x + 1
+
+
+class InPlace(nn.Module):
+    """Two native calls, the result in the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return native_fused.add(native_fused.layer_norm(x, None, None, 1e-5), x)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("own", "replays"), [(None, [0]), (2, [0, 2]), (3, [0, 3])])
+def test_layers_that_follow_one_another_are_joined(own: int | None, replays: list[int]) -> None:
+    model, none = Layers(own), Passes(())
+    x = torch.randn(1, 6, 8)
+    calls = record_forward(model, lambda _: model(x.clone()), RecordingStep(model))  # type: ignore[arg-type]
+    assert replay_parts(model, calls, lambda: none) == 4
+    assert [number for number, layer in enumerate(model.layers) if isinstance(layer.forward, _Replay)] == replays
+    for rows in (1, 31):
+        other = torch.randn(1, rows, 8)
+        assert torch.equal(model(other.clone()), Layers(own)(other.clone()))
+    # Where the first layer is called otherwise and computes for itself, so do the others.
+    first, other = model.layers[0].forward, torch.randn(1, 3, 8)
+    model.layers[0].forward = lambda x: first(x=x)
+    assert torch.equal(model(other.clone()), Layers(own)(other.clone()))
