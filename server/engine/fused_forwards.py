@@ -60,7 +60,7 @@ def _gate_and_up(module: Any) -> Callable[[Tensor], Sequence[Tensor]] | None:
         return lambda x: (gate(x), up(x))
     if _has(module, "gate_up_proj"):
         both = module.gate_up_proj.forward
-        return lambda x: both(x).chunk(2, dim=-1)  # type: ignore[no-any-return]
+        return lambda x: both(x).chunk(2, dim=-1)
     return None
 
 
@@ -83,7 +83,7 @@ def _query_key_value(module: Any, attention: AttentionCall) -> Callable[[Tensor]
         qkv = module.qkv_proj.forward
         heads = (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
         widths = [number * attention.head_dim for number in heads]
-        return lambda x: qkv(x).split(widths, dim=-1)  # type: ignore[no-any-return]
+        return lambda x: qkv(x).split(widths, dim=-1)
     return None
 
 
