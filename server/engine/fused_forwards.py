@@ -36,10 +36,8 @@ def candidates(
         attention: the attention of the module's layer, if it has one.
     """
     if isinstance(module, nn.LayerNorm):
-        yield (
-            "layer norm",
-            partial(native_fused.layer_norm, weight=module.weight, bias=module.bias, eps=module.eps),
-        )
+        norm = partial(native_fused.layer_norm, weight=module.weight, bias=module.bias, eps=module.eps)
+        yield "layer norm", norm
     elif type(module).__name__.endswith("RMSNorm"):
         for weight in _norm_weights(module):
             yield "RMS norm", partial(native_fused.rms_norm, weight=weight, eps=_eps(module))
@@ -124,37 +122,41 @@ def _normed(x: Tensor, norm: Any) -> Tensor:
 def _decoder_layers(module: Any, children: Sequence[nn.Module], norms: Collection[nn.Module]) -> Iterator[Forward]:
     """Two modules with norms around them: attention and feed-forward, each with its sum.
 
-    The first sum may stand before or after any norm between the two.
+    The first sum may stand before or after any norm between the two; a norm right after it takes it along.
     """
     parts = [child for child in children if not isinstance(child, nn.Dropout)]  # which do nothing here
     inner = [index for index, part in enumerate(parts) if part not in norms]
     if len(inner) != 2 or len(parts) == 2:
         return
-    first, second = inner
+    attention, mlp = inner
     forwards = [part.forward for part in parts]
     multiplier = float(getattr(module, "residual_multiplier", 1))
-    for sum_at in range(first + 1, second + 1):
-        yield _decoder_layer(forwards[:sum_at], first, forwards[sum_at:], second - sum_at, multiplier)
+    for sum_at in range(attention + 1, mlp + 1):
+        after, rest = forwards[attention + 1 : sum_at], forwards[sum_at:]
+        first_sum = rest.pop(0) if sum_at < mlp else _sum
+        yield _decoder_layer(forwards[:attention], forwards[attention], after, first_sum, rest, multiplier)
 
 
 def _decoder_layer(
-    attention: Sequence[Forward], attention_at: int, mlp: Sequence[Forward], mlp_at: int, multiplier: float
+    before: Sequence[Forward],
+    attention: Forward,
+    after: Sequence[Forward],
+    first_sum: Forward,
+    rest: Sequence[Forward],
+    multiplier: float,
 ) -> Forward:
-    """x += multiplier * norms(attention(norms(x))), the same with the feed-forward; sums go into the layer's own input.
-
-    A norm right after the first sum takes it along.
-    """
-    before, attend, after = attention[:attention_at], attention[attention_at], attention[attention_at + 1 :]
-    sum_and_norm = mlp[0] if mlp_at else None
-    rest = mlp[1:] if mlp_at else mlp
+    """x += multiplier * after(attention(before(x))), x += multiplier * rest(x), into the layer's own input."""
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        x, _ = attend(_chained(before, hidden_states), **kwargs)
-        x = _scaled(_chained(after, x), multiplier)
-        x = sum_and_norm(x, residual=hidden_states) if sum_and_norm else hidden_states.add_(x)
-        return hidden_states.add_(_scaled(_chained(rest, x), multiplier))
+        x, _ = attention(_chained(before, hidden_states), **kwargs)
+        x = first_sum(_scaled(_chained(after, x), multiplier), residual=hidden_states)
+        return _sum(_scaled(_chained(rest, x), multiplier), residual=hidden_states)
 
     return forward
+
+
+def _sum(x: Tensor, residual: Tensor) -> Tensor:
+    return residual.add_(x)
 
 
 def _chained(forwards: Sequence[Forward], x: Tensor) -> Tensor:
