@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -43,19 +43,30 @@ class Call:
         return float((got - expected).abs().max()) <= _TOLERANCE * max(1.0, float(expected.abs().max()))
 
 
+class AttentionCall(NamedTuple):
+    """How a layer asked for its attention."""
+
+    layer: int | None
+    options: AttentionOptions
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
 @dataclass(slots=True)
 class RecordingStep:
     """Lets a real step do the attention and notes how each layer asked for it."""
 
     step: AttentionStep
-    options: dict[int | None, AttentionOptions] = field(default_factory=dict)
+    calls: dict[int | None, AttentionCall] = field(default_factory=dict)
 
     @property
     def addresses(self) -> tuple[int, ...]:
         return self.step.addresses
 
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        self.options[layer] = options
+        _, num_heads, head_dim = query.shape
+        self.calls[layer] = AttentionCall(layer, options, num_heads, key.shape[1], head_dim)
         return self.step.attend(layer, query, key, value, options)
 
 

@@ -1,0 +1,68 @@
+"""Fused parts of other shapes than Llama's: adapters on them are PEFT's, and every bit is the same in any batch."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from server.kernels import native
+from tests.conftest import EOS, VOCAB_SIZE, save_adapter, save_base
+from tests.server.engine.conftest import Engine, peft_logits
+from tests.server.engine.test_model import COMMON, SERVED
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3": {},  # a norm on each head of q and k
+    "olmo2": {},  # norms on whole rows of q and k, and after attention and feed-forward
+    "gemma2": {"sliding_window": 20},  # four norms a layer
+    "gemma3_text": {"sliding_window": 20},  # both
+    "phi3": {"sliding_window": 20, "head_dim": 8, "partial_rotary_factor": 0.5},  # q, k, v as one, gate and up as one
+    "phi": {"partial_rotary_factor": 0.5, "qk_layernorm": True},  # other norms
+    "granite": {},  # sums with a multiplier
+}
+
+
+def varied(model_type: str) -> PreTrainedModel:
+    """A model whose norms differ from each other and from 1, and whose logits stand clear of rounding."""
+    torch.manual_seed(0)
+    wide = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 256, "initializer_range": 0.2, "eos_token_id": EOS}
+    config = AutoConfig.for_model(model_type, **{**COMMON, **SERVED[model_type], **wide, **SHAPES[model_type]})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("model_type", SHAPES)
+def test_adapters_and_bits(model_type: str, tmp_path: Path, prompts: list[list[int]]) -> None:
+    folder = save_base(varied(model_type), tmp_path / "base")
+    save_adapter(varied(model_type), tmp_path / "adapter", seed=1, r=4, target_modules="all-linear")
+    reference = peft.PeftModel.from_pretrained(varied(model_type), str(tmp_path / "adapter")).eval()
+
+    def logits(**settings: int) -> list[torch.Tensor]:
+        engine = Engine(folder, **settings)
+        model: Any = engine.parts.base.model
+        for layer in model.model.layers:
+            assert "forward" in vars(layer.self_attn)
+            assert "forward" in vars(layer) or model_type == "phi"  # whose two sums are one
+        adapter = engine.load(tmp_path / "adapter")
+        rows: dict[int, list[torch.Tensor]] = {}
+        engine.watch_logits(lambda request_id, row: rows.setdefault(request_id, []).append(row.clone()))
+        work = [(prompt, adapter if index % 2 else None) for index, prompt in enumerate(prompts)]
+        for items in [[item] for item in work] if settings.get("max_num_seqs") == 1 else [work]:
+            engine.generate(items, max_tokens=4)
+        return [torch.stack(rows[request_id]) for request_id in range(len(work))]
+
+    alone = logits(max_num_seqs=1)
+    for index, (prompt, row) in enumerate(zip(prompts, alone, strict=True)):
+        with nullcontext() if index % 2 else reference.disable_adapter():
+            expected = peft_logits(reference, prompt, None)[-1]
+        assert torch.allclose(row[0], expected, atol=1e-4), index
+    for settings in ({}, {"max_num_batched_tokens": 16, "max_num_seqs": 16}):
+        assert all(map(torch.equal, logits(**settings), alone)), settings
