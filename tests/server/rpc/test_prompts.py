@@ -58,9 +58,7 @@ NEVER_RENDERED = "{{ raise_exception('it was rendered') }}"
         ),
     ],
 )
-async def test_what_can_not_fit_is_refused_unread(
-    request_: pb.TokenizeRequest | pb.GenerateRequest, text: str
-) -> None:
+async def test_what_can_not_fit_is_refused_unread(request_: pb.TokenizeRequest | pb.GenerateRequest, text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         await reader(NEVER_RENDERED).read(request_)
     assert str(caught.value).startswith(text)
