@@ -21,6 +21,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.build import EngineParts, build_engine
 from server.engine.core import EngineCore
 from server.engine.model import load_tokenizer
+from server.environment import machine
 from server.errors import ConfigError, Overloaded
 from server.lora.cache import AdapterCache
 from server.lora.loader import ServedBase
@@ -163,6 +164,7 @@ def model_info(config: EngineConfig, parts: EngineParts) -> ModelInfo:
         max_lora_rank=config.max_lora_rank,
         num_adapter_slots=config.adapter_slots,
         version=version("loraplex"),
+        machine=dict(machine()),
     )
 
 

@@ -97,11 +97,9 @@ def server(model_dir: Path, workplace: Path) -> Iterator[Server]:
 def test_every_command_does_what_it_should(
     document: Path, workplace: Path, server: Server, require_tool: Callable[[str], str]
 ) -> None:
-    metrics = re.search(r"metrics (\S+),", server.banner)
-    assert metrics
     addresses = {
         "127.0.0.1:50051": server.address,
-        "127.0.0.1:9090": metrics[1],
+        "127.0.0.1:9090": server.metrics_address,
         "127.0.0.1:50052": f"127.0.0.1:{free_port()}",
     }
     environment = {
