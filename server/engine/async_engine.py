@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from server.engine.admission import Admission
-from server.engine.core import Abort, EngineCore, Evict, Revoke, Submit
+from server.engine.commands import Abort, Evict, Revoke, Submit
+from server.engine.core import EngineCore
 from server.engine.detokenizer import TextStream
 from server.engine.engine_thread import EngineThread, engine_down
 from server.engine.merging import AdapterMerging
