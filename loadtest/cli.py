@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.churn import ChurnError
+from loadtest.measurement import Slo
 from loadtest.named import WORKLOADS, load_workload
 from loadtest.null_server import serve_null
 from loadtest.observer import ServerUnreachable
 from loadtest.output import Report, table
 from loadtest.processes import LoadProcessError
-from loadtest.report import Slo
 from loadtest.run import Target, measure
 from loadtest.sweep import RateSearch, passes
 from loadtest.workload import Range, Workload, WorkloadError

@@ -35,6 +35,7 @@ def server_environment(model: ModelInfo) -> dict[str, str]:
         "max_model_len": f"{model.max_model_len:,}",
         "adapter_slots": f"{model.num_adapter_slots}, rank up to {model.max_lora_rank}",
         "version": model.version,
+        **dict(sorted(model.machine.items())),
     }
 
 

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from loadtest.environment import client_environment
 from loadtest.histogram import PERCENTILES, percentile_distribution
+from loadtest.measurement import Measurement
 from loadtest.page import render
-from loadtest.report import METRICS, Measurement, histograms, summarize
+from loadtest.report import METRICS, histograms, summarize
 from loadtest.run import Target
 from loadtest.sweep import verdict
 from loadtest.workload import Workload

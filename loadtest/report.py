@@ -3,61 +3,20 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from hdrh.histogram import HdrHistogram
 
-from loadtest.churn import ChurnReview
 from loadtest.client import CallResult
 from loadtest.generator import Outcome
 from loadtest.histogram import cumulative, hdr_histogram, percentile, spread
-from loadtest.workload import Workload
+from loadtest.measurement import Measurement
 
 LATE = 0.010  # seconds: beyond this at the 99th percentile the client, not the server, makes the latencies
 BUSY = 0.9  # of one core
 METRICS = ("first_token", "inter_token", "end_to_end")
 _BEHIND = 0.1  # of the arrivals, not completed in time: a server that falls behind
 _LEAD_IN = 0.25  # of the arrivals, not counted when completions are held against arrivals
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """Limits in seconds that one request must keep to be good."""
-
-    first_token: float = 6.0  # S-LoRA's
-    inter_token: float = 1.0  # the request's mean gap between messages
-    end_to_end: float = 60.0
-
-    def kept(self, result: CallResult) -> dict[str, bool]:
-        """Which limits a request kept; one that failed kept none."""
-        gaps = result.token_gaps
-        return {
-            "first_token": result.ok and result.first_token is not None and result.first_token < self.first_token,
-            "inter_token": result.ok and (not gaps or math.fsum(gaps) / len(gaps) < self.inter_token),
-            "end_to_end": result.ok and result.total < self.end_to_end,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """One finished, interrupted or broken-off run, as it was measured."""
-
-    label: str
-    workload: Workload
-    slo: Slo
-    outcomes: Sequence[Outcome]
-    results: Sequence[CallResult]  # of all processes, in the order they were due
-    start: float  # time.monotonic() of second 0
-    wall: float  # seconds from there to the end
-    unplayed: int = 0  # items of a trace after `num_requests` or `duration`
-    dropped: int = 0  # items of a trace too long for the server
-    server: dict[str, str] = field(default_factory=dict)  # what it says of itself
-    tiers: dict[str, str] = field(default_factory=dict)  # of the adapters before the run
-    memory: Sequence[tuple[float, float]] = ()  # time.monotonic(), bytes
-    mean_queue_seconds: float | None = None
-    churn: ChurnReview | None = None
-    interrupted: bool = False
 
 
 def summarize(run: Measurement) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from loadtest.channel import connect
 from loadtest.churn import Churn
 from loadtest.environment import server_environment
 from loadtest.generator import Progress, Share
+from loadtest.measurement import Measurement, Slo
 from loadtest.observer import MetricsWatch, ServerFacts, ServerUnreachable, ask_server
 from loadtest.processes import Load
-from loadtest.report import Measurement, Slo
 from loadtest.schedule import make_schedule
 from loadtest.workload import Workload, WorkloadError
 

@@ -17,7 +17,8 @@ from adapters.errors import AdapterFormatError
 from adapters.format import read_adapter
 from server.config import EngineConfig
 from server.engine.build import EngineParts, build_engine
-from server.engine.core import EngineCore, Submit
+from server.engine.commands import Submit
+from server.engine.core import EngineCore
 from server.engine.request import Request, SamplingParams, TokenOutput
 from server.errors import ConfigError
 from server.lora.adapter import Adapter, WeightedAdapter

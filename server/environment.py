@@ -1,4 +1,4 @@
-"""`loraplex env`: what a bug report needs to say about the machine and the installation."""
+"""The machine and the installation: what `loraplex env` prints for a bug report, and a server says of itself."""
 
 import os
 import platform
@@ -28,6 +28,14 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|HEADERS")
 
 def environment() -> Iterator[tuple[str, str]]:
     """Names and values, in the order to print. Values of variables that may be secret are left out."""
+    yield from machine()
+    for name, value in sorted(os.environ.items()):
+        if _VARIABLES.fullmatch(name):
+            yield name, "(set)" if _SECRET.search(name) else value
+
+
+def machine() -> Iterator[tuple[str, str]]:
+    """Hardware and versions: what may be told to anybody."""
     yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
     yield "platform", platform.platform()
     yield "processor", f"{processor()}, {os.cpu_count()} cores, {platform.machine()}"
@@ -43,9 +51,6 @@ def environment() -> Iterator[tuple[str, str]]:
             f"device cuda:{index}",
             f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, sm_{properties.major}{properties.minor}",
         )
-    for name, value in sorted(os.environ.items()):
-        if _VARIABLES.fullmatch(name):
-            yield name, "(set)" if _SECRET.search(name) else value
 
 
 def _version(package: str) -> str:

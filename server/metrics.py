@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server.adapter_metrics import AdapterMetrics
+from server.errors import ServingError
 from server.gateway_metrics import GatewayMetrics
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from server.engine.scheduler import ScheduledBatch, Scheduler
 
 LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)  # seconds
-FINISH_REASONS = ("stop", "length", "abort", "error")  # of `FinishReason`; the client went away; our failure
+# Those of `FinishReason`; the client went away; it failed in the engine; it never got there (no room, no such adapter).
+FINISH_REASONS = ("stop", "length", "abort", "error", "refused")
 FAILURES = ("STEP_FAILED", "NON_FINITE_LOGITS")
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -121,6 +123,7 @@ class RequestTimer:
         self.first_step = self.first_token = self.last_token = 0.0  # 0: not yet
         self.num_tokens = 0  # generated
         self.num_cached_tokens = 0  # of the prompt
+        self.outcome = "abort"  # one of FINISH_REASONS; this one unless something else is known to have ended it
 
     def tokens(self, outputs: Sequence[TokenOutput]) -> None:
         """New tokens came; their times are the engine's, so a slow reader does not change them."""
@@ -138,9 +141,17 @@ class RequestTimer:
             self.last_token = output.time
         self.num_tokens += len(outputs)
 
-    def ended(self, reason: str) -> None:
-        """A finish reason, or `abort` when the client went away, or `error`."""
-        self._metrics.requests.labels(finish_reason=reason).inc()
-        if self.last_token:
-            self._metrics.decode_time.observe(self.last_token - self.first_token)
-            self._metrics.end_to_end.observe(self.last_token - self.arrival)
+    @contextmanager
+    def booked(self) -> Iterator[None]:
+        """Within, the request is with us; it ends in exactly one way."""
+        try:
+            yield
+        except Exception as error:
+            if self.outcome == "abort":
+                self.outcome = "refused" if isinstance(error, ServingError) else "error"
+            raise
+        finally:
+            self._metrics.requests.labels(finish_reason=self.outcome).inc()
+            if self.last_token:
+                self._metrics.decode_time.observe(self.last_token - self.first_token)
+                self._metrics.end_to_end.observe(self.last_token - self.arrival)

@@ -45,7 +45,7 @@ class RequestTracer:
         self._tracer = provider.get_tracer("loraplex", version("loraplex"))
         self._base_model = base_model
 
-    def record(self, request: Request, timer: RequestTimer, outcome: str) -> None:
+    def record(self, request: Request, timer: RequestTimer) -> None:
         """Under the span that the call's metadata named, if it did."""
         offset = time.time_ns() - time.monotonic_ns()
 
@@ -56,12 +56,12 @@ class RequestTracer:
             f"text_completion {self._base_model}",
             kind=SpanKind.SERVER,
             start_time=wall(timer.arrival),
-            attributes=self._attributes(request, timer, outcome),
+            attributes=self._attributes(request, timer),
         )
         if timer.first_token:
             span.add_event("first step", timestamp=wall(timer.first_step))
             span.add_event("first token", timestamp=wall(timer.first_token))
-        if outcome == "error":
+        if timer.outcome == "error":
             span.set_status(Status(StatusCode.ERROR))
         span.end()
 
@@ -72,7 +72,7 @@ class RequestTracer:
         """Exports what is left."""
         self._provider.shutdown()
 
-    def _attributes(self, request: Request, timer: RequestTimer, outcome: str) -> dict[str, Any]:
+    def _attributes(self, request: Request, timer: RequestTimer) -> dict[str, Any]:
         params = request.params
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": "text_completion",
@@ -84,7 +84,7 @@ class RequestTracer:
             "gen_ai.usage.input_tokens": request.num_prompt_tokens,
             "gen_ai.usage.output_tokens": timer.num_tokens,
             "gen_ai.usage.cache_read.input_tokens": timer.num_cached_tokens,
-            "gen_ai.response.finish_reasons": [outcome],
+            "gen_ai.response.finish_reasons": [timer.outcome],
         }
         if request.identities:
             attributes["loraplex.adapter.name"] = request.adapter_name

@@ -14,7 +14,7 @@ from tests.conftest import ADAPTERS, save_adapter
 from tests.server.engine.conftest import Engine
 
 MODEL = cache_dir() / "smollm2-135m"
-NUM_TOKENS = 8
+NUM_TOKENS = 5
 NAMES = ["", *ADAPTERS]
 
 pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="run 'loraplex models fetch smollm2-135m' first")
@@ -32,28 +32,24 @@ def test_tokens_and_logits_are_pefts(tmp_path: Path) -> None:
     reference.eval().double()  # PEFT's answer without its own rounding, which in float32 is as large as the tolerance
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    texts = [
-        f"{index}. Write a few words about {topic}"
-        for index, topic in enumerate(["rain", "chess", "bread", "bees"] * 4)
-    ]
+    topics = ("rain", "chess", "bread", "bees")
+    texts = [f"{index}. Write a few words about {topics[index % len(topics)]}" for index in range(len(NAMES))]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
     expected, expected_logits = [], []
-    for index, prompt in enumerate(prompts):
-        tokens, logits = _peft_generate(reference, prompt, NAMES[index % len(NAMES)])
+    for prompt, name in zip(prompts, NAMES, strict=True):
+        tokens, logits = _peft_generate(reference, prompt, name)
         expected.append(tokens)
         expected_logits.append(logits)
 
     engine = Engine(MODEL, max_model_len=256, max_num_batched_tokens=96)
     adapters = {name: engine.load(tmp_path / name) for name in ADAPTERS}
-    work = [(prompt, adapters.get(NAMES[index % len(NAMES)])) for index, prompt in enumerate(prompts)]
+    work = [(prompt, adapters.get(name)) for prompt, name in zip(prompts, NAMES, strict=True)]
     seen: dict[int, list[torch.Tensor]] = {index: [] for index in range(len(prompts))}
     engine.watch_logits(lambda request_id, row: seen[request_id].append(row.clone()))
 
     assert engine.generate(work, max_tokens=NUM_TOKENS) == expected
     for index, rows in enumerate(expected_logits):
-        assert torch.allclose(torch.stack(seen[index]).double(), rows.double(), atol=1e-4, rtol=0), NAMES[
-            index % len(NAMES)
-        ]
+        assert torch.allclose(torch.stack(seen[index]).double(), rows.double(), atol=1e-4, rtol=0), NAMES[index]
 
 
 def _peft_generate(model: Any, prompt: list[int], name: str) -> tuple[list[int], torch.Tensor]:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from server.engine.core import Abort, EngineCore, Evict, Revoke, Submit
+from server.engine.admission import Admission
+from server.engine.commands import Abort, Evict, Revoke, Submit
+from server.engine.core import EngineCore
 from server.engine.detokenizer import TextStream
 from server.engine.engine_thread import EngineThread, engine_down
 from server.engine.merging import AdapterMerging
 from server.engine.model import BaseModel
 from server.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
-from server.errors import AdapterUnloaded, InvalidRequest, Overloaded, Unavailable
+from server.errors import AdapterUnloaded, InvalidRequest
 from server.lora.adapter import Adapter, AdapterIdentity, WeightedAdapter
 from server.lora.cache import AdapterCache
 from server.metrics import Metrics, RequestTimer
@@ -77,11 +79,7 @@ class AsyncEngine:
         self._thread = EngineThread(core, self._end_streams)
         self.died = self._thread.died
         self.merging = AdapterMerging(core, self._thread, adapters, merge_policy)
-        self._max_requests = max_requests
-        self._num_requests = 0
-        self._draining = False
-        self._drained = asyncio.Event()
-        self._drained.set()
+        self.admission = Admission(max_requests)
         self._request_ids = itertools.count(1)
         self._streams: dict[int, _Stream] = {}
         self._loop = asyncio.get_running_loop()
@@ -90,16 +88,6 @@ class AsyncEngine:
 
     def start(self) -> None:
         self._thread.start()
-
-    async def drain(self, grace: float) -> bool:
-        """Refuses new requests and waits for those that run; says whether all ended within `grace` seconds."""
-        self._draining = True
-        try:
-            async with asyncio.timeout(grace):
-                await self._drained.wait()
-        except TimeoutError:
-            return False
-        return True
 
     async def stop(self) -> None:
         """Ends the engine's thread after its current step."""
@@ -123,27 +111,21 @@ class AsyncEngine:
             label: decides which share of each adapter's traffic the request is part of.
 
         Raises:
-            ServingError: see `AdapterCache.hold`; Overloaded when the queue is full; Unavailable.
+            ServingError: see `AdapterCache.hold`; `Admission.admit`; Unavailable.
         """
-        self._enter()
-        try:
-            timer = RequestTimer(self.metrics, len(prompt_token_ids))
-            with ExitStack() as held:
-                request = self._new_request(
-                    prompt_token_ids, params, await self._hold(adapters, held, label), cache_salt
-                )
-                on_device = bool(adapters) and all(self.is_on_device(part.adapter) for part in request.adapters)
-                self.metrics.adapters.request(request.adapter_name, len(prompt_token_ids), on_device=on_device)
-                async with aclosing(self._run(request, timer, held)) as outputs:
-                    async for output in outputs:
-                        yield output
-        finally:
-            self._leave()
+        timer = RequestTimer(self.metrics, len(prompt_token_ids))
+        with timer.booked(), self.admission.admit(), ExitStack() as held:
+            request = self._new_request(prompt_token_ids, params, await self._hold(adapters, held, label), cache_salt)
+            on_device = bool(adapters) and all(self.is_on_device(part.adapter) for part in request.adapters)
+            self.metrics.adapters.request(request.adapter_name, len(prompt_token_ids), on_device=on_device)
+            async with aclosing(self._run(request, timer, held)) as outputs:
+                async for output in outputs:
+                    yield output
 
     @property
     def ready(self) -> bool:
         """Whether new requests are taken."""
-        return not self.died.is_set() and not self._draining
+        return not self.died.is_set() and not self.admission.draining
 
     def is_on_device(self, adapter: Adapter) -> bool:
         return adapter in self._core.resident
@@ -175,9 +157,8 @@ class AsyncEngine:
         text = TextStream(self.tokenizer, request.token_ids, request.params.stop)
         num_output_tokens = 0
         finish_reason = None
-        outcome = "abort"
         try:
-            if self.died.is_set():  # while the adapter was loading
+            if self.died.is_set():  # perhaps while the adapter was loading
                 raise engine_down()
             self._core.put(Submit(request))
             while finish_reason is None:
@@ -185,7 +166,7 @@ class AsyncEngine:
                 while not stream.unread.empty():
                     outputs.append(stream.unread.get_nowait())
                 if outputs[-1].error is not None:
-                    outcome = "error"
+                    timer.outcome = "error"
                     raise outputs[-1].error
                 token_ids, logprobs, piece = [], [], ""
                 for output in outputs:
@@ -202,7 +183,7 @@ class AsyncEngine:
                 timer.tokens(outputs[: len(token_ids)])
                 self.metrics.adapters.tokens(request.adapter_name, len(token_ids))
                 if finish_reason is not None:
-                    outcome = finish_reason.value
+                    timer.outcome = finish_reason.value
                 yield GenerationOutput(
                     piece,
                     token_ids,
@@ -215,28 +196,8 @@ class AsyncEngine:
         finally:
             del self._streams[request.request_id]
             self._core.put(Abort(request.request_id))
-            timer.ended(outcome)
             if self.tracer is not None:
-                self.tracer.record(request, timer, outcome)
-
-    def _enter(self) -> None:
-        if self.died.is_set():
-            raise engine_down()
-        if self._draining:
-            raise Unavailable("the server is draining", reason="DRAINING")
-        if self._num_requests >= self._max_requests:
-            raise Overloaded(
-                f"{self._num_requests} requests are running or waiting; more than {self._max_requests} (--max-num-seqs "
-                "plus --max-waiting) are not taken",
-                reason="QUEUE_FULL",
-            )
-        self._num_requests += 1
-        self._drained.clear()
-
-    def _leave(self) -> None:
-        self._num_requests -= 1
-        if not self._num_requests:
-            self._drained.set()
+                self.tracer.record(request, timer)
 
     async def _evict(self, adapter: Adapter, makes_room: bool) -> int:
         return await self._thread.ask(partial(Evict, adapter, makes_room=makes_room))

@@ -5,15 +5,14 @@ import queue
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
 
+from server.engine.commands import Abort, Command, Evict, Merge, Revoke, Stop, Submit
 from server.engine.merge_policy import MergePolicy
 from server.engine.model_runner import ModelRunner
-from server.engine.request import Request, TokenOutput
+from server.engine.request import TokenOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler
 from server.errors import InternalFailure, ServingError
 from server.lora.adapter import Adapter
@@ -24,49 +23,6 @@ log = logging.getLogger(__name__)
 
 Emit = Callable[[list[TokenOutput]], None]
 Switched = Callable[[Adapter | None, Adapter | None], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    request_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Evict:
-    """Free the device slot of an adapter that no request uses any more; answers with the bytes that were freed."""
-
-    adapter: Adapter
-    freed: Future[int]
-    makes_room: bool = False  # its host memory is needed, and with that goes the slot
-
-
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """Add an adapter to the base's weights, or with None take the merged one out; answers with the seconds it took."""
-
-    adapter: Adapter | None
-    done: Future[float]
-
-
-@dataclass(frozen=True, slots=True)
-class Revoke:
-    """End every request on an adapter with an error, and those that still come; until its `Evict`."""
-
-    adapter: Adapter
-    error: ServingError
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    pass
-
-
-Command = Submit | Abort | Evict | Merge | Revoke | Stop
 
 
 class EngineCore:

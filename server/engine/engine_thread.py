@@ -8,7 +8,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
-from server.engine.core import Command, EngineCore, Stop
+from server.engine.commands import Command, Stop
+from server.engine.core import EngineCore
 from server.errors import Unavailable
 
 log = logging.getLogger(__name__)

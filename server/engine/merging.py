@@ -3,7 +3,8 @@
 import asyncio
 from functools import partial
 
-from server.engine.core import EngineCore, Merge
+from server.engine.commands import Merge
+from server.engine.core import EngineCore
 from server.engine.engine_thread import EngineThread
 from server.errors import MergeRefused
 from server.lora.adapter import Adapter

@@ -58,7 +58,7 @@ def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 def _adjust_row(logits: Tensor, request: Request) -> None:
     params = request.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(request.token_ids)), device=logits.device)
+        seen = torch.tensor(request.token_ids, device=logits.device)  # one that comes twice is written twice alike
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:

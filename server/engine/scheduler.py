@@ -62,7 +62,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._token_budget = max_num_batched_tokens
         self._max_model_len = max_model_len
-        self._passed_over = 0  # admissions since the oldest waiting request lacked a slot
+        self._passed_over = 0  # requests admitted before an older one that lacks a slot, since the oldest got in
 
     @property
     def has_work(self) -> bool:
@@ -161,9 +161,7 @@ class Scheduler:
             self.running.append(request)
             batch.requests.append(ScheduledRequest(request, num_tokens))
             budget -= num_tokens
-            self._passed_over = self._passed_over + 1 if blocked else self._passed_over
-        if not blocked:
-            self._passed_over = 0
+            self._passed_over = self._passed_over + 1 if blocked else 0
         self.waiting.extendleft(reversed(blocked))
 
     def _share_prefix(self, request: Request) -> None:

@@ -5,21 +5,17 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
-import jinja2
-
 from server.engine.async_engine import AsyncEngine, GenerationOutput
 from server.engine.request import FinishReason, SamplingParams
 from server.errors import InvalidRequest
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1 import inference_pb2_grpc as pb_grpc
+from server.rpc.prompts import PromptReader
 from server.rpc.sampling import sampling_params
 
-MAX_BYTES_PER_TOKEN = 64  # a text with more per token of the context is refused before it is tokenized
 MAX_MIX = 8  # adapters of one request
 MAX_WEIGHT = 10  # of an adapter in a mix, either sign
 MAX_LABEL = 256  # characters of request_id and cache_salt
-LONG_TEXT = 4096  # characters from which tokenizing leaves the event loop
-ROLES = ("system", "user", "assistant")
 _FINISH_REASONS = {None: pb.FINISH_REASON_UNSPECIFIED, FinishReason.STOP: pb.STOP, FinishReason.LENGTH: pb.LENGTH}
 
 
@@ -27,6 +23,7 @@ class InferenceService(pb_grpc.InferenceServicer):
     def __init__(self, engine: AsyncEngine, info: pb.ModelInfo) -> None:
         self._engine = engine
         self._info = info
+        self._prompts = PromptReader(engine.tokenizer, engine.base.vocab_size, engine.max_model_len)
 
     async def Generate(self, request: pb.GenerateRequest, context: object) -> pb.GenerateResponse:
         """Errors: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, RESOURCE_EXHAUSTED, UNAVAILABLE."""
@@ -53,7 +50,7 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: object) -> pb.TokenizeResponse:
         """Errors: INVALID_ARGUMENT."""
-        return pb.TokenizeResponse(token_ids=await self._token_ids(request))
+        return pb.TokenizeResponse(token_ids=await self._prompts.read(request))
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: object) -> pb.ModelInfo:
         return self._info
@@ -64,7 +61,7 @@ class InferenceService(pb_grpc.InferenceServicer):
                 raise InvalidRequest(
                     f"{field} may have {MAX_LABEL} characters, all printable; it has {len(text)}", field=field
                 )
-        prompt = await self._token_ids(request)
+        prompt = await self._prompts.read(request)
         engine = self._engine
         params = sampling_params(request.sampling, len(prompt), engine.max_model_len, engine.base.vocab_size)
         adapters = self._adapters(request)
@@ -103,66 +100,6 @@ class InferenceService(pb_grpc.InferenceServicer):
         if len(adapters) < len(request.mix):
             raise InvalidRequest("mix names one adapter twice", field="mix.adapter")
         return adapters
-
-    async def _token_ids(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
-        """The prompt's tokens, whichever way it came.
-
-        Raises:
-            InvalidRequest: missing, empty, too long, or with ids outside the vocabulary.
-        """
-        kind = request.WhichOneof("input")
-        if kind == "prompt_token_ids":
-            assert isinstance(request, pb.GenerateRequest)
-            token_ids = list(request.prompt_token_ids.ids)
-        elif kind == "prompt":
-            token_ids = await self._encode(request.prompt, "prompt", add_special_tokens=True)
-        elif kind == "chat":
-            token_ids = await self._encode(self._render(request.chat), "chat", add_special_tokens=False)
-        else:
-            raise InvalidRequest("no input: set prompt, prompt_token_ids or chat", field="input")
-        if not token_ids:
-            raise InvalidRequest(f"{kind} is empty", field=kind)
-        if max(token_ids) >= self._engine.base.vocab_size:
-            raise InvalidRequest(
-                f"{kind} holds token {max(token_ids)}; the vocabulary ends at {self._engine.base.vocab_size - 1}",
-                field=kind,
-            )
-        if len(token_ids) >= self._engine.max_model_len:
-            raise InvalidRequest(
-                f"{kind} has {len(token_ids):,} tokens; with at least one to generate, {self._engine.max_model_len:,} "
-                "fit (--max-model-len)",
-                field=kind,
-            )
-        return token_ids
-
-    async def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
-        limit = MAX_BYTES_PER_TOKEN * self._engine.max_model_len
-        size = len(text.encode())
-        if size > limit:
-            raise InvalidRequest(
-                f"{field} has {size:,} bytes; no more than {limit:,} can fit in {self._engine.max_model_len:,} tokens "
-                "(--max-model-len)",
-                field=field,
-            )
-
-        def encode() -> list[int]:
-            return list(self._engine.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-
-        return await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
-
-    def _render(self, chat: pb.Chat) -> str:
-        if not chat.messages:
-            raise InvalidRequest("chat has no messages", field="chat.messages")
-        for message in chat.messages:
-            if message.role not in ROLES:
-                raise InvalidRequest(
-                    f"chat role {message.role[:40]!r} is not one of {', '.join(ROLES)}", field="chat.messages.role"
-                )
-        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
-        try:
-            return str(self._engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except (jinja2.TemplateError, ValueError) as error:
-            raise InvalidRequest(f"the chat template refuses these messages: {error}", field="chat.messages") from error
 
 
 def _weight(value: float, field: str) -> float:

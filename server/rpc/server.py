@@ -77,7 +77,7 @@ class RpcServer:
         """Not serving first, then no new requests, then the running ones end, and only then the listeners close."""
         await self._stop_serving()
         self._engine.adapters.board.events.close()
-        if not await self._engine.drain(grace):
+        if not await self._engine.admission.drain(grace):
             log.warning("some requests did not end within %g seconds (--drain-seconds); they are cut off", grace)
         await self._close()
 

@@ -12,7 +12,7 @@ import pytest
 
 from loadtest.client import CallResult
 from loadtest.generator import Outcome
-from loadtest.report import Measurement, Slo
+from loadtest.measurement import Measurement, Slo
 from loadtest.workload import Workload
 from server.pb.loraplex.v1 import adapters_pb2, inference_pb2
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersServicer, add_AdaptersServicer_to_server

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from loadtest.churn import ChurnReview
 from loadtest.client import CallResult
+from loadtest.measurement import Slo
 from loadtest.output import table
-from loadtest.report import Slo, balance, jain, satisfaction, summarize
+from loadtest.report import balance, jain, satisfaction, summarize
 from loadtest.workload import Workload
 from tests.loadtest.conftest import BAD, GOOD, make_measurement
 

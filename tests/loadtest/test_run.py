@@ -7,8 +7,9 @@ from io import StringIO
 from rich.console import Console
 
 from loadtest.generator import Progress
+from loadtest.measurement import Measurement, Slo
 from loadtest.named import WORKLOADS
-from loadtest.report import Measurement, Slo, summarize
+from loadtest.report import summarize
 from loadtest.run import Target, live_line, measure
 from loadtest.workload import Workload
 from tests.server.rpc.conftest import Running

@@ -9,6 +9,8 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from html import escape
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,12 @@ class Server:
                 self.address = f"127.0.0.1:{ready.group(1)}"
                 return
         raise AssertionError(f"the server ended: {self.banner}")
+
+    @property
+    def metrics_address(self) -> str:
+        found = re.search(r"metrics (\S+),", self.banner)
+        assert found
+        return found.group(1)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -106,6 +114,37 @@ def test_load_test(server: Server, tmp_path: Path) -> None:
     assert "12 requests failed, the first with NOT_FOUND" in failed.stderr
 
 
+def test_the_page_of_a_load_test_shows_the_server(server: Server, tmp_path: Path) -> None:
+    """Its memory over time, and its machine and versions beside the client's."""
+    arguments = ["--address", server.address, "--metrics-url", f"http://{server.metrics_address}/metrics"]
+    arguments += [
+        "--rate",
+        "8",
+        "--duration",
+        "2",
+        "--num-adapters",
+        "2",
+        "--prompt-tokens",
+        "8:16",
+        "--output-tokens",
+        "2:8",
+    ]
+    done = loraplex("loadtest", "run", *arguments, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    times, sizes = zip(*report["runs"][0]["memory"], strict=True)
+    assert list(times) == sorted(times)
+    assert times[-1] > 1
+    assert min(sizes) > 50 << 20  # bytes: an interpreter with torch
+    told = report["server"]
+    assert told["torch"] == version("torch")
+    assert told["native kernels"]
+    page = (tmp_path / "report.html").read_text()
+    assert "Resident memory of the server" in page
+    facts = page[page.index("<b>Server</b>") :]
+    assert all(escape(told[key]) in facts for key in ("processor", "memory", "torch", "transformers", "grpcio"))
+
+
 def test_a_load_test_whose_server_is_killed(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
     """Also where adapters come and go; what was measured until then is kept."""
     server = Server(model_dir, adapters_dir)
@@ -135,9 +174,7 @@ def test_metrics(server: Server) -> None:
     with grpc.insecure_channel(server.address) as channel:
         request = pb.GenerateRequest(prompt="x", adapter="head", sampling=pb.SamplingParams(max_tokens=3))
         InferenceStub(channel).Generate(request)
-    address = re.search(r"metrics (\S+),", server.banner)
-    assert address
-    with urllib.request.urlopen(f"http://{address.group(1)}/metrics") as response:
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as response:
         text = response.read().decode()
     assert re.search(r'loraplex_generation_tokens_total\{adapter="head"\} [1-9]', text)
     assert "loraplex_time_to_first_token_seconds_bucket" in text

@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry
 from adapters.format import read_adapter
 from server.config import EngineConfig
 from server.engine.build import build_engine
-from server.engine.core import EngineCore, Merge, Submit
+from server.engine.commands import Merge, Submit
+from server.engine.core import EngineCore
 from server.engine.forward_batch import ForwardBatch
 from server.engine.request import Request, SamplingParams, TokenOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler

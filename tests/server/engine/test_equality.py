@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from server.engine.core import Evict
+from server.engine.commands import Evict
 from server.engine.forward_batch import build_forward_batch
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import ScheduledRequest

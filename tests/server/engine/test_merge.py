@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from adapters.config import WEIGHTS_FILE
-from server.engine.core import Evict
+from server.engine.commands import Evict
 from server.engine.merge_policy import MergeCosts, MergePolicy
 from server.engine.model_runner import ModelRunner
 from server.errors import ConfigError, MergeRefused

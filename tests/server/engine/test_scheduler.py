@@ -111,6 +111,23 @@ def test_a_request_that_lacks_a_slot_is_passed_but_not_for_ever() -> None:
     assert sched._requests[1].adapter_slots == (0,)
 
 
+def test_steps_that_admit_nobody_do_not_make_it_wait_longer() -> None:
+    """The batch is full in every other step, and each hot request that ends lets in another."""
+    hot, cold = adapter("hot"), adapter("cold")
+    sched = scheduler(num_slots=1, max_num_seqs=2, budget=64)
+    for request_id in range(2):
+        sched.add(request(request_id, 2, hot, max_tokens=2 + request_id))
+    step(sched)
+    sched.add(request(2, 2, cold))
+    for request_id in range(3, 20):
+        sched.add(request(request_id, 2, hot, max_tokens=4))
+    passed = 0
+    while sched._requests[2].status is RequestStatus.WAITING:
+        computed, _ = step(sched)
+        passed += sum(count == 2 for request_id, count in computed.items() if request_id != 2)
+    assert passed == 2  # --max-num-seqs
+
+
 def test_requests_are_ordered_by_slot_and_slots_are_written_once() -> None:
     first, second = adapter("first"), adapter("second")
     sched = scheduler(budget=64)

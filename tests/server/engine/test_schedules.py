@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from server.engine.block_allocator import BlockAllocator
-from server.engine.core import Abort, Evict
+from server.engine.commands import Abort, Evict
 from server.engine.request import FinishReason
 from server.engine.scheduler import Scheduler
 from server.kernels import native

@@ -12,18 +12,19 @@ import torch
 
 @contextmanager
 def interpreted_triton_ops() -> Iterator[Any]:
-    """The module with its kernels interpreted on CPU tensors: a copy of its own, since triton.jit decides at import."""
-    triton, triton_ops = pytest.importorskip("triton"), pytest.importorskip("server.kernels.triton_ops")
-    spec = importlib.util.spec_from_file_location("interpreted_triton_ops", triton_ops.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    """The module with its kernels interpreted on CPU tensors: copies of both, since triton.jit decides at import."""
+    triton = pytest.importorskip("triton")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)
         _repair_bfloat16(patch)
         with triton.knobs.runtime.scope():
             triton.knobs.runtime.interpret = True
-            spec.loader.exec_module(module)
+            for name in ("server.kernels.triton_kernels", "server.kernels.triton_ops"):
+                spec = importlib.util.find_spec(name)
+                assert spec is not None
+                assert spec.loader is not None
+                module = importlib.util.module_from_spec(spec)
+                patch.setitem(sys.modules, name, module)
+                spec.loader.exec_module(module)
         yield module
 
 

@@ -1,6 +1,7 @@
 """The grpc_server_* metrics: every type of call, every way to end."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -8,11 +9,13 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from adapters.format import read_adapter
 from server.errors import Overloaded
 from server.metrics import FINISH_REASONS
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.rpc.call_metrics import CallMetricsInterceptor
 from tests.server.rpc.conftest import Running
+from tests.server.rpc.test_inference import ask, failure
 
 
 async def echo(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
@@ -157,7 +160,7 @@ async def test_requests_count_by_how_they_end(running: Running) -> None:
     assert count("num_requests_running") + count("num_requests_waiting") == 1
     assert count("kv_cache_usage_ratio") > 0
     call.cancel()
-    for reason, value in zip(FINISH_REASONS, (1, 1, 1, 0), strict=True):
+    for reason, value in zip(FINISH_REASONS, (1, 1, 1, 0, 0), strict=True):
         await until("requests_total", value, finish_reason=reason)
     await until("num_requests_running", 0)
     assert count("time_to_first_token_seconds_count") == 3
@@ -167,8 +170,51 @@ async def test_requests_count_by_how_they_end(running: Running) -> None:
     assert early == pytest.approx(count("time_to_first_token_seconds_sum"))
 
 
+async def test_requests_that_do_not_reach_the_engine_count_too(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused for want of room or of an adapter, or cancelled while the adapter loads: each ends in exactly one way."""
+
+    def counts() -> dict[str, float]:
+        values = {
+            reason: running.metrics.registry.get_sample_value("loraplex_requests_total", {"finish_reason": reason})
+            for reason in FINISH_REASONS
+        }
+        return {reason: value for reason, value in values.items() if value}
+
+    generate = running.inference.Generate
+    await failure(generate(ask(adapter="nobody")))
+    assert counts() == {"refused": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(running.engine.admission, "_max_requests", 0)
+        await failure(generate(ask()))
+    assert counts() == {"refused": 2}
+
+    reading, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def slowly(*arguments: Any, **settings: Any) -> Any:
+        loop.call_soon_threadsafe(reading.set)
+        go_on.wait(10)
+        return read_adapter(*arguments, **settings)
+
+    monkeypatch.setattr("server.lora.loader.read_adapter", slowly)
+    call = generate(ask(adapter="plain"))
+    async with asyncio.timeout(10):
+        await reading.wait()
+        call.cancel()
+        while "abort" not in counts():
+            await asyncio.sleep(0.01)
+    go_on.set()
+    assert counts() == {"refused": 2, "abort": 1}
+
+    monkeypatch.setattr(running.parts.runner, "forward", lambda batch: 1 / 0)
+    await failure(generate(ask(adapter="plain")))
+    assert counts() == {"refused": 2, "abort": 1, "error": 1}
+
+
 async def test_refusals_carry_their_code(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running.engine, "_max_requests", 0)
+    monkeypatch.setattr(running.engine.admission, "_max_requests", 0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await running.inference.Generate(pb.GenerateRequest(prompt="x"))
     assert caught.value.code() == Overloaded.code

@@ -29,7 +29,7 @@ async def test_an_adapter_serves_if_requests_for_it_are_answered(running: Runnin
     assert await check(running, "adapter/head") == NOT_SERVING
     await running.adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name="plain"))
     assert (await failure(check(running, "adapter/plain"))).code() == grpc.StatusCode.NOT_FOUND
-    await running.engine.drain(0)
+    await running.engine.admission.drain(0)
     assert await check(running, "adapter/attention") == NOT_SERVING
 
 

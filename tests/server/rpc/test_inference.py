@@ -72,7 +72,7 @@ async def test_all_kinds_of_input_are_one(running: Running) -> None:
 
 
 async def test_a_mixed_volley_answers_as_each_alone(running: Running) -> None:
-    names = (["", *ADAPTERS] * 2)[: running.engine._max_requests]
+    names = (["", *ADAPTERS] * 2)[: 16 + 8]  # as many as run and wait
     alone = [list((await running.inference.Generate(ask(f"{PROMPT} {name}", name))).token_ids) for name in names]
     together = await asyncio.gather(*[running.inference.Generate(ask(f"{PROMPT} {name}", name)) for name in names])
     assert [list(answer.token_ids) for answer in together] == alone
@@ -342,7 +342,7 @@ async def test_draining_refuses_new_requests_and_finishes_the_running(running: R
     async with asyncio.timeout(5):
         while not running.parts.scheduler.has_work:
             await asyncio.sleep(0.001)
-    draining = asyncio.create_task(running.engine.drain(grace=10))
+    draining = asyncio.create_task(running.engine.admission.drain(grace=10))
     await asyncio.sleep(0)
     assert (await failure(running.inference.Generate(ask()))).code() == grpc.StatusCode.UNAVAILABLE
     assert len((await call).token_ids) == 100

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import grpc
 import pytest
 
-from server.engine.core import Merge
+from server.engine.commands import Merge
 from server.lora.adapter import Adapter
 from server.lora.store import AdapterRef
 from server.pb.loraplex.v1 import adapters_pb2 as pb

@@ -433,7 +433,7 @@ async def test_an_adapter_that_was_refused_is_not_ready(running: Running) -> Non
 async def test_names_that_are_not_ready(running: Running) -> None:
     assert [await ready(running, name) for name in (BASE, "nobody", "", "../x")] == [True, False, False, False]
     assert [await ready(running, "plain", version) for version in ("1", "7", "x")] == [True, False, False]
-    await running.engine.drain(grace=1)
+    await running.engine.admission.drain(grace=1)
     assert not (await running.open_inference.ServerReady(pb.ServerReadyRequest())).ready
     assert not await ready(running, BASE)
 

@@ -209,7 +209,7 @@ def test_certificates_that_cannot_be_used(model_dir: Path, arguments: list[str],
 
 async def test_a_burst_beyond_the_queue_is_refused_by_the_queue(serve: Serve) -> None:
     """More calls at once than gRPC lets wait by default, 1,000: it would cancel some of them at random."""
-    places, burst = 16 + 8, 4_000  # max_num_seqs and max_waiting
+    places, burst = 16 + 8, 2_000  # max_num_seqs and max_waiting
     async with serve({"max_num_seqs": 16}) as server:
         calls = [server.inference.Generate(ask()) for _ in range(burst)]
         answers = await asyncio.gather(*calls, return_exceptions=True)

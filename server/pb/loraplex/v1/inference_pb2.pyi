@@ -192,7 +192,14 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "dtype", "device", "max_model_len", "vocab_size", "base_digest", "max_lora_rank", "num_adapter_slots", "version")
+    __slots__ = ("name", "architecture", "dtype", "device", "max_model_len", "vocab_size", "base_digest", "max_lora_rank", "num_adapter_slots", "version", "machine")
+    class MachineEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +210,7 @@ class ModelInfo(_message.Message):
     MAX_LORA_RANK_FIELD_NUMBER: _ClassVar[int]
     NUM_ADAPTER_SLOTS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     dtype: str
@@ -213,4 +221,5 @@ class ModelInfo(_message.Message):
     max_lora_rank: int
     num_adapter_slots: int
     version: str
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., base_digest: _Optional[str] = ..., max_lora_rank: _Optional[int] = ..., num_adapter_slots: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    machine: _containers.ScalarMap[str, str]
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., base_digest: _Optional[str] = ..., max_lora_rank: _Optional[int] = ..., num_adapter_slots: _Optional[int] = ..., version: _Optional[str] = ..., machine: _Optional[_Mapping[str, str]] = ...) -> None: ...
