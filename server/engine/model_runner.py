@@ -12,6 +12,7 @@ from server.engine.decode_graphs import Capture, DecodeGraphs
 from server.engine.fixed_shapes import FixedShapes
 from server.engine.forward_batch import ForwardBatch, MergedAdapter, build_forward_batch
 from server.engine.fusion import fuse
+from server.engine.kv_cache import TorchKVCache
 from server.engine.model import PROBE_TOKENS, BaseModel
 from server.engine.request import Request, SamplingParams
 from server.engine.sampler import Sampled, sample
@@ -57,7 +58,10 @@ class ModelRunner:
         request = self._reference_request(0)
         scheduled = [ScheduledRequest(request, len(reference.token_ids))]
         batch = build_forward_batch(scheduled, self.cache.block_size, self.base.device)
-        return fuse(self.base.model, lambda step: self._forward(batch, step), self.cache.step(batch))
+        # A cache of 16 bits would make more of a last bit of K than fusing may change.
+        num_blocks, block_size = blocks_to_verify(self.cache.block_size), self.cache.block_size
+        cache = TorchKVCache(self.base.kv_shape, num_blocks, block_size, torch.float32, self.base.device)
+        return fuse(self.base.model, lambda step: self._forward(batch, step), cache.step(batch))
 
     @torch.inference_mode()
     def warm_up(self) -> None:
