@@ -118,12 +118,11 @@ def _decoder_layers(module: Any, children: Sequence[nn.Module], norms: Collectio
     if len(inner) != 2 or len(parts) == 2:
         return
     attention, mlp = inner
-    forwards = [part.forward for part in parts]
     multiplier = float(getattr(module, "residual_multiplier", 1))
     for sum_at in range(attention + 1, mlp + 1):
-        after, rest = forwards[attention + 1 : sum_at], forwards[sum_at:]
+        after, rest = parts[attention + 1 : sum_at], parts[sum_at:]
         first_sum = rest.pop(0) if sum_at < mlp else _sum
-        yield _decoder_layer(forwards[:attention], forwards[attention], after, first_sum, rest, multiplier)
+        yield _decoder_layer(parts[:attention], parts[attention], after, first_sum, rest, multiplier)
 
 
 def _decoder_layer(
@@ -134,7 +133,10 @@ def _decoder_layer(
     rest: Sequence[Forward],
     multiplier: float,
 ) -> Forward:
-    """x += multiplier * after(attention(before(x))), x += multiplier * rest(x), into the layer's own input."""
+    """x += multiplier * after(attention(before(x))), x += multiplier * rest(x), into the layer's own input.
+
+    The parts are called as modules: whatever forwards they get later are theirs here too.
+    """
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
         x, _ = attention(_chained(before, hidden_states), **kwargs)

@@ -15,24 +15,21 @@ from torch import nn
 from server.engine.attention import AttentionStep
 from server.engine.fused_forwards import candidates
 from server.engine.recorded_forward import RecordingStep, record_forward
-from server.engine.replay import replay_parts
 from server.kernels import native
+
+_TOLERANCE = 1e-5  # of the largest output: rounding in another order
 
 
 @torch.inference_mode()
 @native.float32_products()
-def fuse(
-    model: nn.Module, run: Callable[[AttentionStep], Any], step: AttentionStep, passes: Callable[[], Any]
-) -> Counter[str]:
+def fuse(model: nn.Module, run: Callable[[AttentionStep], Any], step: AttentionStep) -> Counter[str]:
     """Gives the parts of a model fused forwards; says how many of each kind.
 
-    Meanwhile x is not rounded for bfloat16 weights, which makes more of the last bit of an x than the tolerance of
-    `Call.is_answered_by`.
+    Meanwhile x is not rounded for bfloat16 weights, which makes more of the last bit of an x than `_TOLERANCE`.
 
     Args:
         run: computes one forward of the model on the CPU, with the step it is given.
         step: the attention of that forward.
-        passes: the bypasses of the running step, as the kernels want them.
     """
     recording = RecordingStep(step)
     calls = record_forward(model, run, recording)
@@ -49,10 +46,8 @@ def fuse(
         norms = [part for part in children[path] if fused.get(part, "").endswith("norm")]
         attention = recording.calls.get(getattr(module, "layer_idx", None))
         for kind, forward in candidates(module, children[path], norms, attention):
-            if calls[path].is_answered_by(forward):
+            if calls[path].is_answered_by(forward, _TOLERANCE):
                 module.forward = forward
                 fused[module] = kind
                 break
-    done = Counter(fused.values())
-    done["replay"] = replay_parts(model, calls, passes)
-    return +done  # without kinds of which there are none
+    return Counter(fused.values())

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from server.engine.recorded_forward import Call, Forward
+from server.engine.attention import AttentionStep
+from server.engine.recorded_forward import Call, Forward, RecordingStep, record_forward
 from server.kernels.native_program import Buffer, NotRecordable, Program, Workspace, record
 
 _MIN_CALLS = 2  # of a part that is worth it
@@ -20,20 +21,25 @@ _STEP = "attention_step"  # the keyword argument that holds the step's attention
 Place = tuple[int | str, ...]  # keys and indices that lead to one of a call's arguments
 
 
-def replay_parts(model: nn.Module, calls: Mapping[str, Call], passes: Callable[[], Any]) -> int:
+@torch.inference_mode()
+def replay(
+    model: nn.Module, run: Callable[[AttentionStep], Any], step: AttentionStep, passes: Callable[[], Any]
+) -> int:
     """Gives the outermost parts that do nothing but native calls a replay; says how many.
 
     Args:
-        calls: of the parts in one forward, by path.
+        run: computes one forward of the model on the CPU, with the step it is given.
+        step: the attention of that forward, over the cache that all others use.
         passes: the bypasses of the running step, as the kernels want them.
     """
+    calls = record_forward(model, run, RecordingStep(step))
     workspace = Workspace()
 
     def visit(path: str, module: nn.Module) -> int:
         call = calls.get(path)
-        replay = None if call is None else _replay_of(module.forward, call, passes, workspace)
-        if call is not None and replay is not None and call.is_answered_by(replay):
-            module.forward = replay
+        forward = None if call is None else _replay_of(module.forward, call, passes, workspace)
+        if call is not None and forward is not None and call.is_answered_by(forward, tolerance=0):
+            module.forward = forward
             return 1
         found = sum(visit(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children())
         if isinstance(module, nn.ModuleList):

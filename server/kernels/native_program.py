@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from server.kernels import native
 from server.kernels.memory import CACHE_LINE
@@ -233,6 +234,10 @@ class _Allocations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.empty.memory_format:
             self.tensors.append(result)
-        elif not func.is_view:
+        elif not (func.is_view and _storages(result) <= _storages(args)):  # `contiguous` may be a view, or a copy
             raise NotRecordable(str(func))
         return result
+
+
+def _storages(value: Any) -> set[int]:
+    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}

@@ -166,12 +166,12 @@ def test_served_by_the_native_kernels(model_type: str) -> None:
 
 @pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 def test_half_width_weights_fuse_the_same_parts() -> None:
-    """Where the processor rounds x for them, too, a last bit of one part's output is much more after the next."""
+    """Where x is rounded for them, and K and V in their cache, a last bit of one part's output is much more after."""
     fused = []
     for storage in ("float32", "bfloat16"):
         wide = {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 8, "initializer_range": 0.1}
         base = prepare_base_model(tiny("llama", wide), "llama", CPU)
-        cache = CpuKVCache(base.kv_shape, num_blocks=4)
+        cache = CpuKVCache(base.kv_shape, num_blocks=4, dtype=getattr(torch, storage))
         fused.append(ModelRunner(base, cpu_kernels(storage), cache, num_adapter_slots=1).fuse())
     assert fused[0] == fused[1]
     assert fused[0]["decoder layer"] == 8

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from server.engine.recorded_forward import Call, Forward, RecordingStep, record_forward
-from server.engine.replay import _HandedOn, _Replay, replay_parts
+from server.engine.attention import AttentionOptions
+from server.engine.recorded_forward import Forward
+from server.engine.replay import _HandedOn, _Replay, replay
 from server.kernels import native, native_fused
 from server.kernels.native_lora import Passes
 from tests.conftest import ADAPTERS
@@ -82,33 +83,68 @@ class Parent(nn.Module):
         return y + 1
 
 
+class NoAttention:
+    """The attention of a step that has none."""
+
+    addresses: tuple[int, ...] = ()
+
+    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        raise AssertionError("nobody asks")
+
+
+def replayed(model: nn.Module) -> int:
+    x, none = torch.randn(1, 6, 8), Passes(())
+    return replay(model, lambda _: model(x.clone()), NoAttention(), lambda: none)
+
+
 @torch.inference_mode()
 def test_the_outermost_part_that_can_be_replayed_is() -> None:
-    parent, x, none = Parent(), torch.randn(1, 6, 8), Passes(())
-    expected = parent(x.clone())
-    calls = {
-        "": Call((x.clone(),), {}, expected),
-        "child": Call((x.clone(),), {}, parent.child(x.clone())),
-    }
-    assert replay_parts(parent, calls, lambda: none) == 1
+    parent, plain = Parent(), Parent()
+    assert replayed(parent) == 1
     assert isinstance(parent.child.forward, _Replay)
     assert not isinstance(parent.forward, _Replay)
     longer = torch.randn(1, 31, 8)
-    plain = Parent()
     assert torch.equal(parent(longer), plain(longer))
     # Rows that do not lie side by side are computed as they always were.
     strided = torch.randn(1, 8, 31).transpose(1, 2)
     assert torch.equal(parent(strided), plain(strided))
 
 
-@torch.inference_mode()
-def test_a_part_that_depends_on_its_call_alone_stays() -> None:
-    """One call, a result that is not its own, or another answer than the recorded one."""
-    x, none = torch.randn(1, 6, 8), Passes(())
-    for answer in (x, native_fused.layer_norm(x, None, None, 1e-5)):
-        module = Doubled()
-        assert replay_parts(module, {"": Call((x.clone(),), {}, (answer, None))}, lambda: none) == 0
-        assert not isinstance(module.forward, _Replay)
+class Single(nn.Module):
+    """One call is as fast by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return native_fused.layer_norm(x, None, None, 1e-5)
+
+
+class Constant(nn.Module):
+    """The result is nothing of this step's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = torch.zeros(1, 6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        native_fused.add(native_fused.layer_norm(x, None, None, 1e-5), x)
+        return self.answer
+
+
+class Alternating(nn.Module):
+    """Another answer at every call."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        gate = native_fused.silu_mul if self.calls % 2 else native_fused.gelu_tanh_mul
+        return gate(x, native_fused.layer_norm(x, None, None, 1e-5))
+
+
+@pytest.mark.parametrize("part", [Single, Constant, Alternating])
+def test_what_cannot_be_replayed_stays(part: type[nn.Module]) -> None:
+    module = part()
+    assert replayed(module) == 0
+    assert not isinstance(module.forward, _Replay)
 
 
 class Layers(nn.Module):
@@ -135,10 +171,8 @@ class InPlace(nn.Module):
 @torch.inference_mode()
 @pytest.mark.parametrize(("own", "replays"), [(None, [0]), (2, [0, 2]), (3, [0, 3])])
 def test_layers_that_follow_one_another_are_joined(own: int | None, replays: list[int]) -> None:
-    model, none = Layers(own), Passes(())
-    x = torch.randn(1, 6, 8)
-    calls = record_forward(model, lambda _: model(x.clone()), RecordingStep(model))  # type: ignore[arg-type]
-    assert replay_parts(model, calls, lambda: none) == 4
+    model = Layers(own)
+    assert replayed(model) == 4
     assert [number for number, layer in enumerate(model.layers) if isinstance(layer.forward, _Replay)] == replays
     for rows in (1, 31):
         other = torch.randn(1, rows, 8)

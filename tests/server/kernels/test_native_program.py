@@ -78,6 +78,7 @@ def test_more_than_native_calls_is_refused() -> None:
     inputs = [Buffer.of(x), Buffer(passes.pointer, 1)]
     for run, reason in (
         (lambda: part(x, passes) + 1, "aten.add"),
+        (lambda: part(x.transpose(1, 2).contiguous().view(x.shape), passes), "aten.contiguous"),
         (lambda: part(x[:, :9], passes), "9 is not in proportion to 12 rows"),
         (lambda: native_fused.rms_norm(x.view(2 * RECORDED, -1)[RECORDED:], part._weight[:32], 1e-5), "later row"),
         (lambda: x, "names"),
