@@ -55,6 +55,9 @@ def measure_merging(config: EngineConfig, adapters_dir: str, load: Load, rounds:
             f"{parts.max_model_len} tokens of a request (--max-model-len)"
         )
     adapters = load_adapters(config, parts, adapters_dir, load.num_adapters)
+    for adapter in adapters:
+        if adapter.no_merge:
+            raise ConfigError(f"--adapters-dir {adapters_dir}: {adapter.name} cannot be merged: {adapter.no_merge}")
     chance = np.random.default_rng(0)
 
     def run(of_requests: Sequence[Adapter], chosen: MergePolicy | None) -> Run:

@@ -179,4 +179,4 @@ def _norm_weights(module: Any) -> Iterator[Tensor]:
 
 
 def _eps(module: nn.Module) -> float:
-    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
+    return float(getattr(module, "variance_epsilon", getattr(module, "eps", None)) or 1e-6)

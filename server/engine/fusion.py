@@ -17,6 +17,9 @@ from server.engine.fused_forwards import candidates
 from server.engine.recorded_forward import RecordingStep, record_forward
 from server.kernels import native
 
+# What fused forwards stand for. Anything else, as a clamp or a factor that grows with the position, may do nothing on
+# the recorded prompt and something later on.
+_KNOWN = {"add", "mul", "neg", "cat", "mean", "pow", "rsqrt", "layer_norm", "silu", "gelu", "dropout", "empty"}
 _TOLERANCE = 1e-5  # of the largest output: rounding in another order
 
 
@@ -41,7 +44,9 @@ def fuse(model: nn.Module, run: Callable[[AttentionStep], Any], step: AttentionS
     fused: dict[nn.Module, str] = {}
     # From the inside out: a layer is built from parts that are fused already.
     for path, module in reversed(modules.items()):
-        if path not in calls:
+        if path not in calls or calls[path].is_repeated:
+            continue
+        if calls[path].own_operations(module) - _KNOWN:
             continue
         norms = [part for part in children[path] if fused.get(part, "").endswith("norm")]
         attention = recording.calls.get(getattr(module, "layer_idx", None))

@@ -1,14 +1,20 @@
 """One forward of a model, recorded: what goes into every part and what comes out. Engine thread, once at start."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.hooks import RemovableHandle
 
 from server.engine.attention import AttentionOptions, AttentionStep
 
 Forward = Callable[..., Any]
+
+_CASTS = {torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.type_as}
 
 
 @dataclass(slots=True)
@@ -18,6 +24,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+    is_repeated: bool = False  # it is the last of several
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """For another call, which may write into them."""
@@ -28,17 +35,57 @@ class Call:
         """The output, or what comes first in it; None: that is no tensor."""
         return _tensor(self.output)
 
+    def own_operations(self, module: nn.Module) -> set[str]:
+        """What torch computes for a module beside its children and attention; views and casts are left out."""
+        args, kwargs = self.arguments()
+        if "attention_step" in kwargs:
+            kwargs["attention_step"] = _UnseenStep(kwargs["attention_step"])
+        paused: list[AbstractContextManager[Any]] = []
+
+        def before(child: nn.Module, args: Any, kwargs: Any) -> None:
+            paused.append(_disable_current_modes())
+            paused[-1].__enter__()
+
+        def after(child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            paused.pop().__exit__(None, None, None)
+
+        handles: list[RemovableHandle] = []
+        for child in module.children():
+            handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(child.register_forward_hook(after, with_kwargs=True))
+        try:
+            operations = _Operations()
+            with operations:
+                module.forward(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return operations.names
+
     def is_answered_by(self, forward: Forward, tolerance: float) -> bool:
         """Whether another forward gives the same output, but for a share `tolerance` of the largest."""
         args, kwargs = self.arguments()
         try:
             output = forward(*args, **kwargs)
-        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, AssertionError):
             return False  # the module is called in a way that the other does not know
         got, expected = _tensor(output), self.result
         if type(output) is not type(self.output) or got is None or expected is None or got.shape != expected.shape:
             return False
         return float((got - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not func.is_view and func.overloadpacket not in _CASTS:
+            self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 class AttentionCall(NamedTuple):
@@ -49,6 +96,18 @@ class AttentionCall(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+
+class _UnseenStep:
+    """A step whose attention no dispatch mode sees."""
+
+    def __init__(self, step: AttentionStep) -> None:
+        self._step = step
+        self.addresses = step.addresses
+
+    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        with _disable_current_modes():
+            return self._step.attend(layer, query, key, value, options)
 
 
 @dataclass(slots=True)
@@ -75,7 +134,7 @@ def record_forward(model: nn.Module, run: Callable[[AttentionStep], Any], record
     for path, module in model.named_modules():
 
         def before(module: nn.Module, args: Any, kwargs: Any, *, path: str = path) -> None:
-            calls[path] = Call(_copied(args), _copied(kwargs), None)
+            calls[path] = Call(_copied(args), _copied(kwargs), None, is_repeated=path in calls)
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any, *, path: str = path) -> None:
             calls[path].output = _copied(output)

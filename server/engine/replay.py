@@ -37,6 +37,8 @@ def replay(
 
     def visit(path: str, module: nn.Module) -> int:
         call = calls.get(path)
+        if call is not None and call.is_repeated:
+            return 0
         forward = None if call is None else _replay_of(module.forward, call, passes, workspace)
         if call is not None and forward is not None and call.is_answered_by(forward, tolerance=0):
             module.forward = forward
@@ -68,7 +70,7 @@ def _join(layers: Sequence[tuple[nn.Module, Call | None]]) -> None:
 def _replay_of(forward: Forward, call: Call, passes: Callable[[], Any], workspace: Workspace) -> "_Replay | None":
     """None: it is no row of native calls over rows."""
     args, kwargs = call.arguments()
-    found = {place: tensor for place, tensor in _tensors(args, kwargs) if tensor.is_contiguous()}
+    found = dict(_tensors(args, kwargs))
     tensors = list(found.values())
     if not tensors or tensors[0].dim() != 3 or len(tensors[0]) != 1:
         return None
@@ -79,8 +81,8 @@ def _replay_of(forward: Forward, call: Call, passes: Callable[[], Any], workspac
     def run() -> Tensor:
         outputs.append(forward(*args, **kwargs))
         tensor = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
-        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
-            raise NotRecordable("the result is not [1, rows, width]")
+        if not isinstance(tensor, Tensor):
+            raise NotRecordable("the result is no tensor")
         return tensor
 
     try:
@@ -92,13 +94,15 @@ def _replay_of(forward: Forward, call: Call, passes: Callable[[], Any], workspac
     beside = outputs[0][1:] if isinstance(outputs[0], tuple) else None
     if beside and any(value is not None for value in beside):
         return None
+    if not all(tensor.is_contiguous() for index, tensor in enumerate(tensors) if index in program.inputs):
+        return None
     places = [place for index, place in enumerate(found) if index in program.inputs]
     of_step = [index - len(tensors) for index in program.inputs if index >= len(tensors)]
     return _Replay(forward, program, places, of_step, passes, workspace, beside)
 
 
 class _Replay:
-    """A part's forward; what does not look like the recorded arguments is computed as it always was."""
+    """A part's forward; where a tensor is missing or its rows lie apart, it is computed as it always was."""
 
     def __init__(
         self,
@@ -183,9 +187,9 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple
     def within(place: Place, value: Any) -> Iterator[tuple[Place, Tensor]]:
         if isinstance(value, Tensor):
             yield place, value
-        elif isinstance(value, tuple | list):
-            for index, item in enumerate(value):
-                yield from within((*place, index), item)
+        elif isinstance(value, tuple | list | dict):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from within((*place, key), item)
 
     for index, value in enumerate(args):
         yield from within((index,), value)

@@ -11,9 +11,10 @@ _silu_mul, _gelu_tanh_mul, _add = Function("silu_mul"), Function("gelu_tanh_mul"
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """weight * r / sqrt(mean(r^2) + eps) with r = x [..., n], or r = residual += x in place if there is a residual."""
-    x = contiguous(x)
+    x, n = contiguous(x), weight.numel()
+    assert x.shape[-1] == n or (x.shape[-1] % n == 0 and residual is None)
+    assert residual is None or (residual.shape == x.shape and residual.is_contiguous())
     out = torch.empty(x.shape)
-    n = weight.numel()
     _rms_norm(x.data_ptr(), pointer(residual), weight.data_ptr(), eps, out.data_ptr(), x.numel() // n, n)
     return out
 
@@ -22,9 +23,10 @@ def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> Tensor:
     """weight * (r - mean(r)) / sqrt(var(r) + eps) + bias, r as in rms_norm."""
-    x = contiguous(x)
+    x, n = contiguous(x), x.shape[-1]
+    assert all(vector is None or vector.numel() == n for vector in (weight, bias))
+    assert residual is None or (residual.shape == x.shape and residual.is_contiguous())
     out = torch.empty(x.shape)
-    n = x.shape[-1]
     _layer_norm(x.data_ptr(), pointer(residual), pointer(weight), pointer(bias), eps, out.data_ptr(), x.numel() // n, n)
     return out
 
@@ -35,6 +37,9 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     Heads lie side by side; cos and sin [..., rotary_dim] are contiguous, a row a token; elements past it stay as is.
     """
     num_tokens, heads, head_dim = q.shape
+    assert cos.shape == sin.shape
+    assert cos.numel() == num_tokens * cos.shape[-1]
+    assert cos.shape[-1] <= head_dim == k.shape[-1]
     _rotary(
         q.data_ptr(), q.stride(0), heads, k.data_ptr(), k.stride(0), k.shape[1],
         cos.data_ptr(), sin.data_ptr(), cos.shape[-1], head_dim, num_tokens,
@@ -44,6 +49,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 def add(x: Tensor, y: Tensor) -> Tensor:
     """y += x in place, both [..., n], y contiguous; returns y."""
     assert y.is_contiguous()
+    assert x.shape == y.shape
     n = y.shape[-1]
     _add(contiguous(x).data_ptr(), y.data_ptr(), y.numel() // n, n)
     return y
@@ -51,6 +57,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both [..., n] with rows any stride apart, the same between all."""
+    assert gate.shape == up.shape
     out, n = torch.empty(gate.shape), gate.shape[-1]
     _silu_mul(gate.data_ptr(), gate.stride(-2), up.data_ptr(), up.stride(-2), out.data_ptr(), gate.numel() // n, n)
     return out
@@ -58,6 +65,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate, approximate="tanh") * up, both as in silu_mul."""
+    assert gate.shape == up.shape
     out, n = torch.empty(gate.shape), gate.shape[-1]
     _gelu_tanh_mul(gate.data_ptr(), gate.stride(-2), up.data_ptr(), up.stride(-2), out.data_ptr(), gate.numel() // n, n)
     return out

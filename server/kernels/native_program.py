@@ -22,7 +22,7 @@ from server.kernels.native import INT, pointer
 MAX_WORDS = 16
 
 # What each word is: P an address, R in proportion to the rows, F a float, C none of these; * the addresses in a table.
-_WORDS = {
+WORDS = {
     "linear_group": "PRPP*",
     "attention": "PPPPCPC",
     "write_kv": "PPCPCPR",
@@ -58,7 +58,8 @@ class Workspace:
 
     def address(self, num_bytes: int) -> int:
         """Of at least so many bytes; whatever lay there before is lost."""
-        if len(self._memory) < num_bytes:
+        if len(self._memory) < num_bytes + CACHE_LINE:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
             self._memory = torch.empty(num_bytes + CACHE_LINE, dtype=torch.uint8)
         return -(-self._memory.data_ptr() // CACHE_LINE) * CACHE_LINE
 
@@ -138,6 +139,8 @@ def record(run: Callable[[], Tensor], inputs: Sequence[Buffer], num_rows: int) -
         """The calls that name it."""
         return [number for number, named in enumerate(addresses) if any(address in buffer for address in named)]
 
+    if result.dim() != 3 or result.shape[:2] != (1, num_rows) or not result.is_contiguous():
+        raise NotRecordable(f"the result is {tuple(result.shape)}, not [1, {num_rows}, width]")
     results = [buffer for buffer in map(Buffer.of, made.tensors) if buffer.start == result.data_ptr()]
     in_place = not results and bool(inputs) and result.data_ptr() == inputs[0].start
     if not results and not in_place:
@@ -145,6 +148,8 @@ def record(run: Callable[[], Tensor], inputs: Sequence[Buffer], num_rows: int) -
     between = [buffer for buffer in map(Buffer.of, made.tensors) if buffer not in results and lives(buffer)]
     sizes = [-(-_per_row(buffer, num_rows) // CACHE_LINE) * CACHE_LINE for buffer in between]
     offsets, bytes_per_row = plan([(lives(buffer)[0], lives(buffer)[-1]) for buffer in between], sizes)
+    if any(buffer.num_bytes != result.nbytes for buffer in results):
+        raise NotRecordable("the result is part of something wider")
     needed = [index for index, buffer in enumerate(inputs) if lives(buffer)]
     if in_place and needed[:1] != [0]:
         raise NotRecordable("the result is an input that no call names")
@@ -191,7 +196,7 @@ class _Source(NamedTuple):
 
 def _words(call: native.Recorded) -> Iterator[tuple[str, Any]]:
     """With their kinds."""
-    for kind, value in zip(_WORDS[call.name], call.args, strict=True):
+    for kind, value in zip(WORDS[call.name], call.args, strict=True):
         if kind == "*":
             yield from (("P", address) for address in value)
         else:

@@ -44,6 +44,8 @@ SERVED: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 16, **WINDOW},
     "phi": {},
     "phi3": {"sliding_window": 5},
+    "ministral3": {"head_dim": 8},
+    "olmo": {"clip_qkv": 8.0},
     "olmo2": {},
     "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "smollm3": {"no_rope_layers": [1, 0]},
@@ -74,6 +76,9 @@ FUSED: dict[str, dict[str, int]] = {
     "gemma3_text": {"RMS norm": 13, **GATED_LAYERS},
     "phi": {"layer norm": 3, "rotary attention": 2},
     "phi3": {"RMS norm": 5, **GATED_LAYERS},
+    # A factor on q that grows from some position on, and a clamp: neither does anything to the reference prompt.
+    "ministral3": {"RMS norm": 5, "gated feed-forward": 2, "decoder layer": 2},
+    "olmo": {"gated feed-forward": 2},
     "olmo2": {"RMS norm": 9, **GATED_LAYERS},
     "granite": {"RMS norm": 5, **GATED_LAYERS},
     "smollm3": {"RMS norm": 5, **GATED_LAYERS, "rotary attention": 1},

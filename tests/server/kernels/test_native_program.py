@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from server.kernels import LayerWeights, Segment, native_fused, native_lora
+from server.kernels import LayerWeights, Segment, native, native_fused, native_lora
 from server.kernels.cpu import CpuLinearGroup
 from server.kernels.memory import CACHE_LINE, Arena
-from server.kernels.native_program import Buffer, NotRecordable, Program, Workspace, plan, record
+from server.kernels.native_program import WORDS, Buffer, NotRecordable, Program, Workspace, plan, record
 
 WIDTH, INNER, RECORDED = 64, 56, 12
 
@@ -74,15 +74,21 @@ def test_what_lies_between_shares_memory() -> None:
 @torch.inference_mode()
 def test_more_than_native_calls_is_refused() -> None:
     part, passes = FeedForward(), native_lora.Passes(())
-    x = torch.randn(1, RECORDED, WIDTH)
+    x, elsewhere = torch.randn(1, RECORDED, WIDTH), torch.randn(1, RECORDED, WIDTH)
     inputs = [Buffer.of(x), Buffer(passes.pointer, 1)]
     for run, reason in (
         (lambda: part(x, passes) + 1, "aten.add"),
         (lambda: part(x.transpose(1, 2).contiguous().view(x.shape), passes), "aten.contiguous"),
-        (lambda: part(x[:, :9], passes), "9 is not in proportion to 12 rows"),
-        (lambda: native_fused.rms_norm(x.view(2 * RECORDED, -1)[RECORDED:], part._weight[:32], 1e-5), "later row"),
+        (lambda: part(x[:, :9], passes), r"\(1, 9, 64\), not \[1, 12, width\]"),
+        (lambda: (native_fused.rms_norm(x[:, :9], part._weight, 1e-5), part(x, passes))[1], "9 is not in proportion"),
+        (lambda: part.both(x, passes)[0][..., : INNER // 2], "not"),
+        (
+            lambda: native_fused.rms_norm(x.view(2 * RECORDED, -1)[RECORDED:], part._weight[:32], 1e-5)[None],
+            "later row",
+        ),
         (lambda: x, "names"),
-        (lambda: part._weight, "neither"),
+        (lambda: torch.zeros_like(x), "aten.zeros_like"),
+        (lambda: elsewhere, "neither"),
     ):
         with pytest.raises(NotRecordable, match=reason):
             record(run, inputs, RECORDED)
@@ -99,3 +105,11 @@ def test_a_plan_overlaps_nothing_that_lives(things: list[tuple[int, int, int]]) 
     for (one, life), (other, other_life) in combinations(list(zip(spans, lives, strict=True)), 2):
         together = life[0] <= other_life[1] and other_life[0] <= life[1]
         assert not together or one[1] <= other[0] or other[1] <= one[0]
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_recorded_call_has_the_words_of_the_function(name: str) -> None:
+    assert native.recordable(name) >= 0
+    allowed = {native.POINTER: "P*", native.INT: "RC", native.FLOAT: "F"}
+    for kind, type_ in zip(WORDS[name], native._SIGNATURES[name], strict=True):
+        assert kind in allowed[type_]  # type: ignore[index]
