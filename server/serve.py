@@ -55,6 +55,8 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     """
     check_address("--listen", config.listen)
     if config.admin_listen:
+        if config.admin_listen == config.listen:
+            raise ConfigError(f"--admin-listen {config.admin_listen} is --listen too; give it an address of its own")
         check_address("--admin-listen", config.admin_listen)
     disable_created_metrics()
     metrics = Metrics(CollectorRegistry(), config.metrics_adapters)
@@ -74,7 +76,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
                 refused_adapters, folders, parts.base.linear_layers, engine_config.max_lora_rank, parts.base.name
             )
             for ref, why in refused.items():
-                engine.adapters.board.refused(ref, why)
+                engine.adapters.board.refused(ref, why, lasting=True)
             for line in banner(engine_config, config, parts, len(folders), refused):
                 log.info("%s", line)
             throughput = asyncio.create_task(ThroughputLog(metrics, parts.scheduler).run())

@@ -45,7 +45,7 @@ class EventKind(enum.Enum):
     EVICTED = enum.auto()  # left host memory to make room, and is not merged any more
     REMOVED = enum.auto()  # went from the store
     FAILED = enum.auto()  # a load was refused; what was loaded stays
-    UPDATED = enum.auto()  # pinned, unpinned, promoted, another share of the traffic, merged or unmerged
+    UPDATED = enum.auto()  # pinned, unpinned, promoted, another share of the traffic, merged or unmerged, repaired
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class AdapterEvent:
 
     kind: EventKind
     ref: AdapterRef | None  # None: SYNCED
+    error: str = ""  # of FAILED
 
 
 class Watch:

@@ -6,7 +6,7 @@ import logging
 import time
 from pathlib import Path
 
-from server.errors import AdapterNotFound, ServingError
+from server.errors import AdapterNotFound, DamagedAdapter, IncompatibleAdapter, InvalidAdapter, ServingError
 from server.lora.catalog import AdapterCatalog
 from server.lora.events import EventKind
 from server.lora.host_copy import HostCopy
@@ -17,6 +17,9 @@ from server.lora.store import AdapterRef
 from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
+
+# What a load says of the files, and so of the loads to come; other refusals are of the moment.
+_OF_THE_FILES = (AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter)
 
 
 class AdapterLoads:
@@ -55,7 +58,7 @@ class AdapterLoads:
         return copy
 
     async def read(self, ref: AdapterRef, folder: Path, *, same_if_unchanged: bool, wait: bool = False) -> HostCopy:
-        """`AdapterLoader.load`, counted; a refusal is shown in listings.
+        """`AdapterLoader.load`, counted; a refusal is told, and shown in listings if it is of the version's own files.
 
         Raises:
             Those of `AdapterLoader.load`.
@@ -66,7 +69,8 @@ class AdapterLoads:
         except ServingError as error:
             log.warning("adapter %s refused: %s", ref, error.message)
             self._metrics.adapter_load_failures.inc()
-            self._board.refused(ref, error.message)
+            lasting = isinstance(error, _OF_THE_FILES) and folder == self._catalog.path(ref)
+            self._board.refused(ref, error.message, lasting=lasting)
             raise
         self._metrics.adapter_loaded(ref.name, time.monotonic() - started)
         return copy

@@ -17,7 +17,7 @@ class StatusBoard:
         self._catalog = catalog
         self._memory = memory
         self._loader = loader
-        self._refusals: dict[AdapterRef, str] = {}  # why the last load was refused
+        self._refusals: dict[AdapterRef, str] = {}  # why a version's files cannot be loaded, or not yet
 
     def status(self, ref: AdapterRef) -> AdapterStatus:
         copy = self._memory.get(ref)
@@ -56,12 +56,28 @@ class StatusBoard:
         if refs:
             self.events.publish([AdapterEvent(kind, ref) for ref in refs])
 
-    def refused(self, ref: AdapterRef, message: str) -> None:
-        """A load failed; names that nobody has are not remembered."""
+    def refused(self, ref: AdapterRef, message: str, *, lasting: bool) -> None:
+        """A load failed; of names that nobody has nothing is told.
+
+        Args:
+            lasting: the next load will fail as well, so it is remembered until other files come or a load succeeds.
+        """
         if self._catalog.knows(ref):
-            self._refusals[ref] = message
-            self.publish(EventKind.FAILED, ref)
+            if lasting:
+                self._refusals[ref] = message
+            self.events.publish([AdapterEvent(EventKind.FAILED, ref, message)])
+
+    def note(self, ref: AdapterRef, message: str) -> None:
+        """Why what is in memory is not what is on the disk yet; nothing is told."""
+        self._refusals[ref] = message
 
     def clear(self, ref: AdapterRef) -> None:
         """Whatever was wrong with it is of the past."""
         self._refusals.pop(ref, None)
+
+    def repaired(self, *refs: AdapterRef) -> None:
+        """`clear`, when nothing else is told of them."""
+        refused = [ref for ref in refs if ref in self._refusals]
+        for ref in refused:
+            self.clear(ref)
+        self.publish(EventKind.UPDATED, *refused)

@@ -80,8 +80,7 @@ class StoreWatcher:
             adapters.forget(ref)
         adapters.board.publish(EventKind.REMOVED, *gone)
         adapters.board.publish(EventKind.UPDATED, *changes.rerouted)
-        for ref in changes.changed:
-            adapters.board.clear(ref)
+        adapters.board.repaired(*changes.changed)
         for ref in {*changes.changed, *self._outdated}:
             await self._reload(ref)
 
@@ -89,14 +88,18 @@ class StoreWatcher:
         """Takes changed files as a new generation, if anybody has the old ones in memory."""
         adapters = self._adapters
         async with adapters.claims.changing(ref.name):
+            waited = ref in self._outdated
             self._outdated.discard(ref)
             old = adapters.memory.get(ref)
             if old is None or adapters.catalog.fingerprint(ref) in (None, old.source):
+                if waited:
+                    adapters.board.repaired(ref)
                 return
             try:
                 fresh = await adapters.loads.read(ref, adapters.catalog.stored_path(ref), same_if_unchanged=True)
-            except Overloaded:
+            except Overloaded as error:
                 self._outdated.add(ref)
+                adapters.board.note(ref, error.message)
                 return
             except ServingError:  # shown in the listing; the old copy stays
                 return
@@ -105,7 +108,7 @@ class StoreWatcher:
                 return
             if now is old and fresh.adapter.generation == old.adapter.generation:
                 old.source = fresh.source
-                adapters.board.clear(ref)
+                adapters.board.repaired(ref)
             else:
                 adapters.loads.put(ref, fresh, EventKind.REPLACED)
 

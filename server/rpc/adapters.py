@@ -45,7 +45,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         return self._message(self._adapters.board.status(AdapterRef(adapter.name, adapter.version)))
 
     async def UploadAdapter(self, requests: AsyncIterator[pb.UploadAdapterRequest], context: object) -> pb.Adapter:
-        """Errors: those of LoadAdapter."""
+        """Errors: those of LoadAdapter, DEADLINE_EXCEEDED."""
         messages = self._uploads.limits.in_time(requests)
         header = (await anext(messages, pb.UploadAdapterRequest())).header
         files = [DeclaredFile(file.name, file.size, file.sha256) for file in header.files]
@@ -123,6 +123,8 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         async with aclosing(self._adapters.board.watch()) as events:
             async for event in events:
                 adapter = self._message(self._adapters.board.status(event.ref)) if event.ref else None
+                if adapter is not None and event.error:
+                    adapter.error = event.error
                 yield pb.AdapterEvent(type=event.kind.name, adapter=adapter)
 
     def _message(self, status: AdapterStatus) -> pb.Adapter:

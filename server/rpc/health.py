@@ -1,5 +1,6 @@
 """The standard health service: of the server, of each service, and of each adapter as `adapter/NAME`. Event loop."""
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -33,7 +34,7 @@ class HealthService(pb_grpc.HealthServicer):
             return response
         status = await self._status(request.service.removeprefix(ADAPTER))
         if status == pb.HealthCheckResponse.SERVICE_UNKNOWN:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no adapter is called {request.service!r}")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no adapter is called {request.service[:160]!r}")
         return pb.HealthCheckResponse(status=status)
 
     async def Watch(self, request: pb.HealthCheckRequest, context: Context) -> None:
@@ -43,8 +44,9 @@ class HealthService(pb_grpc.HealthServicer):
             return
         try:
             await self._watch(request.service.removeprefix(ADAPTER), context)
-        except Unavailable:  # the server drains
+        except Unavailable:  # the server stops; a stream that ended would be asked for again at once
             await context.write(pb.HealthCheckResponse(status=pb.HealthCheckResponse.NOT_SERVING))
+            await asyncio.Event().wait()
         except ServingError as error:
             await context.abort(error.code, error.message)
 

@@ -76,7 +76,6 @@ class RpcServer:
     async def drain(self, grace: float) -> None:
         """Not serving first, then no new requests, then the running ones end, and only then the listeners close."""
         await self._stop_serving()
-        self._engine.adapters.board.events.close()
         if not await self._engine.admission.drain(grace):
             log.warning("some requests did not end within %g seconds (--drain-seconds); they are cut off", grace)
         await self._close()
@@ -88,6 +87,7 @@ class RpcServer:
         await self._close()
 
     async def _stop_serving(self) -> None:
+        self._engine.adapters.board.events.close()
         for listener in self._listeners:
             await listener.stop_serving()
 

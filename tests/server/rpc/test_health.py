@@ -59,3 +59,14 @@ async def test_watchers_without_end_are_refused(running: Running) -> None:
     results = await asyncio.gather(*[anext(call) for call in calls], return_exceptions=True)
     refused = [result for result in results if isinstance(result, grpc.aio.AioRpcError)]
     assert [error.code() for error in refused] == [grpc.StatusCode.RESOURCE_EXHAUSTED]
+
+
+async def test_what_is_wrong_elsewhere_is_not_held_against_an_adapter(running: Running) -> None:
+    """A folder that cannot take its place says nothing of the version that is there."""
+    bad = running.adapters_dir / "bad"
+    bad.mkdir()
+    (bad / "adapter_config.json").write_text("{")
+    await failure(
+        running.adapters.LoadAdapter(adapters_pb2.LoadAdapterRequest(name="attention", source="bad", replace=True))
+    )
+    assert await check(running, "adapter/attention") == SERVING
