@@ -55,7 +55,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     """
     check_address("--listen", config.listen)
     if config.admin_listen:
-        if config.admin_listen == config.listen:
+        if config.admin_listen == config.listen and not config.listen.endswith(":0"):  # which is any free port
             raise ConfigError(f"--admin-listen {config.admin_listen} is --listen too; give it an address of its own")
         check_address("--admin-listen", config.admin_listen)
     disable_created_metrics()
