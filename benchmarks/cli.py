@@ -1,4 +1,4 @@
-"""The commands `loraplex bench compare`, `adapters`, `swap` and `merge`."""
+"""The command `loraplex bench compare`."""
 
 import json
 import os
@@ -12,7 +12,6 @@ import click
 from benchmarks.contenders import PEERS, select
 from benchmarks.workload import Workload, parse_workload
 from server.base_models import cache_dir, resolve
-from server.config import EngineConfig, ServerConfig, options, take
 from server.errors import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -114,10 +113,10 @@ def compare_command(
         "output_tokens": output_tokens,
         "threads": settings.threads,
     }
-    comparison = Comparison(Material(folder, work_dir, _progress), installed, settings)
+    comparison = Comparison(Material(folder, work_dir, progress), installed, settings)
     report = Report(comparison.results, workloads, chosen)
     try:
-        for _ in comparison.run(workloads, chosen, rounds, _progress):
+        for _ in comparison.run(workloads, chosen, rounds, progress):
             if json_file:
                 json_file.write_text(json.dumps({"machine": hardware, **header, **report.as_dict()}, indent=2) + "\n")
     finally:
@@ -127,138 +126,6 @@ def compare_command(
         report.print(console)
 
 
-@click.command("adapters")
-@options(EngineConfig)
-@click.option("--registered", type=click.IntRange(min=1), default=1000, show_default=True, help="Adapters on disk.")
-@click.option("--few", type=click.IntRange(min=1), default=8, show_default=True, help="Adapters to compare with.")
-@click.option("--alpha", type=click.FloatRange(min=0, min_open=True), default=0.3, show_default=True)
-@click.option("--requests", type=click.IntRange(min=1), default=128, show_default=True, help="Of one run.")
-@click.option("--concurrency", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--adapter-host-bytes", type=click.IntRange(min=1), default=2 << 30, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="The median counts.")
-@click.option(
-    "--work-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=lambda: cache_dir().parent / "compare",
-    help="Where the adapters are kept: 10 MB each for the default base.  [default: in the cache folder]",
-)
-def adapters_command(
-    registered: int,
-    few: int,
-    alpha: float,
-    requests: int,
-    concurrency: int,
-    prompt_tokens: int,
-    output_tokens: int,
-    adapter_host_bytes: int,
-    rounds: int,
-    work_dir: Path,
-    **values: Any,
-) -> None:
-    """Serve many adapters of skewed popularity, and a few, and compare.
-
-    The many lie on disk at first; slots and --adapter-host-bytes hold only some of them. Each of --concurrency clients
-    has one request at a time; its adapter is drawn from a power law. Prints JSON: tokens/s of both, their ratio, and
-    how long requests waited for adapters on disk, in host memory and on the device.
-    """
-    config = take(EngineConfig, values)
-    folder = Path(resolve(config.model))
-
-    from benchmarks.many_adapters import Load, Measured, compare, measure
-    from benchmarks.material import Material
-    from benchmarks.report import machine
-    from benchmarks.workload import UNIFORM_RANKS
-    from server.engine.build import build_engine
-
-    adapters_dir = Material(folder, work_dir, _progress).adapters_dir(UNIFORM_RANKS, registered)
-    server_config = ServerConfig(adapters_dir=adapters_dir, adapter_host_bytes=adapter_host_bytes)
-    parts = build_engine(config)
-    runs: dict[int, list[Measured]] = {few: [], registered: []}
-    for number in range(1, rounds + 1):
-        for count, measured in runs.items():
-            load = Load(
-                num_adapters=count,
-                alpha=alpha,
-                num_requests=requests,
-                concurrency=concurrency,
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                seed=number,
-            )
-            measured.append(measure(config, server_config, parts, adapters_dir, load))
-            _progress(f"round {number}, {count} adapters: {measured[-1].out_tok_s:.1f} tokens/s")
-    click.echo(json.dumps({"machine": machine(), **compare(runs[few], runs[registered])}, indent=2))
-
-
-@click.command("swap")
-@options(EngineConfig)
-@click.option(
-    "--adapters-dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    required=True,
-    help="Folder of PEFT adapters.",
-)
-@click.option(
-    "--num-adapters", type=click.IntRange(min=1), default=8, show_default=True, help="Adapters that the streams use."
-)
-@click.option("--streams", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--output-tokens", type=click.IntRange(min=2), default=128, show_default=True)
-@click.option("--every-ms", type=click.IntRange(min=0), default=250, show_default=True, help="Time between loads.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-def swap_command(
-    adapters_dir: Path,
-    num_adapters: int,
-    streams: int,
-    prompt_tokens: int,
-    output_tokens: int,
-    every_ms: int,
-    rounds: int,
-    **values: Any,
-) -> None:
-    """Load and replace adapters while streams run, in process, and time both.
-
-    Prints JSON: the gaps between a stream's tokens in peace and beside the loads, in steps; the first token on an
-    adapter in host memory and on the device, in steps; and how long loads from the disk take.
-    """
-    from benchmarks.swap import Streams, measure_swap
-
-    load = Streams(count=streams, num_adapters=num_adapters, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
-    result = measure_swap(take(EngineConfig, values), adapters_dir, load, every_ms=every_ms, rounds=rounds)
-    click.echo(json.dumps(result, indent=2))
-
-
-@click.command("merge")
-@options(EngineConfig)
-@click.option("--adapters-dir", type=click.Path(exists=True, file_okay=False), required=True, help="PEFT adapters.")
-@click.option("--num-adapters", type=click.IntRange(min=2), default=8, show_default=True)
-@click.option("--num-prompts", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=6, show_default=True, help="Pairs of runs of each load.")
-def merge_command(
-    adapters_dir: str,
-    num_adapters: int,
-    num_prompts: int,
-    prompt_tokens: int,
-    output_tokens: int,
-    rounds: int,
-    **values: Any,
-) -> None:
-    """Hold merging unasked against never merging, in one process and in turn.
-
-    Prints JSON for three loads: all requests on one adapter, nine in ten on one, evenly on all. For each the tokens/s
-    of both policies, the median ratio of the pairs (auto over off), their range, and how often each run merged.
-    """
-    from benchmarks.merging import Load, measure_merging
-
-    load = Load(
-        num_adapters=num_adapters, num_prompts=num_prompts, prompt_tokens=prompt_tokens, output_tokens=output_tokens
-    )
-    click.echo(json.dumps(measure_merging(take(EngineConfig, values), adapters_dir, load, rounds), indent=2))
-
-
-def _progress(text: str) -> None:
+def progress(text: str) -> None:
+    """A line beside the result, which goes to standard output."""
     click.echo(text, err=True)

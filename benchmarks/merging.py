@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from server.bench import generate, load_adapters
+from server.bench import check_length, generate, load_adapters
 from server.config import EngineConfig
 from server.engine.build import build_engine
 from server.engine.core import EngineCore
@@ -49,11 +49,7 @@ def measure_merging(config: EngineConfig, adapters_dir: str, load: Load, rounds:
     parts = build_engine(replace(config, merge_policy="auto"))
     policy = parts.merge_policy
     assert policy is not None
-    if load.prompt_tokens + load.output_tokens > parts.max_model_len:
-        raise ConfigError(
-            f"--prompt-tokens {load.prompt_tokens} and --output-tokens {load.output_tokens} are over the "
-            f"{parts.max_model_len} tokens of a request (--max-model-len)"
-        )
+    check_length(parts, load.prompt_tokens, load.output_tokens)
     adapters = load_adapters(config, parts, adapters_dir, load.num_adapters)
     for adapter in adapters:
         if adapter.no_merge:

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from benchmarks.many_adapters import spread
+from server.bench import check_length
 from server.config import EngineConfig, ServerConfig
 from server.engine.async_engine import AsyncEngine
 from server.engine.build import EngineParts, build_engine
@@ -66,11 +67,7 @@ def measure_swap(
             "needed, to be loaded beside them"
         )
     parts = build_engine(config)
-    if streams.prompt_tokens + streams.output_tokens > parts.max_model_len:
-        raise ConfigError(
-            f"--prompt-tokens {streams.prompt_tokens} and --output-tokens {streams.output_tokens} are over the "
-            f"{parts.max_model_len} tokens of a request (--max-model-len)"
-        )
+    check_length(parts, streams.prompt_tokens, streams.output_tokens)
     return asyncio.run(_measure(config, parts, adapters_dir, names, streams, every_ms / 1000, rounds))
 
 

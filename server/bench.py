@@ -49,11 +49,7 @@ def measure_throughput(
     own_prompts = _read_prompts(prompts_file, parts.base.vocab_size) if prompts_file else None
     if own_prompts:
         num_prompts, prompt_tokens = len(own_prompts), max(map(len, own_prompts))
-    if prompt_tokens + output_tokens > parts.max_model_len:
-        raise ConfigError(
-            f"--prompt-tokens {prompt_tokens} and --output-tokens {output_tokens} are over the {parts.max_model_len} "
-            "tokens of a request (--max-model-len)"
-        )
+    check_length(parts, prompt_tokens, output_tokens)
     adapters = load_adapters(config, parts, adapters_dir, num_adapters)
     prompts, other_prompts = _prompts(num_prompts, prompt_tokens, parts.base.vocab_size)
     core = EngineCore(parts.runner, parts.scheduler, Metrics(CollectorRegistry()), parts.merge_policy)
@@ -84,6 +80,15 @@ def measure_throughput(
         "version": version("loraplex"),
         "torch": torch.__version__,
     }
+
+
+def check_length(parts: EngineParts, prompt_tokens: int, output_tokens: int) -> None:
+    """Raises ConfigError if no request may be as long."""
+    if prompt_tokens + output_tokens > parts.max_model_len:
+        raise ConfigError(
+            f"--prompt-tokens {prompt_tokens} and --output-tokens {output_tokens} are over the {parts.max_model_len} "
+            "tokens of a request (--max-model-len)"
+        )
 
 
 def load_adapters(config: EngineConfig, parts: EngineParts, folder: str | None, count: int) -> list[Adapter]:

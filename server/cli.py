@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from adapters.cli import train_command
-from benchmarks.cli import adapters_command, compare_command, merge_command, swap_command
+from benchmarks.cli import compare_command
+from benchmarks.own_commands import adapters_command, merge_command, swap_command
 from loadtest.cli import loadtest_command
 from server.adapter_commands import adapters
 from server.base_models import EMBEDDED, resolve

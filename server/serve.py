@@ -40,9 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("loraplex")
 
-# The engine's thread gives the interpreter away in every long kernel call, some thirty times a step, and each time must
-# wait until a busy event loop gives it back. With Python's 5 ms a step of the default base took a quarter longer beside
-# one; shorter than this gains nothing.
+# The engine's thread gives the interpreter away in every long call, a dozen times a step where layers are replayed, and
+# each time must wait until a busy event loop gives it back, for Python's own 5 ms at worst.
 _SWITCH_INTERVAL = 0.0005  # seconds
 _OTLP_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 

@@ -14,6 +14,8 @@ from server.engine.attention import AttentionOptions, AttentionStep
 
 Forward = Callable[..., Any]
 
+STEP = "attention_step"  # the keyword argument that holds a step's attention
+
 _CASTS = {torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.type_as}
 
 
@@ -38,8 +40,8 @@ class Call:
     def own_operations(self, module: nn.Module) -> set[str]:
         """What torch computes for a module beside its children and attention; views and casts are left out."""
         args, kwargs = self.arguments()
-        if "attention_step" in kwargs:
-            kwargs["attention_step"] = _UnseenStep(kwargs["attention_step"])
+        if STEP in kwargs:
+            kwargs[STEP] = _UnseenStep(kwargs[STEP])
         paused: list[AbstractContextManager[Any]] = []
 
         def before(child: nn.Module, args: Any, kwargs: Any) -> None:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from server.engine.attention import AttentionStep
-from server.engine.recorded_forward import Call, Forward, RecordingStep, record_forward
+from server.engine.recorded_forward import STEP, Call, Forward, RecordingStep, record_forward
 from server.kernels.native_program import Buffer, NotRecordable, Program, Workspace, record
 
 _MIN_CALLS = 2  # of a part that is worth it
-_STEP = "attention_step"  # the keyword argument that holds the step's attention
 
 Place = tuple[int | str, ...]  # keys and indices that lead to one of a call's arguments
 
@@ -37,12 +36,13 @@ def replay(
 
     def visit(path: str, module: nn.Module) -> int:
         call = calls.get(path)
-        if call is not None and call.is_repeated:
-            return 0
-        forward = None if call is None else _replay_of(module.forward, call, passes, workspace)
-        if call is not None and forward is not None and call.is_answered_by(forward, tolerance=0):
-            module.forward = forward
-            return 1
+        if call is not None:
+            if call.is_repeated:
+                return 0
+            forward = _replay_of(module.forward, call, passes, workspace)
+            if forward is not None and call.is_answered_by(forward, tolerance=0):
+                module.forward = forward
+                return 1
         found = sum(visit(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children())
         if isinstance(module, nn.ModuleList):
             _join([(child, calls.get(f"{path}.{name}")) for name, child in module.named_children()])
@@ -144,7 +144,9 @@ class _Replay:
 
     def handed_on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What is returned when the first of the tensors holds the result."""
-        result = _at(self._places[0], args, kwargs)
+        return self._returned(_at(self._places[0], args, kwargs))
+
+    def _returned(self, result: Tensor) -> Any:
         return result if self._beside is None else (result, *self._beside)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,8 +162,7 @@ class _Replay:
         addresses = _addresses(self._passes, kwargs)
         inputs += [addresses[index] for index in self._of_step]
         result = self._program(tensors[0].shape[1], inputs, self._workspace)
-        result = tensors[0] if result is None else result
-        return result if self._beside is None else (result, *self._beside)
+        return self._returned(tensors[0] if result is None else result)
 
 
 class _HandedOn:
@@ -177,7 +178,7 @@ class _HandedOn:
 
 def _addresses(passes: Callable[[], Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """What else a step brings that native calls read."""
-    step = kwargs.get(_STEP)
+    step = kwargs.get(STEP)
     return passes().pointer, *(step.addresses if step is not None else ())
 
 

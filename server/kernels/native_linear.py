@@ -107,9 +107,7 @@ class LinearGroup:
         if any(layer.data.dtype != self.layers[0].data.dtype for layer in self.layers):
             raise ValueError(f"layers of a group are stored alike: {[layer.data.dtype for layer in self.layers]}")
         self._structs = (POINTER * len(self.outs))(*(ctypes.addressof(layer.struct) for layer in self.layers))
-        self._strides = (INT * len(self.outs))(*self.outs)
         self.pointers = ctypes.addressof(self._structs)
-        self.strides = ctypes.addressof(self._strides)
 
 
 def pack_linear(

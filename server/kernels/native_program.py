@@ -135,25 +135,27 @@ def record(run: Callable[[], Tensor], inputs: Sequence[Buffer], num_rows: int) -
     words = [list(_words(call)) for call in calls]
     addresses = [{value for kind, value in row if kind == "P"} for row in words]
 
-    def lives(buffer: Buffer) -> list[int]:
-        """The calls that name it."""
-        return [number for number, named in enumerate(addresses) if any(address in buffer for address in named)]
+    def life(buffer: Buffer) -> tuple[int, int] | None:
+        """The first and the last call that name it."""
+        numbers = [number for number, named in enumerate(addresses) if any(address in buffer for address in named)]
+        return (numbers[0], numbers[-1]) if numbers else None
 
     if result.dim() != 3 or result.shape[:2] != (1, num_rows) or not result.is_contiguous():
         raise NotRecordable(f"the result is {tuple(result.shape)}, not [1, {num_rows}, width]")
-    results = [buffer for buffer in map(Buffer.of, made.tensors) if buffer.start == result.data_ptr()]
+    buffers = [Buffer.of(tensor) for tensor in made.tensors]
+    results = [buffer for buffer in buffers if buffer.start == result.data_ptr()]
     in_place = not results and bool(inputs) and result.data_ptr() == inputs[0].start
     if not results and not in_place:
         raise NotRecordable("the result is neither a new tensor nor the first input")
-    between = [buffer for buffer in map(Buffer.of, made.tensors) if buffer not in results and lives(buffer)]
-    sizes = [-(-_per_row(buffer, num_rows) // CACHE_LINE) * CACHE_LINE for buffer in between]
-    offsets, bytes_per_row = plan([(lives(buffer)[0], lives(buffer)[-1]) for buffer in between], sizes)
+    lives = {buffer: lived for buffer in buffers if buffer not in results and (lived := life(buffer))}
+    sizes = [-(-_per_row(buffer, num_rows) // CACHE_LINE) * CACHE_LINE for buffer in lives]
+    offsets, bytes_per_row = plan(list(lives.values()), sizes)
     if any(buffer.num_bytes != result.nbytes for buffer in results):
         raise NotRecordable("the result is part of something wider")
-    needed = [index for index, buffer in enumerate(inputs) if lives(buffer)]
+    needed = [index for index, buffer in enumerate(inputs) if life(buffer)]
     if in_place and needed[:1] != [0]:
         raise NotRecordable("the result is an input that no call names")
-    sources = [_Source(buffer, _WORKSPACE, offset) for buffer, offset in zip(between, offsets, strict=True)]
+    sources = [_Source(buffer, _WORKSPACE, offset) for buffer, offset in zip(lives, offsets, strict=True)]
     sources += [_Source(buffer, _RESULT, 0) for buffer in results]
     sources += [_Source(inputs[index], _INPUTS + place, 0) for place, index in enumerate(needed)]
     recorded = []

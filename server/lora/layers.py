@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,88 +11,10 @@ from transformers import PreTrainedModel
 
 from adapters.tensors import LinearShape
 from server.errors import MergeRefused
-from server.kernels import FixedSegments, Kernels, LayerWeights, LinearGroup, Pass, Segment
+from server.kernels import FixedSegments, Kernels, LayerWeights, LinearGroup, Pass
 from server.lora.adapter import Adapter
 from server.lora.base_weights import BaseWeights
-
-
-class _Rows:
-    """The running step's passes, as the kernels want them; shared by layers that see the same rows."""
-
-    def __init__(self, passes: Sequence[Any]) -> None:
-        self.passes = passes
-
-
-class _SharedInput:
-    """Layers that read one input, computed together when the first of them is called."""
-
-    def __init__(self, kernel: LinearGroup, size: int, rows: _Rows) -> None:
-        self._kernel = kernel
-        self._size = size
-        self._rows = rows
-        self._x: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}  # that nobody has asked for yet
-
-    def output(self, index: int, x: Tensor) -> Tensor:
-        if self._size == 1:
-            return self._kernel(x, self._rows.passes)[0]
-        if x is not self._x or index not in self._outputs:
-            self._x, self._outputs = x, dict(enumerate(self._kernel(x, self._rows.passes)))
-        y = self._outputs.pop(index)
-        if not self._outputs:
-            self._x = None
-        return y
-
-
-class MultiLoRALinear(nn.Module):
-    """A frozen linear layer beside one LoRA bypass per adapter slot: `y = base(x) + scaling_s · B_s A_s x`, per token.
-
-    See `LinearGroup` for what else an adapter may do to y.
-
-    A batch without adapters costs what the base layer costs.
-    """
-
-    def __init__(self, shared: _SharedInput, index: int) -> None:
-        super().__init__()
-        self._shared = shared
-        self._index = index
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._shared.output(self._index, x)
-
-
-class MultiLoRAEmbedding(nn.Module):
-    """The frozen embedding beside one LoRA bypass per adapter slot."""
-
-    def __init__(self, base: nn.Module, shape: LinearShape, num_slots: int, kernels: Kernels, rows: _Rows) -> None:
-        super().__init__()
-        self._base = base
-        self._merged_slot = num_slots  # of one more, beyond the others
-        self._bypass = kernels.embedding_bypass(shape.in_features, shape.out_features, num_slots + 1)
-        self._prepare = kernels.prepare_segments
-        self._is_merged = False
-        self._rows = rows
-        self._scale = _scale(base)
-
-    def set_slot(self, slot: int, weights: LayerWeights | None) -> None:
-        if weights is not None:
-            weights = replace(weights, scaling=weights.scaling * self._scale)
-        self._bypass.set_slot(slot, weights)
-
-    def merge(self, weights: LayerWeights | None) -> None:
-        """Every token takes these weights first from here on: a sum of whole tables would save no matrix product."""
-        self.set_slot(self._merged_slot, weights)
-        self._is_merged = weights is not None
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """[1, num_tokens] ids → [1, num_tokens, hidden_size]."""
-        y: Tensor = self._base(token_ids)
-        if self._is_merged:
-            everybody = Segment(self._merged_slot, 0, token_ids.shape[1])
-            self._bypass(y[0], token_ids[0], self._prepare([everybody]))
-        for segments in self._rows.passes:
-            self._bypass(y[0], token_ids[0], segments)
-        return y
+from server.lora.multi_lora import MultiLoRAEmbedding, MultiLoRALinear, Rows, SharedInput, embed_scale
 
 
 class LoRALayers:
@@ -125,7 +46,7 @@ class LoRALayers:
         self._device = next(model.parameters()).device
         self._keep_passes = kernels.keep_passes
         self._no_passes = self._keep_passes(())
-        self._tokens, self._logits = _Rows(self._no_passes), _Rows(self._no_passes)
+        self._tokens, self._logits = Rows(self._no_passes), Rows(self._no_passes)
         self.groups: list[tuple[Sequence[str], LinearGroup]] = []
         self.base_weights = BaseWeights(shapes, kernels.storage or model.dtype)
         embedding = model.get_input_embeddings()
@@ -137,14 +58,14 @@ class LoRALayers:
             if kernels.pack and not (tied and names == [head]):  # the embedding keeps a tied weight: no second copy
                 layers = [kernels.pack(layer) for layer in layers]
             kernel = kernels.linear_group(layers, num_slots + 1)
-            shared = _SharedInput(kernel, len(names), self._logits if names == [head] else self._tokens)
+            shared = SharedInput(kernel, len(names), self._logits if names == [head] else self._tokens)
             for index, name in enumerate(names):
                 _replace(model, name, MultiLoRALinear(shared, index))
                 self.base_weights.add(name, partial(kernel.base_rows, index), kernel.base_bias(index))
             self.groups.append((names, kernel))
             scales = hasattr(embedding, "embed_scale")
             if names == [head] and tied and kernels.tied_embedding and (scales or type(embedding) is nn.Embedding):
-                model.set_input_embeddings(kernels.tied_embedding(kernel, _scale(embedding)))
+                model.set_input_embeddings(kernels.tied_embedding(kernel, embed_scale(embedding)))
                 embedding_rows = partial(kernel.base_rows, 0)
         self._embeddings: dict[str, MultiLoRAEmbedding] = {}
         for name, shape in shapes.items():
@@ -243,11 +164,6 @@ def bytes_on_device(adapter: Adapter, device: torch.device) -> int:
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _scale(embedding: nn.Module) -> float:
-    """What an embedding multiplies its rows by."""
-    return float(getattr(embedding, "embed_scale", 1.0))
 
 
 def _rows(embedding: nn.Module, start: int, end: int) -> Tensor:
