@@ -1,10 +1,12 @@
 """The Adapters service: messages to the adapters' owners and back, nothing else."""
 
+import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from server.engine.async_engine import AsyncEngine
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, ServingError
 from server.lora.cache import UnloadMode
 from server.lora.events import AdapterStatus
 from server.lora.layers import bytes_on_device
@@ -16,6 +18,7 @@ from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1 import adapters_pb2_grpc as pb_grpc
 
 MAX_PAGE = 1000  # adapters in one answer, which must stay under the usual 4 MiB of a message
+_HEAR_OUT_SECONDS = 1.0  # most that a refused upload goes on being read
 _MODES = {
     pb.UNLOAD_MODE_UNSPECIFIED: UnloadMode.DRAIN,
     pb.DRAIN: UnloadMode.DRAIN,
@@ -46,6 +49,13 @@ class AdaptersService(pb_grpc.AdaptersServicer):
 
     async def UploadAdapter(self, requests: AsyncIterator[pb.UploadAdapterRequest], context: object) -> pb.Adapter:
         """Errors: those of LoadAdapter, DEADLINE_EXCEEDED."""
+        try:
+            return await self._upload(requests)
+        except ServingError:
+            await _hear_out(requests)
+            raise
+
+    async def _upload(self, requests: AsyncIterator[pb.UploadAdapterRequest]) -> pb.Adapter:
         messages = self._uploads.limits.in_time(requests)
         header = (await anext(messages, pb.UploadAdapterRequest())).header
         files = [DeclaredFile(file.name, file.size, file.sha256) for file in header.files]
@@ -167,3 +177,11 @@ class AdaptersService(pb_grpc.AdaptersServicer):
 
 def _expected_generation(request: pb.LoadAdapterRequest | pb.UploadHeader) -> int | None:
     return request.expected_generation if request.HasField("expected_generation") else None
+
+
+async def _hear_out(requests: AsyncIterator[pb.UploadAdapterRequest]) -> None:
+    """Lets a client finish: one that still writes when its call ends may be told INTERNAL in place of the reason."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_HEAR_OUT_SECONDS):
+            async for _ in requests:
+                pass
