@@ -33,12 +33,14 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror server/kernels/native.c
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i server/kernels/native.c
 
 protos: $(INSTALLED)
 	$(BIN)/python -m grpc_tools.protoc -Iserver/pb=protos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)

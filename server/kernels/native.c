@@ -77,6 +77,12 @@ typedef struct {
     const lora_pass *passes;
 } lora_passes;
 
+/* Memory that will be read soon, which arithmetic may bring closer meanwhile. */
+typedef struct {
+    const char *data;
+    int64_t bytes;
+} region;
+
 /* Layers that read the same x, with their slots; row t of output i begins at t * y_strides[i]. */
 typedef struct {
     int64_t count;
@@ -114,9 +120,18 @@ typedef struct {
     const int64_t *positions;       /* [num_tokens] */
 } attention_batch;
 
+/*
+ * An adapter's bypass of one layer over rows [row0, row1): the shrink writes h [rows, rank], which carries the scaling,
+ * and the expand reads it.
+ */
 typedef struct {
-    int32_t layer, segment, row0, row1, col0, col1;
-} lora_task;
+    const lora_slots *layer;
+    int64_t slot;
+    int64_t row0;
+    int64_t row1;
+    float scaling;
+    float *h;
+} bypass;
 
 typedef struct {
     int32_t seq, kv_head, row0, row1;
@@ -133,10 +148,16 @@ enum {
     SPAN = 64,          /* keys of one online softmax update; spans start at multiples of 64 positions */
     SPAN_BLOCKS = SPAN / BLOCK,
     MAX_HEAD_DIM = 256,
-    TILE_ROWS = 6,     /* query rows (token, head) of a register tile */
-    TASK_ROWS = 48,    /* query rows that share one pass over the cache */
-    SEGMENT_ROWS = 64, /* rows of a LoRA task */
-    SMALL = 16384      /* elements below which a thread is not worth waking */
+    TILE_ROWS = 6,         /* query rows (token, head) of a register tile */
+    TASK_ROWS = 48,        /* query rows that share one pass over the cache */
+    FUSED_ROWS = 128,      /* rows from which on a panel's output takes its bypasses at once */
+    BAND_BLOCKS = 4,       /* row blocks that are then packed and shrunk together */
+    EXPAND_ROWS = 8,       /* rows of an expand otherwise, */
+    EXPAND_COLUMNS = 1024, /* and its columns: factors are read in long runs, */
+    NARROW_COLUMNS = 128,  /* or by all cores when there are no other rows */
+    MAX_REGIONS = 1024,    /* regions that are brought closer during a call */
+    LINE = 64,             /* bytes of a cache line */
+    SMALL = 16384          /* elements below which a thread is not worth waking */
 };
 
 #define INLINE static inline __attribute__((always_inline))
@@ -168,11 +189,37 @@ INLINE long row_bytes(int kind) { return PANEL * kind_bytes(kind) * row_features
 /* Piece `i` of `n` nearly equal pieces of `total` starts here. */
 INLINE long part(long total, long n, long i) { return total * i / n; }
 
+/* A walk over regions that lie one after the other in a list: `left` bytes from `offset` in `at` on. */
+typedef struct {
+    const region *at;
+    long offset;
+    long left;
+} region_walk;
+
+/* The walk over bytes [start, end) of a list of regions. */
+INLINE region_walk walk_regions(const region *regions, long start, long end) {
+    const long left = end - start;
+    while (left > 0 && start >= regions->bytes)
+        start -= regions++->bytes;
+    return (region_walk){regions, start, left};
+}
+
+/* The next up to *bytes of a walk, which is not at its end, that lie together; *bytes becomes their number. */
+INLINE const char *next_bytes(region_walk *walk, long *bytes) {
+    const char *data = walk->at->data + walk->offset;
+    *bytes = MIN(*bytes, MIN(walk->left, walk->at->bytes - walk->offset));
+    walk->left -= *bytes;
+    walk->offset += *bytes;
+    if (walk->offset == walk->at->bytes) {
+        walk->at++;
+        walk->offset = 0;
+    }
+    return data;
+}
+
 /* The functions an instruction set provides. */
 typedef struct {
-    int (*linear)(const float *, long, long, const packed_linear *const *, float *const *, const int64_t *);
-    int (*add_lora)(const float *, long, const lora_slots *const *, float *const *, const int64_t *, long,
-                    const lora_segment *);
+    int (*linear)(const float *, long, const linear_group *, const lora_passes *, float *const *);
     void (*add_embedding_lora)(const int64_t *, const lora_slots *, float *, long, const lora_segment *);
     int (*attention)(const kv_layer *, const attention_options *, const attention_batch *, const float *, long, float *,
                      long);
@@ -297,12 +344,7 @@ __attribute__((constructor)) static void choose_isa(void) { loraplex_set_isa(NUL
 
 int loraplex_linear_group(const float *x, int64_t rows, const linear_group *group, const lora_passes *passes,
                           float *const *ys) {
-    const kernel_set *kernels = sets[chosen].kernels;
-    int failed = kernels->linear(x, rows, group->count, group->weights, ys, group->y_strides);
-    for (int64_t i = 0; i < passes->count; i++)
-        failed |= kernels->add_lora(x, group->count, group->slots, ys, group->y_strides, passes->passes[i].num_segments,
-                                    passes->passes[i].segments);
-    return failed;
+    return sets[chosen].kernels->linear(x, rows, group, passes, ys);
 }
 
 void loraplex_add_embedding_lora(const int64_t *ids, const lora_slots *slots, float *y, int64_t num_segments,
@@ -366,8 +408,8 @@ typedef struct {
 } recorded_call;
 
 /* In the order of the cases of `call`. */
-static const char *const recordable[] = {"linear_group", "attention",  "write_kv", "rms_norm",      "layer_norm",
-                                         "rotary",       "silu_mul", "gelu_tanh_mul", "add"};
+static const char *const recordable[] = {"linear_group", "attention", "write_kv",      "rms_norm", "layer_norm",
+                                         "rotary",       "silu_mul",  "gelu_tanh_mul", "add"};
 
 /* The place of a function among those that can be recorded, or -1. */
 int64_t loraplex_recordable(const char *name) {
@@ -546,8 +588,8 @@ INLINE void rank_one(const int R, const int V, vfloat (*acc)[4 * VECTORS], const
 
 #if PAIRS
 /*
- * acc[r][j] += x[r] . row[j] with pairs of bfloat16 in the lanes of row and in the 32 bits at x[r]. In assembly, since the
- * compiler spends an instruction more on each broadcast, and a third of the speed with it.
+ * acc[r][j] += x[r] . row[j] with pairs of bfloat16 in the lanes of row and in the 32 bits at x[r]. In assembly, since
+ * the compiler spends an instruction more on each broadcast, and a third of the speed with it.
  */
 INLINE void rank_two(const int R, const int V, vfloat (*acc)[4 * VECTORS], const float *x, const vfloat *row) {
     EACH(r, R)
@@ -632,7 +674,6 @@ INLINE vfloat vtanh(vfloat x) {
 #define finish FN(finish)
 #define few_rows FN(few_rows)
 #define many_rows FN(many_rows)
-#define linear_slab FN(linear_slab)
 
 /*
  * c[r][16 p + j] (+)= sum_k a[k][r] * w[p][k][j] for R rows and P panels `panel_bytes` apart, the sums held in
@@ -718,8 +759,8 @@ static const tile_fn wide_tiles[4][BF16X2 + 1] = {{NULL}, LIST_TILES(1, 4), LIST
 #undef LIST_ONE_PANEL
 
 /*
- * How a tile reads x for weights of `kind`: one float a feature, or 32 bits for two features rounded to bfloat16. `terms`
- * is their number.
+ * How a tile reads x for weights of `kind`: one float a feature, or 32 bits for two features rounded to bfloat16.
+ * `terms` is their number.
  */
 INLINE int in_pairs(int kind) { return PAIRS && kind == BF16X2; }
 INLINE long terms(int kind, long features) { return in_pairs(kind) ? CEIL_DIV(features, 2) : features; }
@@ -780,12 +821,12 @@ static void few_rows(const float *a, long rows, const packed_linear *w, float *y
 
 /*
  * Panels [panel0, panel1) for the row blocks [block0, block1) of `blocks`. A sliver of a panel serves all row blocks
- * out of the L1 cache while the tiles prefetch the next sliver; narrow weights are widened once per sliver, unless in pairs. A single
+ * out of the L1 cache; narrow weights are widened once per sliver, unless in pairs. A single
  * row group walks each panel to its end (one stream of weights), several walk `panel1 - panel0` panels per sliver of
- * rows.
+ * rows. The first tile of a sliver prefetches the next sliver, the others what is `soon`.
  */
 static void many_rows(const float *packed, long rows, long blocks, long block0, long block1, const packed_linear *w,
-                      float *y, long y_stride, long panel0, long panel1) {
+                      float *y, long y_stride, long panel0, long panel1, region_walk soon) {
     const int kind = w->kind, narrow = kind != F32 && !in_pairs(kind);
     const long feature_bytes = PANEL * kind_bytes(kind);
     const long panel_bytes = CEIL_DIV(w->in, row_features(kind)) * row_bytes(kind);
@@ -806,75 +847,21 @@ static void many_rows(const float *packed, long rows, long blocks, long block0, 
         const int whole = (p + 1) * PANEL <= w->out;
         float *c = whole ? y + first * y_stride + p * PANEL : edge;
         const long c_stride = whole ? y_stride : PANEL;
-        const long ahead_bytes = features * feature_bytes / (block1 - block0); /* of the next sliver, by each tile */
-        const char *ahead = next;
-        for (long b = block0; b < block1; b++, ahead += ahead_bytes) {
+        for (long b = block0; b < block1; b++) {
             const long row = part(rows, blocks, b), n = part(rows, blocks, b + 1) - row;
             const int tile_kind = narrow && b > block0 ? F32 : kind;
+            const long steps = CEIL_DIV(features, row_features(tile_kind));
+            const int first_tile = b == block0 || soon.left == 0;
+            long bytes = steps * (first_tile ? row_bytes(kind) : LINE);
+            const char *ahead = first_tile ? next : next_bytes(&soon, &bytes);
             tiles[n][tile_kind](packed + row * terms(kind, w->in) + terms(kind, k) * n, data, 0, features,
-                                c + (row - first) * c_stride, c_stride, k > 0, wide, ahead,
-                                ahead_bytes * row_features(tile_kind) / features);
+                                c + (row - first) * c_stride, c_stride, k > 0, wide, ahead, bytes / steps);
             if (narrow)
                 data = (const char *)wide;
         }
         if (k + features == w->in)
             finish(w, p, c, c_stride, y + first * y_stride + p * PANEL, y_stride, last - first);
     }
-}
-
-static int linear_slab(const float *x, long rows, long n, const packed_linear *const *weights, float *const *ys,
-                       const int64_t *y_strides, long row0) {
-    const long in = weights[0]->in, blocks = CEIL_DIV(rows, MAX_ROWS);
-    const long groups = CEIL_DIV(rows, GROUP_ROWS);
-    long panels = 0;
-    for (long j = 0; j < n; j++)
-        panels += CEIL_DIV(weights[j]->out, PANEL);
-    const long fair = panels / (8 * omp_get_max_threads());
-    const long chunk = groups > 1 ? GROUP_PANELS : MAX(1, MIN(fair, GROUP_PANELS));
-    long chunks = 0;
-    for (long j = 0; j < n; j++)
-        chunks += CEIL_DIV(CEIL_DIV(weights[j]->out, PANEL), chunk);
-    const int kind = weights[0]->kind, pack = rows > 1 || in_pairs(kind);
-    const long stride = terms(kind, in);
-    x += row0 * in;
-    float *packed = pack ? scratch(rows * stride * sizeof(float)) : NULL;
-    if (pack && packed == NULL)
-        return -1;
-#pragma omp parallel if (rows * in * panels * PANEL > 4 * SMALL)
-    {
-        if (pack) {
-#pragma omp for schedule(static)
-            for (long b = 0; b < blocks; b++) {
-                const long row = part(rows, blocks, b);
-                pack_rows(x + row * in, part(rows, blocks, b + 1) - row, in, kind, packed + row * stride);
-            }
-        }
-#pragma omp for schedule(dynamic) nowait
-        for (long task = 0; task < chunks * groups; task++) {
-            const long group = task / chunks;
-            long j = 0, p = task % chunks;
-            for (long of_j; p >= (of_j = CEIL_DIV(CEIL_DIV(weights[j]->out, PANEL), chunk)); j++)
-                p -= of_j;
-            const packed_linear *w = weights[j];
-            float *y = ys[j] + row0 * y_strides[j];
-            const long panel0 = p * chunk, panel1 = MIN(panel0 + chunk, CEIL_DIV(w->out, PANEL));
-            if (blocks == 1)
-                few_rows(pack ? packed : x, rows, w, y, y_strides[j], panel0, panel1);
-            else
-                many_rows(packed, rows, blocks, part(blocks, groups, group), part(blocks, groups, group + 1), w, y,
-                          y_strides[j], panel0, panel1);
-        }
-    }
-    return 0;
-}
-
-/* y_j [rows, out_j] = x [rows, in] @ W_j.T (* scale_j) (+ bias_j) for n layers of one kind that read the same x. */
-static int FN(linear)(const float *x, long rows, long n, const packed_linear *const *weights, float *const *ys,
-                      const int64_t *y_strides) {
-    for (long row = 0; row < rows; row += SLAB_ROWS)
-        if (linear_slab(x, MIN(rows - row, SLAB_ROWS), n, weights, ys, y_strides, row))
-            return -1;
-    return 0;
 }
 
 /* ---------------------------------------------------------------------------------------------------------- LoRA */
@@ -889,9 +876,12 @@ static int FN(linear)(const float *x, long rows, long n, const packed_linear *co
 #define rescale FN(rescale)
 #define is_empty FN(is_empty)
 
-/* h[r][q] = scaling * sum_k x[r][k] * a[q][k] for R rows and Q ranks, LANES partial sums over k each. */
+/*
+ * h[r][q] = scaling * sum_k x[r][k] * a[q][k] for R rows and Q ranks, LANES partial sums over k each. What lies `ahead`
+ * bytes further than a is prefetched.
+ */
 INLINE void shrink_tile(const int R, const int Q, const int kind, const float *x, const char *a, long in, float scaling,
-                        float *h, long h_stride) {
+                        float *h, long h_stride, long ahead) {
     vfloat acc[TILE_ROWS][8], rows[TILE_ROWS];
     const long size = kind_bytes(kind), whole = in - in % LANES;
     EACH(r, R)
@@ -902,6 +892,7 @@ INLINE void shrink_tile(const int R, const int Q, const int kind, const float *x
             rows[r] = load(x + r * in + k);
         EACH(q, Q) {
             const vfloat w = widen(kind, a + (q * in + k) * size);
+            __builtin_prefetch(a + (q * in + k) * size + ahead, 0, 2);
             EACH(r, R)
                 acc[r][q] = fma(rows[r], w, acc[r][q]);
         }
@@ -916,7 +907,7 @@ INLINE void shrink_tile(const int R, const int Q, const int kind, const float *x
 }
 
 INLINE void shrink_kind(const int kind, const float *x, const char *a, long in, float scaling, float *h, long h_stride,
-                        long rows, long ranks) {
+                        long rows, long ranks, long ahead) {
     const long a_step = in * kind_bytes(kind);
     for (long step; ranks > 0; ranks -= step, a += step * a_step, h += step) {
         step = ranks >= 8 ? 8 : ranks >= 4 ? 4 : 1;
@@ -924,51 +915,56 @@ INLINE void shrink_kind(const int kind, const float *x, const char *a, long in, 
         for (; step >= 4 && rows - r >= SHRINK_ROWS; r += SHRINK_ROWS)
             for (long q = 0; q < step; q += 4)
                 shrink_tile(SHRINK_ROWS, 4, kind, x + r * in, a + q * a_step, in, scaling, h + r * h_stride + q,
-                            h_stride);
+                            h_stride, ahead);
         for (; step >= 4 && rows - r >= 2; r += 2)
             for (long q = 0; q < step; q += 4)
-                shrink_tile(2, 4, kind, x + r * in, a + q * a_step, in, scaling, h + r * h_stride + q, h_stride);
+                shrink_tile(2, 4, kind, x + r * in, a + q * a_step, in, scaling, h + r * h_stride + q, h_stride, ahead);
         for (; r < rows; r++)
             if (step == 8)
-                shrink_tile(1, 8, kind, x + r * in, a, in, scaling, h + r * h_stride, h_stride);
+                shrink_tile(1, 8, kind, x + r * in, a, in, scaling, h + r * h_stride, h_stride, ahead);
             else if (step == 4)
-                shrink_tile(1, 4, kind, x + r * in, a, in, scaling, h + r * h_stride, h_stride);
+                shrink_tile(1, 4, kind, x + r * in, a, in, scaling, h + r * h_stride, h_stride, ahead);
             else
-                shrink_tile(1, 1, kind, x + r * in, a, in, scaling, h + r * h_stride, h_stride);
+                shrink_tile(1, 1, kind, x + r * in, a, in, scaling, h + r * h_stride, h_stride, ahead);
     }
 }
 
 static void shrink(int kind, const float *x, const char *a, long in, float scaling, float *h, long h_stride, long rows,
-                   long ranks) {
+                   long ranks, long ahead) {
     if (kind == F32)
-        shrink_kind(F32, x, a, in, scaling, h, h_stride, rows, ranks);
+        shrink_kind(F32, x, a, in, scaling, h, h_stride, rows, ranks, ahead);
     else if (kind == BF16)
-        shrink_kind(BF16, x, a, in, scaling, h, h_stride, rows, ranks);
+        shrink_kind(BF16, x, a, in, scaling, h, h_stride, rows, ranks, ahead);
     else
-        shrink_kind(F16, x, a, in, scaling, h, h_stride, rows, ranks);
+        shrink_kind(F16, x, a, in, scaling, h, h_stride, rows, ranks, ahead);
 }
 
-/* y[r][o] += sum_q h[r][q] * b[q][o] for R rows and P * 16 columns; the sum starts from y. */
+/*
+ * y[r][o] += sum_q h[r][q] * b[q][o] for R rows and P * 16 columns; the sum starts from y. What lies `ahead` bytes
+ * further than b is prefetched.
+ */
 INLINE void expand_tile(const int R, const int P, const int kind, const float *h, long rank, const char *b, long out,
-                        float *y, long y_stride) {
+                        float *y, long y_stride, long ahead) {
     TILE(TILE_ROWS);
     vfloat row[4 * VECTORS];
     load_tile(R, P * VECTORS, acc, y, y_stride);
     for (long q = 0; q < rank; q++, b += out * kind_bytes(kind)) {
-        EACH(v, P * VECTORS)
+        EACH(v, P * VECTORS) {
             row[v] = widen(kind, b + v * LANES * kind_bytes(kind));
+            __builtin_prefetch(b + v * LANES * kind_bytes(kind) + ahead, 0, 2);
+        }
         rank_one(R, P * VECTORS, acc, h + q, rank, row);
     }
     store_tile(R, P * VECTORS, acc, y, y_stride);
 }
 
 INLINE void expand_rows(const int R, const int P, const int kind, const float *h, long rank, const char *b, long out,
-                        float *y, long y_stride, long columns) {
+                        float *y, long y_stride, long columns, long ahead) {
     long o = 0;
     for (; columns - o >= P * PANEL; o += P * PANEL)
-        expand_tile(R, P, kind, h, rank, b + o * kind_bytes(kind), out, y + o, y_stride);
+        expand_tile(R, P, kind, h, rank, b + o * kind_bytes(kind), out, y + o, y_stride, ahead);
     for (; columns - o >= PANEL; o += PANEL)
-        expand_tile(R, 1, kind, h, rank, b + o * kind_bytes(kind), out, y + o, y_stride);
+        expand_tile(R, 1, kind, h, rank, b + o * kind_bytes(kind), out, y + o, y_stride, ahead);
     for (; o < columns; o += LANES)
         for (long r = 0; r < R; r++) {
             vfloat acc = load_some(y + r * y_stride + o, columns - o);
@@ -980,24 +976,25 @@ INLINE void expand_rows(const int R, const int P, const int kind, const float *h
 }
 
 INLINE void expand_kind(const int kind, const float *h, long rank, const char *b, long out, float *y, long y_stride,
-                        long rows, long columns) {
+                        long rows, long columns, long ahead) {
     long r = 0;
     for (; rows - r >= TILE_ROWS; r += TILE_ROWS)
-        expand_rows(TILE_ROWS, EXPAND_PANELS, kind, h + r * rank, rank, b, out, y + r * y_stride, y_stride, columns);
+        expand_rows(TILE_ROWS, EXPAND_PANELS, kind, h + r * rank, rank, b, out, y + r * y_stride, y_stride, columns,
+                    ahead);
     for (; rows - r >= 2; r += 2)
-        expand_rows(2, 2, kind, h + r * rank, rank, b, out, y + r * y_stride, y_stride, columns);
+        expand_rows(2, 2, kind, h + r * rank, rank, b, out, y + r * y_stride, y_stride, columns, ahead);
     for (; r < rows; r++)
-        expand_rows(1, 4, kind, h + r * rank, rank, b, out, y + r * y_stride, y_stride, columns);
+        expand_rows(1, 4, kind, h + r * rank, rank, b, out, y + r * y_stride, y_stride, columns, ahead);
 }
 
 static void expand(int kind, const float *h, long rank, const char *b, long out, float *y, long y_stride, long rows,
-                   long columns) {
+                   long columns, long ahead) {
     if (kind == F32)
-        expand_kind(F32, h, rank, b, out, y, y_stride, rows, columns);
+        expand_kind(F32, h, rank, b, out, y, y_stride, rows, columns, ahead);
     else if (kind == BF16)
-        expand_kind(BF16, h, rank, b, out, y, y_stride, rows, columns);
+        expand_kind(BF16, h, rank, b, out, y, y_stride, rows, columns, ahead);
     else
-        expand_kind(F16, h, rank, b, out, y, y_stride, rows, columns);
+        expand_kind(F16, h, rank, b, out, y, y_stride, rows, columns, ahead);
 }
 
 /* y[r][o] = gain[o] * y[r][o] + bias[o]; a NULL gain is ones, a NULL bias zeros. */
@@ -1018,84 +1015,8 @@ INLINE int is_empty(const lora_slots *layer, long slot) {
 }
 
 /*
- * y_j[t] = gain_j[s] * (y_j[t] + scale * scaling[s] * (x[t] @ A_j[s].T) @ B_j[s]) + bias_j[s] for n layers that read
- * the same x and every row t of a segment with slot s; such a pair of segment and layer is a unit. Two lists of tasks,
- * all shrinks before all expands: (unit, rows, ranks), then (unit, rows, columns), each task some tens of kilobytes of
- * A or B (less when a few units must feed all cores) so that the cores stream evenly when every segment is one row.
- */
-static int FN(add_lora)(const float *x, long n, const lora_slots *const *slots, float *const *ys,
-                        const int64_t *y_strides, long num_segments, const lora_segment *segments) {
-    const long in = slots[0]->in, units = n * num_segments;
-    const int many = units >= 4 * omp_get_max_threads();
-    const long rank_step = many ? 16 : 4, task_floats = many ? 8192 : 2048;
-    long shrinks = 0, expands = 0, hidden = 0, work = 0;
-    for (long u = 0; u < units; u++) {
-        const lora_segment *s = &segments[u / n];
-        const long rank = slots[u % n]->ranks[s->slot], out = slots[u % n]->out,
-                   row_steps = CEIL_DIV(s->end - s->start, SEGMENT_ROWS);
-        if (is_empty(slots[u % n], s->slot))
-            continue;
-        shrinks += row_steps * CEIL_DIV(rank, rank_step);
-        expands += row_steps * CEIL_DIV(out, MAX(1, task_floats / MAX(rank, 1) / 64) * 64);
-        hidden += (s->end - s->start) * rank;
-        work += (s->end - s->start) * rank * (in + out);
-    }
-    char *memory = scratch((shrinks + expands) * sizeof(lora_task) + units * sizeof(long) + hidden * sizeof(float));
-    if (memory == NULL)
-        return -1;
-    long *offsets = (long *)memory; /* of each unit's [rows, rank] in h */
-    lora_task *tasks = (lora_task *)(offsets + units);
-    float *h = (float *)(tasks + shrinks + expands);
-    lora_task *next_shrink = tasks, *next_expand = tasks + shrinks;
-    hidden = 0;
-    for (long u = 0; u < units; u++) {
-        const lora_segment *s = &segments[u / n];
-        const long rank = slots[u % n]->ranks[s->slot], out = slots[u % n]->out;
-        offsets[u] = hidden;
-        if (is_empty(slots[u % n], s->slot))
-            continue;
-        hidden += (s->end - s->start) * rank;
-        const long column_step = MAX(1, task_floats / MAX(rank, 1) / 64) * 64;
-        for (long row = s->start; row < s->end; row += SEGMENT_ROWS) {
-            const long row1 = MIN(row + SEGMENT_ROWS, s->end);
-            for (long q = 0; q < rank; q += rank_step)
-                *next_shrink++ = (lora_task){u % n, u / n, row, row1, q, MIN(q + rank_step, rank)};
-            for (long o = 0; o < out; o += column_step)
-                *next_expand++ = (lora_task){u % n, u / n, row, row1, o, MIN(o + column_step, out)};
-        }
-    }
-#pragma omp parallel if (work > SMALL)
-    {
-#pragma omp for schedule(dynamic)
-        for (long i = 0; i < shrinks; i++) {
-            const lora_task t = tasks[i];
-            const lora_slots *layer = slots[t.layer];
-            const lora_segment s = segments[t.segment];
-            const long rank = layer->ranks[s.slot], kind = layer->kinds[s.slot];
-            shrink(kind, x + t.row0 * in, (const char *)layer->a[s.slot] + t.col0 * in * kind_bytes(kind), in,
-                   layer->scalings[s.slot] * s.scale, h + offsets[t.segment * n + t.layer] + (t.row0 - s.start) * rank + t.col0,
-                   rank, t.row1 - t.row0, t.col1 - t.col0);
-        }
-#pragma omp for schedule(dynamic) nowait
-        for (long i = shrinks; i < shrinks + expands; i++) {
-            const lora_task t = tasks[i];
-            const lora_slots *layer = slots[t.layer];
-            const lora_segment s = segments[t.segment];
-            const long rank = layer->ranks[s.slot], kind = layer->kinds[s.slot];
-            const long rows = t.row1 - t.row0, columns = t.col1 - t.col0, y_stride = y_strides[t.layer];
-            const float *gain = layer->gains[s.slot], *bias = layer->biases[s.slot];
-            float *y = ys[t.layer] + t.row0 * y_stride + t.col0;
-            expand(kind, h + offsets[t.segment * n + t.layer] + (t.row0 - s.start) * rank, rank,
-                   (const char *)layer->b[s.slot] + t.col0 * kind_bytes(kind), layer->out, y, y_stride, rows, columns);
-            rescale(gain ? gain + t.col0 : NULL, bias ? bias + t.col0 : NULL, y, y_stride, rows, columns);
-        }
-    }
-    return 0;
-}
-
-/*
- * The same for an embedding's output y [rows, out], whose "x" is one-hot: ids [rows] choose columns of A. Columns are
- * read where they lie, a few ranks at a time.
+ * A pass of bypasses for an embedding's output y [rows, out], whose "x" is one-hot: ids [rows] choose columns of A.
+ * Columns are read where they lie, a few ranks at a time.
  */
 static void FN(add_embedding_lora)(const int64_t *ids, const lora_slots *slots, float *y, long num_segments,
                                    const lora_segment *segments) {
@@ -1115,11 +1036,257 @@ static void FN(add_embedding_lora)(const int64_t *ids, const lora_slots *slots, 
                 const long ranks = MIN(rank - q0, PANEL);
                 for (long q = 0; q < ranks; q++, a += slots->in * size)
                     h[q] = scaling * widen_some(kind, a, 1)[0];
-                expand(kind, h, ranks, b + q0 * out * size, out, y + t * out, out, 1, out);
+                expand(kind, h, ranks, b + q0 * out * size, out, y + t * out, out, 1, out, 0);
             }
             rescale(slots->gains[s.slot], slots->biases[s.slot], y + t * out, out, 1, out);
         }
     }
+}
+
+/* -------------------------------------------------------------------------------------- linear layers with bypasses */
+
+#define list_bypasses FN(list_bypasses)
+#define list_factors FN(list_factors)
+#define shrink_bypass FN(shrink_bypass)
+#define expand_bypasses FN(expand_bypasses)
+#define slab FN(slab)
+#define block_row FN(block_row)
+#define pack_blocks FN(pack_blocks)
+#define layer_of FN(layer_of)
+#define compute_outputs FN(compute_outputs)
+#define shrink_piece FN(shrink_piece)
+#define expand_piece FN(expand_piece)
+#define count_steps FN(count_steps)
+#define linear_slab FN(linear_slab)
+
+/*
+ * Lists the bypasses of rows [first, end), layer by layer and for each one pass by pass; those of layer j start at
+ * list[starts[j]] and have their h one after the other. A NULL list is only counted. Returns the floats of all h.
+ */
+static long list_bypasses(const linear_group *group, const lora_passes *passes, long first, long end, bypass *list,
+                          long *starts, float *h) {
+    long count = 0, floats = 0;
+    for (long j = 0; j < group->count; j++) {
+        const lora_slots *layer = group->slots[j];
+        if (list)
+            starts[j] = count;
+        for (long i = 0; i < passes->count; i++)
+            for (long k = 0; k < passes->passes[i].num_segments; k++) {
+                const lora_segment s = passes->passes[i].segments[k];
+                const long row0 = MAX(s.start, first), row1 = MIN(s.end, end);
+                if (row0 >= row1 || is_empty(layer, s.slot))
+                    continue;
+                if (list)
+                    list[count] = (bypass){layer, s.slot, row0, row1, layer->scalings[s.slot] * s.scale, h + floats};
+                count++;
+                floats += (row1 - row0) * layer->ranks[s.slot];
+            }
+    }
+    if (list)
+        starts[group->count] = count;
+    return floats;
+}
+
+/* Lists the factors of bypasses, as many as there is room for; the number of bytes listed. */
+static long list_factors(const bypass *list, long count, region *regions) {
+    long bytes = 0;
+    for (long i = 0; i < MIN(count, MAX_REGIONS / 2); i++) {
+        const lora_slots *layer = list[i].layer;
+        const long row = layer->ranks[list[i].slot] * kind_bytes(layer->kinds[list[i].slot]);
+        regions[2 * i] = (region){layer->a[list[i].slot], row * layer->in};
+        regions[2 * i + 1] = (region){layer->b[list[i].slot], row * layer->out};
+        bytes += row * (layer->in + layer->out);
+    }
+    return bytes;
+}
+
+/* h = scaling * x @ A.T for those rows of a bypass that are in [row0, row1), and ranks [rank0, rank1). */
+static void shrink_bypass(const bypass *b, const float *x, long row0, long row1, long rank0, long rank1, long ahead) {
+    const lora_slots *layer = b->layer;
+    const long rank = layer->ranks[b->slot], in = layer->in, kind = layer->kinds[b->slot];
+    row0 = MAX(row0, b->row0);
+    row1 = MIN(row1, b->row1);
+    if (row0 < row1)
+        shrink(kind, x + row0 * in, (const char *)layer->a[b->slot] + rank0 * in * kind_bytes(kind), in, b->scaling,
+               b->h + (row0 - b->row0) * rank + rank0, rank, row1 - row0, rank1 - rank0, ahead);
+}
+
+/*
+ * y = gain * (y + h @ B) + bias, for one bypass of a layer after the other, those of their rows that are in [row0,
+ * row1), and columns [col0, col1).
+ */
+static void expand_bypasses(const bypass *list, long count, float *y, long y_stride, long row0, long row1, long col0,
+                            long col1) {
+    for (const bypass *b = list; b < list + count; b++) {
+        const long r0 = MAX(row0, b->row0), r1 = MIN(row1, b->row1);
+        if (r0 >= r1)
+            continue;
+        const lora_slots *layer = b->layer;
+        const long rank = layer->ranks[b->slot], kind = layer->kinds[b->slot], size = kind_bytes(kind);
+        const char *from = (const char *)layer->b[b->slot] + col0 * size;
+        const char *next = (const char *)layer->b[b + 1 < list + count ? b[1].slot : b->slot] + col0 * size;
+        float *to = y + r0 * y_stride + col0;
+        expand(kind, b->h + (r0 - b->row0) * rank, rank, from, layer->out, to, y_stride, r1 - r0, col1 - col0,
+               next - from);
+        const float *gain = layer->gains[b->slot], *bias = layer->biases[b->slot];
+        rescale(gain ? gain + col0 : NULL, bias ? bias + col0 : NULL, to, y_stride, r1 - r0, col1 - col0);
+    }
+}
+
+/* What the tasks of rows [first, first + rows) of `linear` share. */
+typedef struct {
+    const float *x;
+    const linear_group *group;
+    float *const *ys;
+    long first, rows, blocks, groups;
+    int fused;
+    float *packed;      /* x, row block by row block; NULL: x as it is */
+    const bypass *list; /* its bypasses as `list_bypasses` lists them */
+    const long *starts; /* [layers + 1] */
+    const region *soon; /* what the tiles bring closer meanwhile */
+    long soon_bytes;
+} slab;
+
+/* The first row of a row block. */
+INLINE long block_row(const slab *s, long block) { return s->first + part(s->rows, s->blocks, block); }
+
+/* Packs x of row blocks [block0, block1), and shrinks it where that is fused. */
+static void pack_blocks(const slab *s, long block0, long block1) {
+    const packed_linear *w = s->group->weights[0];
+    for (long b = block0; b < block1; b++) {
+        const long row = block_row(s, b), rows = block_row(s, b + 1) - row;
+        pack_rows(s->x + row * w->in, rows, w->in, w->kind, s->packed + (row - s->first) * terms(w->kind, w->in));
+    }
+    for (long i = 0; s->fused && i < s->starts[s->group->count]; i++)
+        shrink_bypass(&s->list[i], s->x, block_row(s, block0), block_row(s, block1), 0,
+                      s->list[i].layer->ranks[s->list[i].slot], 0);
+}
+
+/* The layer in whose `step`s a task of all layers lies; the task becomes its number there. */
+static long layer_of(const linear_group *group, long step, long *task) {
+    long j = 0;
+    for (long steps; *task >= (steps = CEIL_DIV(group->weights[j]->out, step)); j++)
+        *task -= steps;
+    return j;
+}
+
+/* Piece `task` of `tasks` of the layers' own outputs: `columns` of one layer for a group of rows. */
+static void compute_outputs(const slab *s, long task, long tasks, long columns) {
+    const long group = task * s->groups / tasks;
+    long t = task % (tasks / s->groups);
+    const long j = layer_of(s->group, columns, &t), y_stride = s->group->y_strides[j];
+    const packed_linear *w = s->group->weights[j];
+    const long col0 = t * columns, col1 = MIN(col0 + columns, w->out);
+    const long block0 = part(s->blocks, s->groups, group), block1 = part(s->blocks, s->groups, group + 1);
+    const long panel0 = col0 / PANEL, panel1 = CEIL_DIV(col1, PANEL);
+    float *y = s->ys[j] + s->first * y_stride;
+    if (s->blocks == 1)
+        few_rows(s->packed ? s->packed : s->x + s->first * w->in, s->rows, w, y, y_stride, panel0, panel1);
+    else
+        many_rows(s->packed, s->rows, s->blocks, block0, block1, w, y, y_stride, panel0, panel1,
+                  walk_regions(s->soon, part(s->soon_bytes, tasks, task), part(s->soon_bytes, tasks, task + 1)));
+    if (s->fused)
+        expand_bypasses(s->list + s->starts[j], s->starts[j + 1] - s->starts[j], s->ys[j], y_stride,
+                        block_row(s, block0), block_row(s, block1), col0, col1);
+}
+
+/* Piece `i` of the shrinks where they are not fused: of `pieces` of a bypass's ranks. */
+static void shrink_piece(const slab *s, long i, long pieces) {
+    const long last = s->starts[s->group->count] - 1;
+    const bypass *b = &s->list[i / pieces], *next = &s->list[MIN(i / pieces + omp_get_num_threads(), last)];
+    const long rank = b->layer->ranks[b->slot];
+    const long rank0 = MIN(CEIL_DIV(part(rank, pieces, i % pieces), 4) * 4, rank);
+    const long rank1 = MIN(CEIL_DIV(part(rank, pieces, i % pieces + 1), 4) * 4, rank);
+    shrink_bypass(b, s->x, b->row0, b->row1, rank0, rank1,
+                  (const char *)next->layer->a[next->slot] - (const char *)b->layer->a[b->slot]);
+}
+
+/* Piece `task` of the expands where they are not fused: `columns` of one layer for EXPAND_ROWS rows. */
+static void expand_piece(const slab *s, long task, long steps, long columns) {
+    const long row0 = s->first + task / steps * EXPAND_ROWS, row1 = MIN(row0 + EXPAND_ROWS, s->first + s->rows);
+    long t = task % steps;
+    const long j = layer_of(s->group, columns, &t), col0 = t * columns;
+    expand_bypasses(s->list + s->starts[j], s->starts[j + 1] - s->starts[j], s->ys[j], s->group->y_strides[j], row0,
+                    row1, col0, MIN(col0 + columns, s->group->weights[j]->out));
+}
+
+/* How many tasks of `columns` outputs the layers give. */
+static long count_steps(const linear_group *group, long columns) {
+    long steps = 0;
+    for (long j = 0; j < group->count; j++)
+        steps += CEIL_DIV(group->weights[j]->out, columns);
+    return steps;
+}
+
+/* Rows [first, end) of `linear`. */
+static int linear_slab(const float *x, long first, long end, const linear_group *group, const lora_passes *passes,
+                       float *const *ys) {
+    const packed_linear *w = group->weights[0];
+    const long n = group->count, rows = end - first, blocks = CEIL_DIV(rows, MAX_ROWS);
+    const long groups = CEIL_DIV(rows, GROUP_ROWS), threads = omp_get_max_threads();
+    const int pack = rows > 1 || in_pairs(w->kind), fused = rows >= FUSED_ROWS;
+    long segments = 0;
+    for (long i = 0; i < passes->count; i++)
+        segments += passes->passes[i].num_segments;
+
+    const long packed_floats = pack ? CEIL_DIV(rows * terms(w->kind, w->in), 16) * 16 : 0;
+    const long h_floats = CEIL_DIV(list_bypasses(group, passes, first, end, NULL, NULL, NULL), 16) * 16;
+    float *packed =
+        scratch((packed_floats + h_floats) * sizeof(float) + (n + 1) * sizeof(long) + n * segments * sizeof(bypass));
+    if (packed == NULL)
+        return -1;
+    float *h = packed + packed_floats;
+    long *starts = (long *)(h + h_floats);
+    bypass *list = (bypass *)(starts + n + 1);
+    list_bypasses(group, passes, first, end, list, starts, h);
+    region soon[MAX_REGIONS];
+    const long soon_bytes = blocks > 1 && !fused ? list_factors(list, starts[n], soon) : 0;
+    const slab s = {x,    group,  ys,   first,     rows, blocks, groups, fused, pack ? packed : NULL,
+                    list, starts, soon, soon_bytes};
+
+    const long panels = count_steps(group, PANEL), fair = panels / (8 * threads), band = fused ? BAND_BLOCKS : 1;
+    const long columns = PANEL * (groups > 1 ? GROUP_PANELS : MAX(1, MIN(fair, GROUP_PANELS)));
+    const long tasks = groups * count_steps(group, columns);
+    const long expand_columns = rows > EXPAND_ROWS ? EXPAND_COLUMNS : NARROW_COLUMNS;
+    const long steps = count_steps(group, expand_columns);
+    const long pieces = MAX(1, 8 * threads / MAX(1, starts[n]));
+#pragma omp parallel if (rows * w->in * panels * PANEL > 4 * SMALL)
+    {
+#pragma omp for schedule(static)
+        for (long b = 0; b < (pack ? blocks : 0); b += band)
+            pack_blocks(&s, b, MIN(b + band, blocks));
+#pragma omp for schedule(dynamic) nowait
+        for (long task = 0; task < tasks; task++)
+            compute_outputs(&s, task, tasks, columns);
+        if (!fused && starts[n] > 0) {
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+            for (long i = 0; i < starts[n] * pieces; i++)
+                shrink_piece(&s, i, pieces);
+#pragma omp for schedule(dynamic) nowait
+            for (long task = 0; task < steps * CEIL_DIV(rows, EXPAND_ROWS); task++)
+                expand_piece(&s, task, steps, expand_columns);
+        }
+    }
+    return 0;
+}
+
+/*
+ * y_j [rows, out_j] = x [rows, in] @ W_j.T (* scale_j) (+ bias_j) for layers of one kind that read the same x; then in
+ * each pass, for every row t of a segment with slot s
+ *
+ *     y_j[t] = gain_j[s] * (y_j[t] + scale * scaling[s] * (x[t] @ A_j[s].T) @ B_j[s]) + bias_j[s]
+ *
+ * Of many rows, x is shrunk as it is packed, and a panel's output takes its bypasses while it is at hand: an output is
+ * too large to be read again. Of few rows, it is the factors that are large: they come closer while the layers are
+ * computed, which is bound by arithmetic, and are used after that.
+ */
+static int FN(linear)(const float *x, long rows, const linear_group *group, const lora_passes *passes,
+                      float *const *ys) {
+    for (long row = 0; row < rows; row += SLAB_ROWS)
+        if (linear_slab(x, row, MIN(row + SLAB_ROWS, rows), group, passes, ys))
+            return -1;
+    return 0;
 }
 
 /* ----------------------------------------------------------------------------------------------- paged attention */
@@ -1532,7 +1699,8 @@ static void FN(add)(const float *x, float *y, long rows, long n) {
         add_residual(x + row * n, y + row * n, n);
 }
 
-static const kernel_set FN(kernels) = {FN(linear),   FN(add_lora),   FN(add_embedding_lora), FN(attention), FN(write_kv),
-                                       FN(rms_norm), FN(layer_norm), FN(rotary),             FN(gated),     FN(add)};
+static const kernel_set FN(kernels) = {FN(linear),   FN(add_embedding_lora), FN(attention), FN(write_kv),
+                                       FN(rms_norm), FN(layer_norm),         FN(rotary),    FN(gated),
+                                       FN(add)};
 
 #endif

@@ -1,6 +1,7 @@
 """The native kernels on every instruction set that this processor has."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,6 +25,16 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.manual_seed(0)
     yield name
     native.set_isa(None)
+
+
+@contextmanager
+def compute_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def random_split(total: int) -> list[int]:

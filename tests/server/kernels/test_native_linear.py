@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from server.kernels import Storage, native, native_linear
-from tests.server.kernels.conftest import apply, random_split
+from tests.server.kernels.conftest import apply, compute_threads, random_split
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -70,14 +70,9 @@ def test_linear_bits_do_not_depend_on_threads_or_grouping() -> None:
     layers = [native_linear.pack_linear(torch.randn(out, 300)) for out in (90, 32, 7)]
     x = torch.randn(50, 300)
     expected = [linear(x, layer) for layer in layers]
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            for y, alone in zip(apply(x, native_linear.LinearGroup(layers)), expected, strict=True):
-                assert torch.equal(y, alone)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 3):
+        with compute_threads(count):
+            assert all(map(torch.equal, apply(x, native_linear.LinearGroup(layers)), expected))
 
 
 def test_products_in_float32(isa: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from server.kernels import LayerWeights, Segment, native_linear, native_lora
 from server.kernels.torch_ops import TorchEmbeddingBypass, add_lora
-from tests.server.kernels.conftest import apply, random_split
+from tests.server.kernels.conftest import apply, compute_threads, random_split
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -34,8 +34,8 @@ class Adapters:
                 b = torch.randn(rank, layer.out_features).to(dtype)
                 layer.set(slot, LayerWeights(a, b, 0.5 + slot))
 
-    def __call__(self, x: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
-        return apply(x, self.linear, self.layers, segments)
+    def __call__(self, x: Tensor, *passes: Sequence[Segment]) -> list[Tensor]:
+        return apply(x, self.linear, self.layers, *passes)
 
     def reference(self, layer: int, slot: int, x: Tensor) -> Tensor:
         weights = self.layers[layer].weights[slot]
@@ -72,6 +72,51 @@ def test_add_lora(in_features: int, outs: tuple[int, ...], popularity: str, dtyp
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
         assert torch.equal(y[:2], base[:2])
         assert torch.equal(y[-3:], base[-3:])
+
+
+@pytest.mark.parametrize("rows", [100, 200])  # with bypasses after the layers, and with those of a panel at once
+@pytest.mark.parametrize("rank", [1, 2, 4, 7, 8, 15, 16, 17, 32, 33, 64, 128])
+def test_every_rank_with_one_row_and_with_many(rank: int, rows: int) -> None:
+    lengths = [1, 2, 3, 6, 7, 25, rows - 44]
+    adapters = Adapters([rank] * len(lengths), 70, (40, 75), torch.float32)
+    segments = segments_of(lengths, start=0)
+    x = torch.randn(rows, 70)
+    for layer, (y, base) in enumerate(zip(adapters(x, segments), apply(x, adapters.linear), strict=True)):
+        expected = base.double()
+        for slot, start, end, scale in segments:
+            expected[start:end] += scale * adapters.reference(layer, slot, x[start:end])
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_bits_depend_neither_on_rows_nor_on_threads() -> None:
+    """Two passes over more rows than are packed at once are what each row gives alone, with a team of threads too."""
+    adapters = Adapters([8, 33, 5], 96, (48, 90), torch.float32)
+    for layer in adapters.layers:
+        weights = LayerWeights(
+            torch.randn(4, 96), torch.randn(4, layer.out_features), 0.1, torch.randn(layer.out_features)
+        )
+        layer.set(2, weights)
+    x = torch.randn(900, 96)
+    first = [Segment(0, 0, 130), Segment(1, 130, 131), Segment(2, 131, 700, 0.5), Segment(1, 800, 900)]
+    second = [Segment(1, 60, 790, -0.25), Segment(0, 795, 880)]
+    whole = adapters(x, first, second)
+    with compute_threads(3):
+        assert all(map(torch.equal, adapters(x, first, second), whole))
+        start = 0
+        for size in random_split(900):
+            piece = slice(start, start + size)
+            ys = adapters(x[piece], *(_within(segments, start, start + size) for segments in (first, second)))
+            assert all(torch.equal(y, expected[piece]) for y, expected in zip(ys, whole, strict=True))
+            start += size
+
+
+def _within(segments: Sequence[Segment], start: int, end: int) -> list[Segment]:
+    """The segments of rows [start, end), counted from `start`."""
+    return [
+        Segment(each.slot, max(each.start, start) - start, min(each.end, end) - start, each.scale)
+        for each in segments
+        if each.start < end and each.end > start
+    ]
 
 
 def test_add_lora_halves_are_exact() -> None:
@@ -139,18 +184,20 @@ def test_add_lora_rows_do_not_depend_on_their_segments() -> None:
         assert all(map(torch.equal, adapters(x, segments), whole))
 
 
-def test_add_lora_nan_stays_in_its_slot_and_empty_slots_add_nothing() -> None:
+@pytest.mark.parametrize("length", [3, 70])
+def test_add_lora_nan_stays_in_its_slot_and_empty_slots_add_nothing(length: int) -> None:
     adapters = Adapters([8, 8, 8], 32, (48,), torch.float32)
-    x = torch.randn(9, 32)
-    segments = [Segment(0, 0, 3), Segment(1, 3, 6), Segment(2, 6, 9)]
+    x = torch.randn(3 * length, 32)
+    segments = segments_of([length] * 3, start=0)
+    middle = slice(length, 2 * length)
     (clean,) = adapters(x, segments)
     weights = adapters.layers[0].weights[1]
     assert weights is not None
     weights.lora_a.fill_(math.nan)
     (y,) = adapters(x, segments)
-    assert y[3:6].isnan().all()
-    assert torch.equal(y[:3], clean[:3])
-    assert torch.equal(y[6:], clean[6:])
+    assert y[middle].isnan().all()
+    assert torch.equal(y[:length], clean[:length])
+    assert torch.equal(y[2 * length :], clean[2 * length :])
     adapters.layers[0].clear(1)
     (y,) = adapters(x, segments)
-    assert torch.equal(y[3:6], apply(x, adapters.linear)[0][3:6])
+    assert torch.equal(y[middle], apply(x, adapters.linear)[0][middle])
