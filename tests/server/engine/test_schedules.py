@@ -20,6 +20,7 @@ from server.lora.adapter import Adapter
 from server.lora.slots import AdapterSlots
 from tests.conftest import ADAPTERS, VOCAB_SIZE
 from tests.server.engine.conftest import Engine
+from tests.server.kernels.conftest import compute_threads
 
 NUM_SCHEDULES = 200
 MAX_STEPS = 2000  # a schedule that needs more has lost somebody
@@ -162,7 +163,7 @@ class Player:
 
 
 def test_random_schedules(model_dir: Path, adapters_dir: Path) -> None:
-    """Also: nobody is lost, and blocks and slots all come back."""
+    """Also: nobody is lost, and blocks and slots all come back. Some run with a team of threads."""
     kv_cache_bytes = NUM_BLOCKS * BLOCK_SIZE * 2 * 2 * 2 * 16 * 4  # K and V · layers · KV heads · head size · float32
     player = Player(
         Engine(model_dir, kv_cache_bytes=kv_cache_bytes, max_model_len=MAX_MODEL_LEN, adapter_slots=NUM_SLOTS)
@@ -178,7 +179,8 @@ def test_random_schedules(model_dir: Path, adapters_dir: Path) -> None:
             player.learn(prompt, chance.choice(adapters), temperature=0.8, seed=length)
 
     for seed in range(NUM_SCHEDULES):
-        player.play(seed)
+        with compute_threads(3 if seed % 8 == 0 else 1):
+            player.play(seed)
 
     for kind, floor in FLOORS.items():
         assert player.totals[kind] >= floor, f"the schedules contain too few {kind}"
