@@ -31,6 +31,17 @@ def test_native_kernels_compute_in_float32_whatever_they_store(settings: dict[st
 
 
 @needs_native
+def test_plain_c_serves_processors_without_wide_vectors() -> None:
+    chosen = native.isa()
+    native.set_isa("generic")
+    try:
+        device = pick_device(EngineConfig(device="cpu"))
+    finally:
+        native.set_isa(chosen)
+    assert (device.native, device.kernels.name) == (True, "native generic")
+
+
+@needs_native
 @pytest.mark.parametrize(
     ("settings", "lora_dtype"),
     [
