@@ -12,7 +12,6 @@ HEAD_DIMS = [8, 40, 64, 80, 96, 128]
 NUM_HEADS, NUM_KV_HEADS = 6, 2
 
 head_dims = pytest.mark.parametrize("head_dim", HEAD_DIMS)
-windows = pytest.mark.parametrize("window", [None, 1, 7, 100])
 
 
 def defined(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -29,7 +28,7 @@ def defined(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
 
 
 @head_dims
-@windows
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (20, 20), (1, 20), (5, 20)])
 def test_attention(num_queries: int, num_keys: int, window: int | None, head_dim: int) -> None:
     torch.manual_seed(0)
@@ -44,17 +43,17 @@ def test_attention(num_queries: int, num_keys: int, window: int | None, head_dim
 
 
 @head_dims
-@windows
-def test_decode_attention(window: int | None, head_dim: int) -> None:
-    """Each sequence as alone, whatever lies in its padding."""
+def test_decode_attention(head_dim: int) -> None:
+    """Each sequence as alone, over what it sees."""
     torch.manual_seed(0)
-    kv_lens = torch.tensor([1, 20, 8])
-    query = torch.randn(len(kv_lens), NUM_HEADS, head_dim)
-    key, value = torch.randn(2, len(kv_lens), 20, NUM_KV_HEADS, head_dim)
-    for sequence, length in enumerate(kv_lens):
-        key[sequence, length:] = value[sequence, length:] = math.nan
-    outputs = torch_ops.decode_attention(query, key, value, kv_lens, scaling=0.2, sliding_window=window)
-    for sequence, length in enumerate(kv_lens):
-        keys, values = (cached[sequence, :length].transpose(0, 1) for cached in (key, value))
-        expected = defined(query[sequence, :, None], keys, values, 0.2, window)[:, 0]
+    query = torch.randn(3, NUM_HEADS, head_dim)
+    key, value = torch.randn(2, 3, 20, NUM_KV_HEADS, head_dim)
+    visible = torch.zeros(3, 20, dtype=torch.bool)
+    ranges = [(0, 1), (0, 20), (5, 8)]
+    for sequence, (start, end) in enumerate(ranges):
+        visible[sequence, start:end] = True
+    outputs = torch_ops.decode_attention(query, key, value, visible, scaling=0.2)
+    for sequence, (start, end) in enumerate(ranges):
+        keys, values = (cached[sequence, start:end].transpose(0, 1) for cached in (key, value))
+        expected = defined(query[sequence, :, None], keys, values, 0.2, None)[:, 0]
         torch.testing.assert_close(outputs[sequence].double(), expected, rtol=1e-5, atol=1e-5)
