@@ -140,8 +140,8 @@ def _cpu(config: EngineConfig) -> Device:
             f"--quantization {config.quantization} needs the native kernels (a C compiler at install, --kernels auto) "
             "and --dtype float32 or bfloat16"
         )
-    if not native.available():
-        log.warning("the native CPU kernels are not built (no C compiler at install): torch does their work, slower")
+    if config.kernels == "auto" and dtype != torch.float16 and not native.available():
+        log.warning("the native CPU kernels %s: torch does their work, slower", native.missing_because)
     _check_lora_dtype(config, dtype)
     packed = config.kernels == "auto" and onednn.available(dtype)
     kernels = onednn.onednn_kernels() if packed else torch_kernels()

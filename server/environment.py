@@ -42,7 +42,7 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     for package in _PACKAGES:
         yield package, _version(package)
-    yield "native kernels", f"built, using {native.isa()}" if native.available() else "not built: torch does their work"
+    yield "native kernels", f"built, using {native.isa()}" if native.available() else "missing: torch does their work"
     yield "threads", str(torch.get_num_threads())
     yield "cuda", f"{torch.version.cuda or 'torch is built without it'}"
     for index in range(torch.cuda.device_count()):

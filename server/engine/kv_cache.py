@@ -88,7 +88,8 @@ class _Sequence:
     def __init__(self, batch: ForwardBatch, block_size: int, row: int) -> None:
         start = sum(batch.query_lens[:row])
         self.tokens = slice(start, start + batch.query_lens[row])
-        self.cached = _cache_rows(batch.block_tables[row : row + 1], batch.kv_lens[row], block_size)[0]
+        positions = torch.arange(batch.kv_lens[row], device=batch.block_tables.device)
+        self.cached = _cache_rows(batch.block_tables[row : row + 1], positions[None], block_size)[0]
 
 
 class _DecodeRows:
@@ -98,20 +99,27 @@ class _DecodeRows:
         self._all = len(rows) == batch.num_tokens
         row_index = torch.tensor(rows, device=batch.block_tables.device)
         self._tokens = batch.query_start_loc[row_index].long()
-        self._kv_lens = batch.context_lens[row_index]
-        longest = max(batch.kv_lens[row] for row in rows)
-        self._cached = _cache_rows(batch.block_tables[row_index], longest, block_size)
+        own = batch.context_lens[row_index, None].long() - 1
+        positions = torch.arange(max(batch.kv_lens[row] for row in rows), device=own.device)
+        self._distance = own - positions  # from a request's own token back; negative in the padding
+        # Padding repeats the own token: others may have left a NaN in the cache, which no weight of 0 takes away.
+        self._cached = _cache_rows(batch.block_tables[row_index], torch.minimum(positions, own), block_size)
+        self._visible: dict[int | None, Tensor] = {}  # by sliding window, the same in all layers that have it
 
     def attend(
         self, output: Tensor, query: Tensor, keys: Tensor, values: Tensor, *, scaling: float, sliding_window: int | None
     ) -> None:
+        if sliding_window not in self._visible:
+            visible = self._distance >= 0
+            if sliding_window is not None:
+                visible &= self._distance < sliding_window
+            self._visible[sliding_window] = visible
         attended = torch_ops.decode_attention(
             query if self._all else query[self._tokens],
             keys[self._cached],
             values[self._cached],
-            self._kv_lens,
+            self._visible[sliding_window],
             scaling=scaling,
-            sliding_window=sliding_window,
         )
         if self._all:
             output.copy_(attended)
@@ -119,7 +127,6 @@ class _DecodeRows:
             output[self._tokens] = attended
 
 
-def _cache_rows(block_tables: Tensor, length: int, block_size: int) -> Tensor:
-    """Rows of the cache [num_requests, length] that hold the first `length` tokens of each request."""
-    positions = torch.arange(length, device=block_tables.device)
-    return block_tables[:, positions // block_size].long() * block_size + positions % block_size
+def _cache_rows(block_tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """Rows of the cache that hold each request's tokens at `positions`, both [num_requests, length]."""
+    return block_tables.gather(1, positions // block_size).long() * block_size + positions % block_size

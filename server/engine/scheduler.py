@@ -8,6 +8,7 @@ preempted: it gives its blocks back and waits, at the head of the queue, to be c
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server.engine.block_allocator import BlockAllocator
@@ -62,7 +63,8 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._token_budget = max_num_batched_tokens
         self._max_model_len = max_model_len
-        self._passed_over = 0  # requests admitted before an older one that lacks a slot, since the oldest got in
+        self._overtaken: Request | None = None  # the oldest that lacked a slot when a younger one was admitted
+        self._num_overtakes = 0  # how often since; a request that comes back from preemption is older
 
     @property
     def has_work(self) -> bool:
@@ -144,7 +146,7 @@ class Scheduler:
         """Admits in order of arrival; a request that lacks only an adapter slot may be passed, but not for ever."""
         blocked: list[Request] = []
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
-            if blocked and self._passed_over >= self._max_num_seqs:
+            if self._overtaken in blocked and self._num_overtakes >= self._max_num_seqs:
                 break
             request = self.waiting.popleft()
             if not self._acquire_slots(request, batch):
@@ -161,8 +163,15 @@ class Scheduler:
             self.running.append(request)
             batch.requests.append(ScheduledRequest(request, num_tokens))
             budget -= num_tokens
-            self._passed_over = self._passed_over + 1 if blocked else 0
+            self._count_overtakes(blocked)
         self.waiting.extendleft(reversed(blocked))
+
+    def _count_overtakes(self, blocked: Sequence[Request]) -> None:
+        """Books that a request was admitted before those in `blocked`, the oldest first."""
+        if self._overtaken is None or self._overtaken.status is not RequestStatus.WAITING:
+            self._overtaken, self._num_overtakes = (blocked[0] if blocked else None), 0
+        if self._overtaken in blocked:
+            self._num_overtakes += 1
 
     def _share_prefix(self, request: Request) -> None:
         request.block_table = self.allocator.share(request.cache_identity, request.token_ids, request.cache_change)

@@ -338,6 +338,8 @@ int loraplex_set_isa(const char *name) {
     return -1;
 }
 
+const int loraplex_abi = 1; /* counts up with structs and exported functions, beside _ABI in native.py */
+
 const char *loraplex_isa(void) { return sets[chosen].name; }
 
 __attribute__((constructor)) static void choose_isa(void) { loraplex_set_isa(NULL); }

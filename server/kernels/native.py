@@ -9,7 +9,6 @@ that a call is little more than its pointers. The library needs torch imported f
 
 import ctypes
 import importlib.machinery
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 PANEL = 16  # output features of a packed panel
 
@@ -42,21 +39,31 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
 _CAN_FAIL = {"linear_group", "attention", "replay"}  # they need scratch memory
 
 
-def _load() -> ctypes.CDLL | None:
+_ABI = 1  # of native.c, as these modules know it; counts up with structs and exported functions
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or why there is none that can be used."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name("_native" + suffix)
         if not path.exists():
             continue
         try:
-            return _typed(ctypes.CDLL(str(path)))
-        except (OSError, AttributeError) as error:  # built for another machine, or before the last change
-            log.warning("the native CPU kernels cannot be used, build them anew: %s", error)
-            return None
-    return None
+            return _typed(ctypes.CDLL(str(path))), ""
+        except (OSError, ValueError, AttributeError) as error:
+            return None, f"cannot be loaded, build them anew ({error})"
+    return None, "are not built (no C compiler at install)"
 
 
 def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """Raises AttributeError if it lacks a function."""
+    """
+    Raises:
+        ValueError: the library was built from another native.c.
+        AttributeError: it lacks a function.
+    """
+    abi = ctypes.c_int.in_dll(loaded, "loraplex_abi").value
+    if abi != _ABI:
+        raise ValueError(f"{loaded._name} has layout {abi}, this server needs {_ABI}")
     for name, argtypes in _SIGNATURES.items():
         function = getattr(loaded, f"loraplex_{name}")
         function.argtypes = argtypes
@@ -68,7 +75,7 @@ def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
     return loaded
 
 
-library = _load()
+library, missing_because = _load()
 
 
 class Function:
@@ -140,7 +147,7 @@ def float32_products() -> Iterator[None]:
 
 def _loaded() -> ctypes.CDLL:
     if library is None:
-        raise RuntimeError("the native kernels are not built")
+        raise RuntimeError(f"the native kernels {missing_because}")
     return library
 
 

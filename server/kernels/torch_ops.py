@@ -176,25 +176,17 @@ def attention(
     return (weights @ value.float().repeat_interleave(groups, 0)).to(query.dtype)
 
 
-def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, kv_lens: Tensor, *, scaling: float, sliding_window: int | None = None
-) -> Tensor:
-    """Attention of one token of each of many sequences over its padded context.
+def decode_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, *, scaling: float) -> Tensor:
+    """Attention of one token of each of many sequences.
 
     Args:
         query: [num_seqs, num_heads, head_dim].
-        key, value: [num_seqs, max_len, num_kv_heads, head_dim], padded at the end.
-        kv_lens: [num_seqs], tokens of each sequence, the query's own included.
+        key, value: [num_seqs, max_len, num_kv_heads, head_dim], of finite numbers: what is not seen has a weight of 0.
+        visible: [num_seqs, max_len], which keys each query sees.
 
     Returns:
         [num_seqs, num_heads, head_dim].
     """
-    positions = torch.arange(key.shape[1], device=key.device)
-    visible = positions < kv_lens[:, None]
-    if sliding_window is not None:
-        visible &= positions >= kv_lens[:, None] - sliding_window
-    # What padding holds must not matter, and a NaN would: neither a mask of −∞ nor a weight of 0 takes it away.
-    key, value = (cached.masked_fill(~visible[:, :, None, None], 0) for cached in (key, value))
     return F.scaled_dot_product_attention(
         query[:, :, None], key.transpose(1, 2), value.transpose(1, 2), attn_mask=visible[:, None, None], scale=scaling,
         enable_gqa=query.shape[1] != key.shape[2],

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from benchmarks.compare import Comparison, Results, Run, RunFailed, Settings, last_error, run_process, schedule
-from benchmarks.contenders import CONTENDERS, select
+from benchmarks.contenders import CONTENDERS, PEERS, Peer, select
 from benchmarks.material import Material
 from benchmarks.report import Report
 from benchmarks.workload import Workload, parse_workload
@@ -39,6 +40,19 @@ def test_who_takes_part() -> None:
         select(["nobody"], [])
     with pytest.raises(ConfigError, match="--llama-cpp"):
         select(["llama.cpp-f32"], [])
+
+
+@pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
+def test_a_peer_is_given_by_its_flag_or_its_variable(peer: Peer, tmp_path: Path) -> None:
+    """Who is given gets as far as the model, which is missing."""
+
+    def error(*flags: str, **environment: str) -> str:
+        arguments = ["bench", "compare", "--contenders", peer.name, "--model", str(tmp_path / "model"), *flags]
+        return CliRunner().invoke(main, arguments, env={peer.variable: None, **environment}).output
+
+    assert f"say where it is with {peer.flag}" in error()
+    assert "no such folder" in error(peer.flag, sys.executable)
+    assert "no such folder" in error(**{peer.variable: sys.executable})
 
 
 @pytest.mark.parametrize(
@@ -87,7 +101,9 @@ def test_a_report_with_a_peer_that_failed_and_one_that_is_missing() -> None:
     assert "failed: OSError: no [such] file" in text
     assert "vllm: not given" in text
     assert "--vllm PYTHON" in text
+    assert "peft-mixed: peft 1\n" in text
     summary = report.as_dict()
+    assert summary["versions"] == {"peft-mixed": "peft 1"}
     assert summary["medians"] == {"loraplex-float32": {"4x0": 100.0, "4x2": 80.0}, "peft-mixed": {"4x0": 40.0}}
     assert summary["own_ratios"] == {"4x2 over 4x0, loraplex-float32": 0.8}
     assert summary["agreements"][0]["share_of_tokens"] == 0.5
@@ -105,6 +121,13 @@ def test_loraplex_and_peft_on_the_tiny_model(model_dir: Path, tmp_path: Path) ->
     assert not found["failures"]
     assert set(found["medians"]) == {"loraplex-float32", "peft-mixed"}
     assert [item["equal_requests"] for item in found["agreements"]] == [4]
+    versions = {name: version(name) for name in ("loraplex", "peft", "torch", "transformers")}
+    told = {
+        "loraplex-float32": "loraplex {loraplex}, torch {torch}".format(**versions),
+        "peft-mixed": "peft {peft}, transformers {transformers}, torch {torch}".format(**versions),
+    }
+    assert found["versions"] == told
+    assert all(f"{name}: {text}" in done.output for name, text in told.items())
 
 
 def test_one_that_fails_is_not_asked_again(model_dir: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What follows from the device and its settings."""
 
+import importlib.machinery
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ needs_native = pytest.mark.skipif(not native.available(), reason="the native ker
 def test_native_kernels_compute_in_float32_whatever_they_store(settings: dict[str, Any], storage: str) -> None:
     device = pick_device(EngineConfig(device="cpu", **settings))
     assert (device.native, device.dtype, device.storage) == (True, torch.float32, storage)
+
+
+@needs_native
+def test_plain_c_serves_processors_without_wide_vectors() -> None:
+    chosen = native.isa()
+    native.set_isa("generic")
+    try:
+        device = pick_device(EngineConfig(device="cpu"))
+    finally:
+        native.set_isa(chosen)
+    assert (device.native, device.kernels.name) == (True, "native generic")
 
 
 @needs_native
@@ -60,6 +72,25 @@ def test_onednn_packs_the_weights_where_the_native_kernels_are_missing(monkeypat
     assert pick_device(EngineConfig(device="cpu")).kernels.name == "oneDNN"
     assert pick_device(EngineConfig(device="cpu", dtype="float16")).kernels.name == "torch"
     assert pick_device(EngineConfig(device="cpu", kernels="torch")).kernels.name == "torch"
+
+
+@pytest.mark.parametrize("broken", [True, False], ids=["broken", "not built"])
+def test_missing_native_kernels_are_told_once_with_the_reason(
+    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if broken:
+        (tmp_path / f"_native{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    library, missing_because = native._load()
+    monkeypatch.setattr(native, "library", library)
+    monkeypatch.setattr(native, "missing_because", missing_because)
+    pick_device(EngineConfig(device="cpu"))
+    (message,) = caplog.messages
+    assert message == f"the native CPU kernels {missing_because}: torch does their work, slower"
+    assert ("build them anew" in message) == broken
+    pick_device(EngineConfig(device="cpu", kernels="torch"))
+    pick_device(EngineConfig(device="cpu", dtype="float16"))
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(

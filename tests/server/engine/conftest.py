@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from prometheus_client import CollectorRegistry
+from transformers import PreTrainedModel
 
 from adapters.format import read_adapter
 from server.config import EngineConfig
@@ -119,8 +120,13 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="session")
 def reference(adapters_dir: Path) -> peft.PeftModel:
     """PEFT's model with every adapter of the session loaded."""
+    return peft_model(tiny_llama(), adapters_dir)
+
+
+def peft_model(base: PreTrainedModel, adapters_dir: Path) -> peft.PeftModel:
+    """PEFT on a base of its own, with every adapter loaded."""
     names = list(ADAPTERS)
-    model = peft.PeftModel.from_pretrained(tiny_llama(), str(adapters_dir / names[0]), adapter_name=names[0])
+    model = peft.PeftModel.from_pretrained(base, str(adapters_dir / names[0]), adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(str(adapters_dir / name), adapter_name=name)
     return model.eval()

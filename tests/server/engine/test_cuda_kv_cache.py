@@ -54,18 +54,27 @@ def test_the_stand_in_takes_what_torch_takes() -> None:
 @pytest.mark.parametrize("window", [None, 1, 100, 10_000])
 @pytest.mark.parametrize("kind", STEPS)
 def test_equals_torch(kind: str, window: int | None, num_kv_heads: int) -> None:
+    check(STEPS[kind], KVShape(num_layers=2, num_kv_heads=num_kv_heads, head_dim=16), window)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_equals_torch_for_heads_of_any_size(head_dim: int) -> None:
+    check(STEPS["decode"], KVShape(num_layers=1, num_kv_heads=2, head_dim=head_dim), window=100)
+
+
+def check(batch: ForwardBatch, shape: KVShape, window: int | None) -> None:
     torch.manual_seed(0)
-    shape = KVShape(num_layers=2, num_kv_heads=num_kv_heads, head_dim=16)
     flash = CudaKVCache(shape, NUM_BLOCKS, BLOCK, torch.float32, CPU, varlen_attn)
     plain = TorchKVCache(shape, NUM_BLOCKS, BLOCK, torch.float32, CPU)
     for cached, others in ((flash.keys, plain.keys), (flash.values, plain.values)):
         others.normal_()
         cached.copy_(others.view_as(cached))
-    batch = STEPS[kind]
     options = AttentionOptions(0.3, window, None, None)
     steps = flash.step(batch), plain.step(batch)
     for layer in range(shape.num_layers):
-        query, key, value = (torch.randn(batch.num_tokens, heads, 16) for heads in (NUM_HEADS, *[num_kv_heads] * 2))
+        query, key, value = (
+            torch.randn(batch.num_tokens, heads, shape.head_dim) for heads in (NUM_HEADS, *[shape.num_kv_heads] * 2)
+        )
         output, expected = (attention.attend(layer, query, key, value, options) for attention in steps)
         torch.testing.assert_close(output, expected)
     assert torch.equal(flash.keys.view_as(plain.keys), plain.keys)

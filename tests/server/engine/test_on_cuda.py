@@ -19,7 +19,9 @@ from tests.server.engine.test_cuda_kv_cache import BLOCK, NUM_BLOCKS, STEPS
 
 CUDA = torch.device("cuda")
 NUM_HEADS = 8
-SHAPE = KVShape(num_layers=1, num_kv_heads=2, head_dim=64)
+SHAPES = [KVShape(num_layers=1, num_kv_heads=2, head_dim=head_dim) for head_dim in (64, 80, 96, 128)]
+
+head_sizes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.head_dim)
 
 
 def on_cuda(batch: ForwardBatch) -> ForwardBatch:
@@ -29,32 +31,34 @@ def on_cuda(batch: ForwardBatch) -> ForwardBatch:
     return ForwardBatch(**{field.name: move(getattr(batch, field.name)) for field in fields(batch)})
 
 
-def random_heads(num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_heads(num_tokens: int, shape: KVShape) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value."""
 
     def heads(count: int) -> Tensor:
-        return torch.randn(num_tokens, count, SHAPE.head_dim, device=CUDA, dtype=torch.bfloat16)
+        return torch.randn(num_tokens, count, shape.head_dim, device=CUDA, dtype=torch.bfloat16)
 
-    return heads(NUM_HEADS), heads(SHAPE.num_kv_heads), heads(SHAPE.num_kv_heads)
+    return heads(NUM_HEADS), heads(shape.num_kv_heads), heads(shape.num_kv_heads)
 
 
+@head_sizes
 @pytest.mark.parametrize("window", [None, 1, 100, 10_000])
 @pytest.mark.parametrize("kind", STEPS)
-def test_flash_attention_equals_torch(kind: str, window: int | None) -> None:
+def test_flash_attention_equals_torch(kind: str, window: int | None, shape: KVShape) -> None:
     torch.manual_seed(0)
-    flash = CudaKVCache(SHAPE, NUM_BLOCKS, BLOCK, torch.bfloat16, CUDA)
-    plain = TorchKVCache(SHAPE, NUM_BLOCKS, BLOCK, torch.bfloat16, CUDA)
+    flash = CudaKVCache(shape, NUM_BLOCKS, BLOCK, torch.bfloat16, CUDA)
+    plain = TorchKVCache(shape, NUM_BLOCKS, BLOCK, torch.bfloat16, CUDA)
     for cached, others in ((flash.keys, plain.keys), (flash.values, plain.values)):
         others.normal_()
         cached.copy_(others.view_as(cached))
     batch = on_cuda(STEPS[kind])
-    query, key, value = random_heads(batch.num_tokens)
+    query, key, value = random_heads(batch.num_tokens, shape)
     options = AttentionOptions(0.1, window, None, None)
     output, expected = (cache.step(batch).attend(0, query, key, value, options) for cache in (flash, plain))
     torch.testing.assert_close(output, expected, atol=2e-2, rtol=2e-2)
 
 
-def test_a_request_attends_with_the_same_bits_in_any_step() -> None:
+@head_sizes
+def test_a_request_attends_with_the_same_bits_in_any_step(shape: KVShape) -> None:
     """The first request of the mixed step alone, and then with all the others."""
     torch.manual_seed(0)
     mixed = on_cuda(STEPS["mixed"])
@@ -67,10 +71,10 @@ def test_a_request_attends_with_the_same_bits_in_any_step() -> None:
         query_lens=mixed.query_lens[:1],
         kv_lens=mixed.kv_lens[:1],
     )
-    cache = CudaKVCache(SHAPE, NUM_BLOCKS, BLOCK, torch.bfloat16, CUDA)
+    cache = CudaKVCache(shape, NUM_BLOCKS, BLOCK, torch.bfloat16, CUDA)
     cache.keys.normal_()
     cache.values.normal_()
-    query, key, value = random_heads(mixed.num_tokens)
+    query, key, value = random_heads(mixed.num_tokens, shape)
     options = AttentionOptions(0.1, None, None, None)
     together = cache.step(mixed).attend(0, query, key, value, options)
     single = cache.step(alone).attend(0, query[:1], key[:1], value[:1], options)

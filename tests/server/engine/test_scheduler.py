@@ -128,6 +128,38 @@ def test_steps_that_admit_nobody_do_not_make_it_wait_longer() -> None:
     assert passed == 2  # --max-num-seqs
 
 
+def test_a_preempted_request_that_comes_back_does_not_make_it_wait_longer() -> None:
+    """KV blocks run out in the middle of each hot request, so that the younger one is preempted before the cold one."""
+    hot, cold = adapter("hot"), adapter("cold")
+    sched = scheduler(num_blocks=5, num_slots=1, max_num_seqs=2, budget=64)
+    sched.add(request(0, 8, hot, max_tokens=8))
+    sched.add(request(1, 8, cold, max_tokens=8))
+    for request_id in range(2, 20):
+        sched.add(request(request_id, 8, hot, max_tokens=8))
+    passed: set[int] = set()
+    while sched._requests[1].status is RequestStatus.WAITING:
+        passed |= step(sched)[0].keys() - {0, 1}
+    assert sched.num_preemptions > 0
+    assert len(passed) == 2  # --max-num-seqs
+
+
+def test_whoever_lacks_a_slot_next_is_passed_as_often() -> None:
+    """The first one that waits for a slot is aborted; what was counted for it is not held against others."""
+    hot, cold = adapter("hot"), adapter("cold")
+    sched = scheduler(num_slots=1, max_num_seqs=2, budget=64)
+    sched.add(request(0, 2, hot, max_tokens=20))
+    for request_id in (1, 2):
+        sched.add(request(request_id, 2, cold))
+    for request_id in range(3, 6):
+        sched.add(request(request_id, 2, hot, max_tokens=1))
+    for _ in range(4):
+        step(sched)
+    assert 5 in sched._requests
+    sched.abort(1)
+    step(sched)
+    assert 5 not in sched._requests
+
+
 def test_requests_are_ordered_by_slot_and_slots_are_written_once() -> None:
     first, second = adapter("first"), adapter("second")
     sched = scheduler(budget=64)

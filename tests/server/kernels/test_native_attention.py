@@ -96,20 +96,23 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, variant: str) -> No
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_on_a_bfloat16_cache() -> None:
-    sequences = Sequences([70, 9], 2, 72, torch.bfloat16)
-    queries = [torch.randn(length, 6, 72) for length in sequences.lengths]
-    outs = sequences.attend(queries, [0, 0], native_attention.AttentionOptions(6, 0.1))
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
+@pytest.mark.parametrize("window", [None, 37])
+def test_attention_on_a_bfloat16_cache(head_dim: int, window: int | None) -> None:
+    sequences = Sequences([70, 9], 2, head_dim, torch.bfloat16)
+    queries = [torch.randn(length, 6, head_dim) for length in sequences.lengths]
+    outs = sequences.attend(queries, [0, 0], native_attention.AttentionOptions(6, 0.1, sliding_window=window))
     for sequence, out in enumerate(outs):
-        torch.testing.assert_close(
-            out.double(), sequences.reference(sequence, queries[sequence], 0, 0.1), rtol=1e-5, atol=1e-5
-        )
+        expected = sequences.reference(sequence, queries[sequence], 0, 0.1, window=window)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 50])
-def test_attention_rows_do_not_depend_on_chunks_or_batch(window: int | None) -> None:
-    heads, head_dim, lengths = 6, 64, [150, 33, 90]
-    sequences = Sequences(lengths, 2, head_dim)
+def test_attention_rows_do_not_depend_on_chunks_or_batch(window: int | None, dtype: torch.dtype, head_dim: int) -> None:
+    heads, lengths = 6, [150, 33, 90]
+    sequences = Sequences(lengths, 2, head_dim, dtype)
     options = native_attention.AttentionOptions(heads, 0.125, sliding_window=window, sinks=torch.randn(heads))
     queries = [torch.randn(length, heads, head_dim) for length in lengths]
     whole = sequences.attend(queries, [0, 0, 0], options)
