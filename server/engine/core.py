@@ -14,7 +14,7 @@ from server.engine.merge_policy import MergePolicy
 from server.engine.model_runner import ModelRunner
 from server.engine.request import TokenOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler
-from server.errors import InternalFailure, ServingError
+from server.errors import InternalFailure, MergeRefused, ServingError
 from server.lora.adapter import Adapter
 from server.lora.layers import bytes_on_device
 from server.metrics import Metrics
@@ -191,6 +191,10 @@ class EngineCore:
             return
         try:
             self._merge(wanted)
+        except MergeRefused as refusal:
+            assert wanted is not None
+            log.info("%s", refusal)
+            policy.refused(wanted)
         except Exception:  # no memory for the sums, say: nothing is merged, and requests run on
             log.exception("merging failed; from here on nothing is merged unasked")
             self._merge_policy = None

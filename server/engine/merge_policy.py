@@ -44,6 +44,7 @@ class MergePolicy:
     def __init__(self, costs: MergeCosts) -> None:
         self.costs = costs
         self._merge_seconds = costs.merge_seconds
+        self._refused: set[Adapter] = set()
         self._favourite: Adapter | None = None  # the merged adapter, else the one with most tokens
         self._evidence = 0.0  # seconds that speak for a switch: for merging the favourite, or for taking it out
         self._balance = 0.0  # seconds saved since the start, less those lost
@@ -58,7 +59,7 @@ class MergePolicy:
         for adapter, num_tokens in step:
             tokens[adapter] += num_tokens
         if merged is None:
-            mergeable = (adapter for adapter in tokens if adapter and _may_gain(adapter))
+            mergeable = (adapter for adapter in tokens if adapter and self._may_gain(adapter))
             self._favour(max(mergeable, key=tokens.__getitem__, default=None))
         favourite, total = self._favourite, tokens.total()
         if favourite is None:
@@ -93,14 +94,24 @@ class MergePolicy:
             self._favour(merged)
             self._merge_seconds += _NEW * (seconds - self._merge_seconds)
 
+    def refused(self, adapter: Adapter) -> None:
+        """An adapter cannot be merged: it is not asked for again."""
+        self._refused.add(adapter)
+        self._favour(None)
+
     def forget(self, adapter: Adapter) -> None:
         """An adapter has left: its weights must not be kept alive here."""
+        self._refused.discard(adapter)
         if adapter is self._favourite:
             self._favour(None)
 
     def _favour(self, adapter: Adapter | None) -> None:
         if adapter is not self._favourite:
             self._favourite, self._evidence, self._means = adapter, 0.0, {}
+
+    def _may_gain(self, adapter: Adapter) -> bool:
+        """aLoRA's tokens before the invocation take no bypass until it is merged, and a correction then."""
+        return adapter not in self._refused and not adapter.invocation_tokens
 
     def _correction(self, favourite: Adapter) -> float:
         """How much of the bypass as measured at the start do steps really spend: from none to twice."""
@@ -110,8 +121,3 @@ class MergePolicy:
                 saved += apart - merged
                 expected += self.costs.bypass(favourite, num_tokens)
         return min(2.0, max(0.0, saved / expected)) if expected else 1.0
-
-
-def _may_gain(adapter: Adapter) -> bool:
-    """Whether all tokens of its requests take its bypass: those before an invocation take none until it is merged."""
-    return not adapter.no_merge and not adapter.invocation_tokens

@@ -14,6 +14,7 @@ from server.errors import MergeRefused
 from server.kernels import FixedSegments, Kernels, LayerWeights, LinearGroup, Pass
 from server.lora.adapter import Adapter
 from server.lora.base_weights import BaseWeights
+from server.lora.merge_guard import MergeGuard
 from server.lora.multi_lora import MultiLoRAEmbedding, MultiLoRALinear, Rows, SharedInput, embed_scale
 
 
@@ -49,6 +50,7 @@ class LoRALayers:
         self._tokens, self._logits = Rows(self._no_passes), Rows(self._no_passes)
         self.groups: list[tuple[Sequence[str], LinearGroup]] = []
         self.base_weights = BaseWeights(shapes, kernels.storage or model.dtype)
+        self._guard = MergeGuard(self.base_weights)
         embedding = model.get_input_embeddings()
         embedding_rows: Callable[[int, int], Tensor] = partial(_rows, embedding)
         tied = shapes[head].kind == "tied head"
@@ -93,18 +95,23 @@ class LoRALayers:
         """By module path, on the device."""
         return {name: layer.to(self._device) for name, layer in adapter.weights.items()} if adapter is not None else {}
 
+    def why_no_merge(self, adapter: Adapter) -> str:
+        """The reason why an adapter cannot be merged; empty: it can."""
+        return self.no_merge or self._guard.why_not(adapter)
+
     def merge(self, adapter: Adapter | None) -> None:
         """Adds an adapter to the base's weights, in place of one that is merged; None: the base as it was.
 
         Tokens of everybody else take the bypass of `merged_slot` with a factor of −1.
 
         Raises:
-            MergeRefused: these weights take no sum, or nobody else could be served. After any error nothing is merged.
+            MergeRefused: these weights take no sum, or nobody else could be served; what was merged stays. After any
+                other error nothing is merged.
         """
         if adapter is None:
             self._unmerge()
             return
-        if reason := self.no_merge or adapter.no_merge:
+        if reason := self.why_no_merge(adapter):
             raise MergeRefused(f"adapter {adapter.name!r} cannot be merged: {reason}; it is served as a bypass")
         try:
             weights = self._weights_of(adapter)

@@ -19,6 +19,7 @@ from server.engine.build import build_engine
 from server.engine.commands import Merge, Submit
 from server.engine.core import EngineCore
 from server.engine.forward_batch import ForwardBatch
+from server.engine.merge_policy import MergeCosts, MergePolicy
 from server.engine.request import Request, SamplingParams, TokenOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler
 from server.lora.adapter import Adapter, WeightedAdapter
@@ -107,6 +108,13 @@ class Engine:
         files = read_adapter(folder, self.parts.base.linear_layers, max_rank=64)
         base = self.parts.runner.lora.base_weights
         return Adapter.from_files(files, folder.name, "1", self._generation, base, self.parts.lora_dtype)
+
+
+def eager_policy() -> MergePolicy:
+    """Merges whatever runs alone after a step or two: bypasses cost a second, and a merge nothing."""
+    policy = MergePolicy(MergeCosts([(1, 1.0), (64, 2.0)], merge_seconds=1e-9, adapter_bytes=1))
+    policy._worked = 1.0
+    return policy
 
 
 @pytest.fixture(scope="session")

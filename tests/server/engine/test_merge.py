@@ -1,25 +1,21 @@
 """An adapter merged into the base: everybody's tokens stay the same, and the base's weights stay what they were."""
 
 import hashlib
-import shutil
 from concurrent.futures import Future
 from itertools import cycle, islice
 from pathlib import Path
 
 import peft
 import pytest
-import safetensors.torch
 import torch
 
-from adapters.config import WEIGHTS_FILE
 from server.engine.commands import Evict
-from server.engine.merge_policy import MergeCosts, MergePolicy
 from server.engine.model_runner import ModelRunner
-from server.errors import ConfigError, MergeRefused
+from server.errors import ConfigError
 from server.kernels import native
 from server.lora.adapter import Adapter, WeightedAdapter
 from tests.conftest import ADAPTERS
-from tests.server.engine.conftest import Engine, peft_greedy, peft_mixture
+from tests.server.engine.conftest import Engine, eager_policy, peft_greedy, peft_mixture
 
 NUM_TOKENS = 12
 NAMES = ["", *ADAPTERS]
@@ -142,36 +138,6 @@ def test_half_width_weights(model_dir: Path, adapters_dir: Path, prompts: list[l
     assert sum(a == b for a, b in zip(engine.generate(work, max_tokens=1), bypass, strict=True)) >= len(work) - 1
 
 
-@pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
-def test_a_quantized_base_says_no(model_dir: Path, adapters_dir: Path, prompts: list[list[int]]) -> None:
-    engine = Engine(model_dir, quantization="int8")
-    adapter = engine.load(adapters_dir / "plain")
-    bypass = engine.generate([(prompts[0], adapter)])
-    with pytest.raises(MergeRefused, match=r"plain.*quantized.*--quantization"):
-        engine.merge(adapter)
-    assert engine.core.merged is None
-    assert engine.generate([(prompts[0], adapter)]) == bypass
-
-
-def test_what_others_could_not_undo_is_not_merged(
-    engine: Engine, adapters_dir: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
-) -> None:
-    """Asked or unasked; the adapter is served as a bypass."""
-    shutil.copytree(adapters_dir / "dora", tmp_path / "dora")
-    tensors = safetensors.torch.load_file(tmp_path / "dora" / WEIGHTS_FILE)
-    tensors["base_model.model.model.layers.1.self_attn.o_proj.lora_magnitude_vector"][3] = 0
-    safetensors.torch.save_file(tensors, tmp_path / "dora" / WEIGHTS_FILE)
-    adapter = engine.load(tmp_path / "dora")
-    with pytest.raises(MergeRefused, match=r"'dora' cannot be merged: it all but erases an output of .*o_proj"):
-        engine.merge(adapter)
-    policy = MergePolicy(MergeCosts([(1, 1.0), (64, 2.0)], merge_seconds=1e-9, adapter_bytes=1))
-    policy._worked = 1.0
-    engine.core._merge_policy = policy
-    engine.generate([(prompts[0], adapter)])
-    assert engine.core.merged is None
-    assert engine.generate([(prompts[0], None)]) == expected[:1]
-
-
 def test_auto_merges_what_runs_alone(
     model_dir: Path, adapters_dir: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
@@ -181,9 +147,7 @@ def test_auto_merges_what_runs_alone(
     measured = engine.parts.merge_policy
     assert measured is not None
     assert measured.costs.merge_seconds > 0
-    policy = MergePolicy(MergeCosts([(1, 1.0), (64, 2.0)], merge_seconds=1e-9, adapter_bytes=plain.num_bytes))
-    policy._worked = 1.0
-    engine.core._merge_policy = policy
+    engine.core._merge_policy = eager_policy()
     alone = engine.generate([(prompts[1], plain)] * 3)
     assert engine.core.merged is plain
     assert alone == [expected[1]] * 3
@@ -215,9 +179,7 @@ def test_a_merge_that_fails_leaves_the_engine_as_it_was(
         patch.setattr(last, "merge", lambda weights: (_ for _ in ()).throw(MemoryError("no room")))
         with pytest.raises(MemoryError):
             engine.merge(plain)
-        policy = MergePolicy(MergeCosts([(1, 1.0), (64, 2.0)], merge_seconds=1e-9, adapter_bytes=plain.num_bytes))
-        policy._worked = 1.0
-        engine.core._merge_policy = policy
+        engine.core._merge_policy = eager_policy()
         assert engine.generate([(prompts[1], plain)]) == [expected[1]]
     assert engine.core._merge_policy is None
     assert engine.core.merged is engine.parts.runner.lora.merged is None
@@ -227,9 +189,7 @@ def test_a_merge_that_fails_leaves_the_engine_as_it_was(
 def test_auto_keeps_nothing_of_an_adapter_that_goes(
     engine: Engine, adapters: dict[str, Adapter], prompts: list[list[int]]
 ) -> None:
-    policy = MergePolicy(MergeCosts([(1, 1.0), (64, 2.0)], merge_seconds=1e-9, adapter_bytes=1))
-    policy._worked = 1.0
-    engine.core._merge_policy = policy
+    policy = engine.core._merge_policy = eager_policy()
     engine.generate([(prompts[1], adapters["plain"])])
     assert engine.core.merged is policy._favourite is adapters["plain"]
     engine.core.put(Evict(adapters["plain"], Future()))

@@ -98,14 +98,23 @@ def test_scaled_and_mixed_requests_are_others() -> None:
     assert simulation.switches == 0
 
 
-@pytest.mark.parametrize("settings", [{"invocation_tokens": (1,)}, {"no_merge": "it cannot be undone"}])
-def test_who_cannot_gain_is_never_merged(settings: dict[str, Any]) -> None:
+def test_who_cannot_gain_is_never_merged() -> None:
     """An aLoRA's prompt takes no bypass while it is apart, and a correction while it is merged."""
     simulation = Simulation()
-    on = adapter("on", **settings)
+    on = adapter("on", invocation_tokens=(1,))
     for _ in range(2000):
         simulation.step([request(on)] * 4)
     assert simulation.switches == 0
+
+
+def test_who_was_refused_is_not_asked_for_again() -> None:
+    simulation = Simulation()
+    simulation.policy.refused(A)
+    for _ in range(2000):
+        simulation.step([request(A)] * 4)
+    assert simulation.switches == 0
+    simulation.policy.forget(A)
+    assert not simulation.policy._refused
 
 
 def test_it_is_taken_out_when_traffic_turns() -> None:
