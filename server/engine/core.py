@@ -36,6 +36,7 @@ class EngineCore:
         self._merge_policy = merge_policy
         self.scheduler = scheduler
         self._metrics = metrics
+        scheduler.compute_with(self.merged)
         metrics.watch(scheduler)
         metrics.merged_bytes.set_function(lambda: self.merged_bytes)
         metrics.adapters.watch("device", lambda: self.resident)
@@ -205,6 +206,7 @@ class EngineCore:
             seconds = self.runner.merge(adapter)
         finally:
             if self.merged is not before:
+                self.scheduler.compute_with(self.merged)
                 self._metrics.adapters.merged(self.merged, before)
                 self._switched(self.merged, before)
         if self._merge_policy is not None:

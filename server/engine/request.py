@@ -2,7 +2,7 @@
 
 import enum
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from server.engine.block_allocator import IdentityChange
@@ -125,6 +125,7 @@ class Request:
         self.first_step = 0.0  # when it was first admitted, of `time.monotonic`
         self.num_computed_tokens = 0  # tokens whose K and V are in the cache
         self.block_table: list[int] = []
+        self.shared_as: Hashable = None  # what its full blocks are known under; None: nobody else may have them
         self.adapter_slots: tuple[int, ...] = ()  # one per adapter while it runs
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # of the prompt, taken from the prefix cache
