@@ -21,6 +21,7 @@ from server.engine.request import FinishReason, Request, SamplingParams, TokenLo
 from server.errors import AdapterUnloaded, InvalidRequest
 from server.lora.adapter import Adapter, AdapterIdentity, WeightedAdapter
 from server.lora.cache import AdapterCache
+from server.lora.host_copy import FreedBytes
 from server.metrics import Metrics, RequestTimer
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ class AsyncEngine:
             if self.tracer is not None:
                 self.tracer.record(request, timer)
 
-    async def _evict(self, adapter: Adapter, makes_room: bool) -> int:
+    async def _evict(self, adapter: Adapter, makes_room: bool) -> FreedBytes:
         return await self._thread.ask(partial(Evict, adapter, makes_room=makes_room))
 
     def _revoke(self, adapter: Adapter) -> None:

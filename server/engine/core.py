@@ -9,13 +9,14 @@ from itertools import chain
 
 import torch
 
-from server.engine.commands import Abort, Command, Evict, Merge, Revoke, Stop, Submit
+from server.engine.commands import Abort, Command, Evict, Merge, MergeDone, Revoke, Stop, Submit
 from server.engine.merge_policy import MergePolicy
 from server.engine.model_runner import ModelRunner
 from server.engine.request import TokenOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler
 from server.errors import InternalFailure, MergeRefused, ServingError
 from server.lora.adapter import Adapter
+from server.lora.host_copy import FreedBytes
 from server.lora.layers import bytes_on_device
 from server.metrics import Metrics
 
@@ -55,7 +56,7 @@ class EngineCore:
 
     @property
     def merged_bytes(self) -> int:
-        """Memory of its sums with them. Any thread."""
+        """Memory of its sums with them, and of what takes them away again for others. Any thread."""
         return self.runner.lora.merged_bytes
 
     def connect(self, emit: Emit) -> None:
@@ -149,22 +150,31 @@ class EngineCore:
                 self._emit([TokenOutput(request_id, None, error=error) for request_id in ended])
             case Evict(adapter, freed, makes_room):
                 self._revoked.pop(adapter, None)
-                if adapter is self.merged:
-                    self._merge(None)
-                if self._merge_policy is not None:
-                    self._merge_policy.forget(adapter)
-                was_resident = self._empty_slot(adapter)
-                if was_resident and makes_room:
-                    self._metrics.adapters.evicted(adapter.name, "device")
-                self._publish_resident()
-                freed.set_result(bytes_on_device(adapter, self.runner.base.device) if was_resident else 0)
+                freed.set_result(self._evict(adapter, makes_room))
             case Merge(adapter, done):
+                num_bytes = self.merged_bytes
                 try:
-                    done.set_result(self._merge(adapter))
+                    seconds = self._merge(adapter)
+                    done.set_result(MergeDone(seconds, num_bytes if adapter is None else self.merged_bytes))
                 except Exception as error:
                     done.set_exception(error)
             case Stop():
                 self._stopping = True
+
+    def _evict(self, adapter: Adapter, makes_room: bool) -> FreedBytes:
+        device = self.runner.base.device
+        sums = on_device = 0
+        if adapter is self.merged:
+            sums = self.merged_bytes
+            self._merge(None)
+        if self._merge_policy is not None:
+            self._merge_policy.forget(adapter)
+        if self._empty_slot(adapter):
+            on_device = bytes_on_device(adapter, device)
+            if makes_room:
+                self._metrics.adapters.evicted(adapter.name, "device")
+        self._publish_resident()
+        return FreedBytes(0, sums) if device.type == "cpu" else FreedBytes(on_device + sums, 0)
 
     def _fail(self, batch: ScheduledBatch) -> None:
         """A step crashed: its requests end with an incident each, and no slot counts as written."""

@@ -39,7 +39,7 @@ class LoRALayers:
         """
         self.kernels_name = kernels.name
         self.merged: Adapter | None = None
-        self.merged_bytes = 0
+        self.merged_bytes = 0  # that it takes because it is merged: sums, and what the slot beside them holds
         self.merged_slot = num_slots  # beyond the others: holds what tokens of other adapters take away again
         self.no_merge = kernels.no_merge
         self.prepare = kernels.prepare_segments
@@ -118,8 +118,9 @@ class LoRALayers:
             num_bytes = sum(kernel.merge([weights.get(name) for name in names]) for names, kernel in self.groups)
             for name, embedding in self._embeddings.items():
                 embedding.merge(weights.get(name))
-            self._write(self.merged_slot, {name: layer.inverse() for name, layer in weights.items()})
-            self.merged, self.merged_bytes = adapter, num_bytes
+            inverse = {name: layer.inverse() for name, layer in weights.items()}
+            self._write(self.merged_slot, inverse)
+            self.merged, self.merged_bytes = adapter, num_bytes + _bytes_besides(adapter.weights, inverse)
         except BaseException:  # no memory, say: half of the layers must not stay behind
             self._unmerge()
             raise
@@ -166,6 +167,14 @@ class LoRALayers:
 def bytes_on_device(adapter: Adapter, device: torch.device) -> int:
     """What a slot holding the adapter takes of the device's memory, beyond the host's copy."""
     return 0 if device.type == "cpu" else adapter.num_bytes
+
+
+def _bytes_besides(weights: Mapping[str, LayerWeights], others: Mapping[str, LayerWeights]) -> int:
+    """Of the tensors in `others` that are not those of `weights`."""
+    known = {tensor.data_ptr() for layer in weights.values() for tensor in layer.tensors()}
+    return sum(
+        tensor.nbytes for layer in others.values() for tensor in layer.tensors() if tensor.data_ptr() not in known
+    )
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

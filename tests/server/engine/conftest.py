@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from adapters.format import read_adapter
 from server.config import EngineConfig
 from server.engine.build import build_engine
-from server.engine.commands import Merge, Submit
+from server.engine.commands import Merge, MergeDone, Submit
 from server.engine.core import EngineCore
 from server.engine.forward_batch import ForwardBatch
 from server.engine.merge_policy import MergeCosts, MergePolicy
@@ -66,10 +66,10 @@ class Engine:
             self.core.step()
 
     def merge(self, adapter: Adapter | None) -> float:
-        done: Future[float] = Future()
+        done: Future[MergeDone] = Future()
         self.core.put(Merge(adapter, done))
         self.core.step()
-        return done.result()
+        return done.result().seconds
 
     def tokens(self, request_id: int) -> list[int]:
         return [output.token_id for output in self.outputs[request_id] if output.token_id is not None]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import peft
 import pytest
-import torch
 
 from server.engine.commands import Evict
 from server.engine.model_runner import ModelRunner
@@ -95,9 +94,19 @@ def test_preemption_while_merged(
 
 def test_memory_of_the_sums_is_counted_and_given_back(engine: Engine, adapters: dict[str, Adapter]) -> None:
     lora = engine.parts.runner.lora
+
+    def sums(adapter: Adapter) -> int:
+        shapes = [engine.parts.base.linear_layers[name] for name in adapter.weights]
+        return sum(4 * shape.in_features * shape.out_features for shape in shapes)
+
     engine.merge(adapters["attention"])
-    shapes = [engine.parts.base.linear_layers[name] for name in adapters["attention"].weights]
-    assert lora.merged_bytes == sum(shape.in_features * shape.out_features * 4 for shape in shapes)
+    assert lora.merged_bytes == sums(adapters["attention"])
+    engine.merge(adapters["dora"])
+    # Beside its sums lies what takes them away: one over the gain, and B times the gain.
+    dora = adapters["dora"].weights.values()
+    assert lora.merged_bytes == sums(adapters["dora"]) + sum(
+        layer.lora_b.nbytes + 4 * layer.lora_b.shape[1] for layer in dora
+    )
     engine.merge(None)
     assert lora.merged_bytes == 0
     assert engine.core.merged is None
