@@ -18,6 +18,7 @@ from server.engine.engine_thread import EngineThread, engine_down
 from server.engine.merging import AdapterMerging
 from server.engine.model import BaseModel
 from server.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
+from server.engine.shared_hold import SharedHold
 from server.errors import AdapterUnloaded, InvalidRequest
 from server.lora.adapter import Adapter, AdapterIdentity, WeightedAdapter
 from server.lora.cache import AdapterCache
@@ -101,6 +102,7 @@ class AsyncEngine:
         adapters: Mapping[str, float],
         cache_salt: str = "",
         label: str = "",
+        shared: SharedHold | None = None,
     ) -> AsyncGenerator[GenerationOutput, None]:
         """Runs one request and yields what is new as it comes; whatever ends the iteration also ends the request.
 
@@ -110,13 +112,16 @@ class AsyncEngine:
         Args:
             adapters: references with their weights, whose bypasses are summed; none: the base model.
             label: decides which share of each adapter's traffic the request is part of.
+            shared: by which other answers run on the same adapters.
 
         Raises:
             ServingError: see `AdapterCache.hold`; `Admission.admit`; Unavailable.
         """
         timer = RequestTimer(self.metrics, len(prompt_token_ids))
         with timer.booked(), self.admission.admit(), ExitStack() as held:
-            request = self._new_request(prompt_token_ids, params, await self._hold(adapters, held, label), cache_salt)
+            request = self._new_request(
+                prompt_token_ids, params, await self._hold(adapters, held, label, shared), cache_salt
+            )
             on_device = bool(adapters) and all(self.is_on_device(part.adapter) for part in request.adapters)
             self.metrics.adapters.request(request.adapter_name, len(prompt_token_ids), on_device=on_device)
             async with aclosing(self._run(request, timer, held)) as outputs:
@@ -131,11 +136,17 @@ class AsyncEngine:
     def is_on_device(self, adapter: Adapter) -> bool:
         return adapter in self._core.resident
 
-    async def _hold(self, adapters: Mapping[str, float], held: ExitStack, label: str) -> list[WeightedAdapter]:
+    async def _hold(
+        self, adapters: Mapping[str, float], held: ExitStack, label: str, shared: SharedHold | None
+    ) -> list[WeightedAdapter]:
         if not adapters:
             return []
+
+        async def hold(held: ExitStack) -> Sequence[Adapter]:
+            return await self.adapters.hold(list(adapters), held, label)
+
         with self.metrics.awaiting(adapters):
-            in_memory = await self.adapters.hold(list(adapters), held, label)
+            in_memory = await (hold(held) if shared is None else shared.adapters(held, hold))
         return [WeightedAdapter(adapter, weight) for adapter, weight in zip(in_memory, adapters.values(), strict=True)]
 
     def _new_request(

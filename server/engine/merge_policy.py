@@ -4,8 +4,8 @@ A merged adapter saves its own tokens the bypass and costs everybody else's toke
 Both are one function of the number of tokens, measured at the start and corrected by the steps that run. Merging takes
 time too, so this is renting or buying skis: an adapter is merged once going on without it would have cost as much as
 merging twice, and taken out once having it in has cost as much as a merge. What all this may lose against never merging
-is bounded at any time: no merge begins unless losses stay within `MAX_LOSS` of the engine's working time even if it saves
-nothing, and costs as much again until it is taken out.
+is bounded at any time: no merge begins unless losses stay within `MAX_LOSS` of the engine's working time even if it is
+for nothing, and costs as much again until it is taken out.
 """
 
 from collections import Counter
