@@ -122,8 +122,7 @@ class AsyncEngine:
             request = self._new_request(
                 prompt_token_ids, params, await self._hold(adapters, held, label, shared), cache_salt
             )
-            on_device = bool(adapters) and all(self.is_on_device(part.adapter) for part in request.adapters)
-            self.metrics.adapters.request(request.adapter_name, len(prompt_token_ids), on_device=on_device)
+            self._book(request)
             async with aclosing(self._run(request, timer, held)) as outputs:
                 async for output in outputs:
                     yield output
@@ -148,6 +147,12 @@ class AsyncEngine:
         with self.metrics.awaiting(adapters):
             in_memory = await (hold(held) if shared is None else shared.adapters(held, hold))
         return [WeightedAdapter(adapter, weight) for adapter, weight in zip(in_memory, adapters.values(), strict=True)]
+
+    def _book(self, request: Request) -> None:
+        self.metrics.adapters.request(request.metrics_name, request.num_prompt_tokens)
+        for adapter, _ in request.adapters:
+            if self.is_on_device(adapter):
+                self.metrics.adapters.found(adapter.name, "device")
 
     def _new_request(
         self,
@@ -193,7 +198,7 @@ class AsyncEngine:
                         finish_reason = FinishReason.STOP
                         break
                 timer.tokens(outputs[: len(token_ids)])
-                self.metrics.adapters.tokens(request.adapter_name, len(token_ids))
+                self.metrics.adapters.tokens(request.metrics_name, len(token_ids))
                 if finish_reason is not None:
                     timer.outcome = finish_reason.value
                 yield GenerationOutput(

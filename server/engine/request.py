@@ -5,6 +5,7 @@ import random
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from server.adapter_metrics import MIXTURE
 from server.engine.block_allocator import IdentityChange
 from server.errors import InvalidRequest
 from server.lora.adapter import Adapter, WeightedAdapter
@@ -132,8 +133,13 @@ class Request:
 
     @property
     def adapter_name(self) -> str:
-        """For people and metrics: the names of the adapters, empty for the base model."""
+        """For people: the names of the adapters, empty for the base model."""
         return "+".join(identity.name for identity in self.identities)
+
+    @property
+    def metrics_name(self) -> str:
+        """Under which the request is counted: the adapter's name, one for all mixtures, empty for the base model."""
+        return MIXTURE if len(self.identities) > 1 else self.adapter_name
 
     @property
     def sole_adapter(self) -> Adapter | None:
