@@ -52,8 +52,8 @@ def measure_merging(config: EngineConfig, adapters_dir: str, load: Load, rounds:
     check_length(parts, load.prompt_tokens, load.output_tokens)
     adapters = load_adapters(config, parts, adapters_dir, load.num_adapters)
     for adapter in adapters:
-        if adapter.no_merge:
-            raise ConfigError(f"--adapters-dir {adapters_dir}: {adapter.name} cannot be merged: {adapter.no_merge}")
+        if reason := parts.runner.lora.why_no_merge(adapter):
+            raise ConfigError(f"--adapters-dir {adapters_dir}: {adapter.name} cannot be merged: {reason}")
     chance = np.random.default_rng(0)
 
     def run(of_requests: Sequence[Adapter], chosen: MergePolicy | None) -> Run:

@@ -44,7 +44,7 @@ def list_adapters(address: str) -> None:
     print_adapters(found)
     click.echo(
         f"{len(found)} versions; host memory {mib(answer.bytes_host)} of {mib(answer.bytes_host_limit)} MiB, "
-        f"{mib(answer.bytes_host_pinned)} pinned"
+        f"{mib(answer.bytes_host_pinned)} pinned; {mib(answer.bytes_merged)} MiB more for the merged one"
     )
 
 
@@ -183,7 +183,7 @@ def unmerge(address: str) -> None:
     """Take the merged adapter out of the base's weights."""
     with connected(address) as channel:
         unmerged = AdaptersStub(channel).UnmergeAdapter(pb.UnmergeAdapterRequest())
-    click.echo(f"unmerged in {1000 * unmerged.seconds:.1f} ms")
+    click.echo(f"unmerged in {1000 * unmerged.seconds:.1f} ms, {unmerged.freed_bytes:,} bytes freed")
 
 
 @adapters.command()

@@ -11,7 +11,9 @@ from prometheus_client.registry import Collector
 from server.lora.adapter import Adapter
 
 BASE = "base"  # the label of requests without an adapter
+MIXTURE = "mixture"  # the label of requests with several adapters
 OTHER = "other"  # the label that adapters without a name of their own share
+_SHARED = (BASE, MIXTURE, OTHER)
 RERANK_SECONDS = 600.0
 
 _COUNTERS = {  # name: (help, whether it also has the label `tier`)
@@ -38,7 +40,7 @@ class AdapterMetrics(Collector):
     and never moves to another: every series only grows, and rates summed over the labels are exact. Every
     `rerank_seconds` an adapter of `other` with more than twice the requests of a named one takes that one's place. The
     series of the loser ends; if it is named again it starts from zero, which `rate()` takes for a restart. So a scrape
-    holds at most `max_names` + 2 labels, and a ranking adds at most `max_names` to what a database has to keep.
+    holds at most `max_names` + 3 labels, and a ranking adds at most `max_names` to what a database has to keep.
     """
 
     def __init__(self, max_names: int, rerank_seconds: float = RERANK_SECONDS) -> None:
@@ -46,7 +48,7 @@ class AdapterMetrics(Collector):
         self._rerank_seconds = rerank_seconds
         self._next_rerank = time.monotonic() + rerank_seconds
         self._lock = threading.Lock()
-        self._counts = {BASE: _Row(float), OTHER: _Row(float)}  # by label
+        self._counts = {label: _Row(float) for label in _SHARED}
         self._totals = _Row(float)
         self._traffic: Counter[str] = Counter()  # requests of every adapter since the last ranking
         self._residents: dict[str, Callable[[], Iterable[Adapter]]] = {}  # by tier
@@ -58,18 +60,16 @@ class AdapterMetrics(Collector):
     def residents(self, tier: str) -> list[Adapter]:
         return list(self._residents[tier]()) if tier in self._residents else []
 
-    def request(self, name: str, num_prompt_tokens: int, *, on_device: bool) -> None:
-        """A request got its adapter; the empty name is the base model, a mixture has the names of its parts."""
+    def request(self, name: str, num_prompt_tokens: int) -> None:
+        """A request got its adapter; the empty name is the base model, several adapters are a `MIXTURE`."""
         with self._lock:
             if time.monotonic() >= self._next_rerank:
                 self._rerank()
                 self._next_rerank = time.monotonic() + self._rerank_seconds
             self._add("adapter_requests", name)
             self._add("prompt_tokens", name, num_prompt_tokens)
-            if name:
+            if name not in ("", MIXTURE):
                 self._traffic[name] += 1
-            if on_device:
-                self._add("adapter_hits", name, tier="device")
 
     def tokens(self, name: str, num_tokens: int) -> None:
         """Tokens were generated."""
@@ -122,12 +122,12 @@ class AdapterMetrics(Collector):
                     if name == counter:
                         family.add_metric([label, tier][: len(labels)], value)
             yield family
-        yield from _residency(residents, [label for label in counts if label not in (BASE, OTHER)])
+        yield from _residency(residents, [label for label in counts if label not in _SHARED])
 
     def _add(self, counter: str, name: str, amount: float = 1.0, tier: str = "") -> None:
         label = name or BASE
         if label not in self._counts:
-            if len(self._counts) < self._max_names + 2:
+            if len(self._counts) < self._max_names + len(_SHARED):
                 self._counts[label] = _Row(float)
             else:
                 label = OTHER
@@ -135,7 +135,7 @@ class AdapterMetrics(Collector):
         self._totals[counter, tier] += amount
 
     def _rerank(self) -> None:
-        named = sorted(self._counts.keys() - {BASE, OTHER}, key=self._traffic.__getitem__)
+        named = sorted(self._counts.keys() - {*_SHARED}, key=self._traffic.__getitem__)
         unnamed = [name for name, _ in self._traffic.most_common() if name not in self._counts]
         for quiet, busy in zip(named, unnamed, strict=False):
             if self._traffic[busy] > 2 * self._traffic[quiet]:

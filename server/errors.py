@@ -6,7 +6,7 @@ ServingError
 ├── IncompatibleAdapter     FAILED_PRECONDITION   a good adapter, but not for this server
 ├── AdapterNotFound         NOT_FOUND
 ├── AdapterExists           ALREADY_EXISTS
-├── MergeRefused            FAILED_PRECONDITION   this server cannot merge, or not on request
+├── MergeRefused            FAILED_PRECONDITION   this server cannot merge, not on request, or not this one
 ├── AdapterInUse            FAILED_PRECONDITION   unload if idle, and it is not
 ├── AdapterChanged          ABORTED               a lost compare-and-swap, or files that changed while they were read
 ├── AdapterUnloaded         ABORTED               a forced unload ended the request

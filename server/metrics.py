@@ -105,7 +105,7 @@ class Metrics:
         if scheduler.num_preemptions > self._seen_preemptions:
             self._preemptions.inc(scheduler.num_preemptions - self._seen_preemptions)
             self._seen_preemptions = scheduler.num_preemptions
-        self.adapters.step({item.request.adapter_name for item in batch.requests})
+        self.adapters.step({item.request.metrics_name for item in batch.requests})
 
     def adapter_loaded(self, name: str, seconds: float) -> None:
         """An adapter came from disk to host memory."""

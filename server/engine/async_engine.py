@@ -18,9 +18,11 @@ from server.engine.engine_thread import EngineThread, engine_down
 from server.engine.merging import AdapterMerging
 from server.engine.model import BaseModel
 from server.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
+from server.engine.shared_hold import SharedHold
 from server.errors import AdapterUnloaded, InvalidRequest
 from server.lora.adapter import Adapter, AdapterIdentity, WeightedAdapter
 from server.lora.cache import AdapterCache
+from server.lora.host_copy import FreedBytes
 from server.metrics import Metrics, RequestTimer
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ class AsyncEngine:
         adapters: Mapping[str, float],
         cache_salt: str = "",
         label: str = "",
+        shared: SharedHold | None = None,
     ) -> AsyncGenerator[GenerationOutput, None]:
         """Runs one request and yields what is new as it comes; whatever ends the iteration also ends the request.
 
@@ -109,15 +112,17 @@ class AsyncEngine:
         Args:
             adapters: references with their weights, whose bypasses are summed; none: the base model.
             label: decides which share of each adapter's traffic the request is part of.
+            shared: by which other answers run on the same adapters.
 
         Raises:
             ServingError: see `AdapterCache.hold`; `Admission.admit`; Unavailable.
         """
         timer = RequestTimer(self.metrics, len(prompt_token_ids))
         with timer.booked(), self.admission.admit(), ExitStack() as held:
-            request = self._new_request(prompt_token_ids, params, await self._hold(adapters, held, label), cache_salt)
-            on_device = bool(adapters) and all(self.is_on_device(part.adapter) for part in request.adapters)
-            self.metrics.adapters.request(request.adapter_name, len(prompt_token_ids), on_device=on_device)
+            request = self._new_request(
+                prompt_token_ids, params, await self._hold(adapters, held, label, shared), cache_salt
+            )
+            self._book(request)
             async with aclosing(self._run(request, timer, held)) as outputs:
                 async for output in outputs:
                     yield output
@@ -130,12 +135,24 @@ class AsyncEngine:
     def is_on_device(self, adapter: Adapter) -> bool:
         return adapter in self._core.resident
 
-    async def _hold(self, adapters: Mapping[str, float], held: ExitStack, label: str) -> list[WeightedAdapter]:
+    async def _hold(
+        self, adapters: Mapping[str, float], held: ExitStack, label: str, shared: SharedHold | None
+    ) -> list[WeightedAdapter]:
         if not adapters:
             return []
+
+        async def hold(held: ExitStack) -> Sequence[Adapter]:
+            return await self.adapters.hold(list(adapters), held, label)
+
         with self.metrics.awaiting(adapters):
-            in_memory = await self.adapters.hold(list(adapters), held, label)
+            in_memory = await (hold(held) if shared is None else shared.adapters(held, hold))
         return [WeightedAdapter(adapter, weight) for adapter, weight in zip(in_memory, adapters.values(), strict=True)]
+
+    def _book(self, request: Request) -> None:
+        self.metrics.adapters.request(request.metrics_name, request.num_prompt_tokens)
+        for adapter, _ in request.adapters:
+            if self.is_on_device(adapter):
+                self.metrics.adapters.found(adapter.name, "device")
 
     def _new_request(
         self,
@@ -181,7 +198,7 @@ class AsyncEngine:
                         finish_reason = FinishReason.STOP
                         break
                 timer.tokens(outputs[: len(token_ids)])
-                self.metrics.adapters.tokens(request.adapter_name, len(token_ids))
+                self.metrics.adapters.tokens(request.metrics_name, len(token_ids))
                 if finish_reason is not None:
                     timer.outcome = finish_reason.value
                 yield GenerationOutput(
@@ -199,7 +216,7 @@ class AsyncEngine:
             if self.tracer is not None:
                 self.tracer.record(request, timer)
 
-    async def _evict(self, adapter: Adapter, makes_room: bool) -> int:
+    async def _evict(self, adapter: Adapter, makes_room: bool) -> FreedBytes:
         return await self._thread.ask(partial(Evict, adapter, makes_room=makes_room))
 
     def _revoke(self, adapter: Adapter) -> None:

@@ -2,10 +2,12 @@
 
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from server.engine.request import Request
 from server.errors import ServingError
 from server.lora.adapter import Adapter
+from server.lora.host_copy import FreedBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,19 +22,29 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Free the device slot of an adapter that no request uses any more; answers with the bytes that were freed."""
+    """Free what an adapter that no request uses any more has on the device: its slot, and its sums with the base.
+
+    Answers with the bytes that were freed besides the host's copy.
+    """
 
     adapter: Adapter
-    freed: Future[int]
+    freed: Future[FreedBytes]
     makes_room: bool = False  # its host memory is needed, and with that goes the slot
+
+
+class MergeDone(NamedTuple):
+    """What a `Merge` cost: the bytes are those of the sums with the base's weights, taken or given back."""
+
+    seconds: float
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """Add an adapter to the base's weights, or with None take the merged one out; answers with the seconds it took."""
+    """Add an adapter to the base's weights, or with None take the merged one out."""
 
     adapter: Adapter | None
-    done: Future[float]
+    done: Future[MergeDone]
 
 
 @dataclass(frozen=True, slots=True)

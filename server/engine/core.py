@@ -4,18 +4,20 @@ import logging
 import queue
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 
 import torch
 
-from server.engine.commands import Abort, Command, Evict, Merge, Revoke, Stop, Submit
+from server.engine.commands import Abort, Command, Evict, Merge, MergeDone, Revoke, Stop, Submit
 from server.engine.merge_policy import MergePolicy
 from server.engine.model_runner import ModelRunner
 from server.engine.request import TokenOutput
+from server.engine.resident_adapters import ResidentAdapters
 from server.engine.scheduler import ScheduledBatch, Scheduler
-from server.errors import InternalFailure, ServingError
+from server.errors import InternalFailure, MergeRefused, Overloaded, ServingError
 from server.lora.adapter import Adapter
+from server.lora.host_copy import FreedBytes
 from server.lora.layers import bytes_on_device
 from server.metrics import Metrics
 
@@ -36,16 +38,15 @@ class EngineCore:
         self._merge_policy = merge_policy
         self.scheduler = scheduler
         self._metrics = metrics
+        scheduler.compute_with(self.merged)
         metrics.watch(scheduler)
         metrics.merged_bytes.set_function(lambda: self.merged_bytes)
-        metrics.adapters.watch("device", lambda: self.resident)
+        self._residents = ResidentAdapters(runner, scheduler.slots, metrics.adapters)
         self._emit: Emit = _drop
         self._switched: Switched = _ignore
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
         self._revoked: dict[Adapter, ServingError] = {}
-        # Adapters in device slots: a snapshot for other threads to read, replaced whole and never changed.
-        self.resident: frozenset[Adapter] = frozenset()
 
     @property
     def merged(self) -> Adapter | None:
@@ -54,8 +55,13 @@ class EngineCore:
 
     @property
     def merged_bytes(self) -> int:
-        """Memory of its sums with them. Any thread."""
+        """Memory of its sums with them, and of what takes them away again for others. Any thread."""
         return self.runner.lora.merged_bytes
+
+    @property
+    def resident(self) -> frozenset[Adapter]:
+        """The adapters in device slots. Any thread."""
+        return self._residents.snapshot
 
     def connect(self, emit: Emit) -> None:
         """Says who gets the outputs of each step; called before the first one."""
@@ -83,13 +89,15 @@ class EngineCore:
         batch = self.scheduler.schedule()
         started = time.monotonic()
         try:
-            write_seconds = [self.runner.write_slot(slot, adapter) for slot, adapter in batch.slot_writes]
+            written = self._residents.write(batch.slot_writes)
+            for adapter, seconds in written.items():
+                if seconds is None:
+                    self._refuse(adapter, batch)
             results = self.runner.run(batch)
         except Exception:
             self._fail(batch)
             return
-        if batch.slot_writes:
-            self._book_slot_writes(batch, write_seconds)
+        self._residents.book(written)
         if self._merge_policy is not None:
             counts = [(item.request.sole_adapter, item.num_tokens) for item in batch.requests]
             self._merge_policy.observe(counts, time.monotonic() - started, self.merged)
@@ -148,22 +156,30 @@ class EngineCore:
                 self._emit([TokenOutput(request_id, None, error=error) for request_id in ended])
             case Evict(adapter, freed, makes_room):
                 self._revoked.pop(adapter, None)
-                if adapter is self.merged:
-                    self._merge(None)
-                if self._merge_policy is not None:
-                    self._merge_policy.forget(adapter)
-                was_resident = self._empty_slot(adapter)
-                if was_resident and makes_room:
-                    self._metrics.adapters.evicted(adapter.name, "device")
-                self._publish_resident()
-                freed.set_result(bytes_on_device(adapter, self.runner.base.device) if was_resident else 0)
+                freed.set_result(self._evict(adapter, makes_room))
             case Merge(adapter, done):
+                num_bytes = self.merged_bytes
                 try:
-                    done.set_result(self._merge(adapter))
+                    seconds = self._merge(adapter)
+                    done.set_result(MergeDone(seconds, num_bytes if adapter is None else self.merged_bytes))
                 except Exception as error:
                     done.set_exception(error)
             case Stop():
                 self._stopping = True
+
+    def _evict(self, adapter: Adapter, makes_room: bool) -> FreedBytes:
+        device = self.runner.base.device
+        sums = on_device = 0
+        if adapter is self.merged:
+            sums = self.merged_bytes
+            self._merge(None)
+        if self._merge_policy is not None:
+            self._merge_policy.forget(adapter)
+        if self._residents.empty(adapter):
+            on_device = bytes_on_device(adapter, device)
+            if makes_room:
+                self._metrics.adapters.evicted(adapter.name, "device")
+        return FreedBytes(0, sums) if device.type == "cpu" else FreedBytes(on_device + sums, 0)
 
     def _fail(self, batch: ScheduledBatch) -> None:
         """A step crashed: its requests end with an incident each, and no slot counts as written."""
@@ -172,17 +188,20 @@ class EngineCore:
         for scheduled in batch.requests:
             self.scheduler.abort(scheduled.request.request_id)
             outputs.append(self._incident(scheduled.request.request_id, "STEP_FAILED"))
-        for _, adapter in batch.slot_writes:
-            self._empty_slot(adapter)
-        self._publish_resident()
+        self._residents.empty(*(adapter for _, adapter in batch.slot_writes))
         self._emit(outputs)
 
-    def _empty_slot(self, adapter: Adapter) -> bool:
-        """Says whether the adapter sat in a slot, unused."""
-        slot = self.scheduler.slots.remove(adapter)
-        if slot is not None:
-            self.runner.lora.write(slot, None)
-        return slot is not None
+    def _refuse(self, adapter: Adapter, batch: ScheduledBatch) -> None:
+        """The device has no memory for an adapter: all its requests end, and the step goes on without them."""
+        error = Overloaded(
+            f"adapter {adapter.name!r} takes {adapter.num_bytes:,} bytes on the device, which has no more: start with "
+            "fewer --adapter-slots or less --kv-cache-bytes",
+            reason="DEVICE_MEMORY",
+        )
+        ended = self.scheduler.abort_users(adapter)
+        batch.requests = [item for item in batch.requests if item.request.request_id not in ended]
+        self._residents.empty(adapter)
+        self._emit([TokenOutput(request_id, None, error=error) for request_id in ended])
 
     def _follow(self, policy: MergePolicy) -> None:
         """Merges, or takes the merged adapter out, when the policy says so."""
@@ -191,6 +210,10 @@ class EngineCore:
             return
         try:
             self._merge(wanted)
+        except MergeRefused as refusal:
+            assert wanted is not None
+            log.info("%s", refusal)
+            policy.refused(wanted)
         except Exception:  # no memory for the sums, say: nothing is merged, and requests run on
             log.exception("merging failed; from here on nothing is merged unasked")
             self._merge_policy = None
@@ -201,23 +224,13 @@ class EngineCore:
             seconds = self.runner.merge(adapter)
         finally:
             if self.merged is not before:
+                self.scheduler.compute_with(self.merged)
                 self._metrics.adapters.merged(self.merged, before)
                 self._switched(self.merged, before)
         if self._merge_policy is not None:
             self._merge_policy.switched(adapter, seconds)
         log.info("%s in %.0f ms", f"adapter {adapter.name} merged" if adapter else "unmerged", 1000 * seconds)
         return seconds
-
-    def _book_slot_writes(self, batch: ScheduledBatch, seconds: Sequence[float]) -> None:
-        before = self.resident
-        self._publish_resident()
-        for (_, adapter), write_seconds in zip(batch.slot_writes, seconds, strict=True):
-            self._metrics.adapters.loaded(adapter.name, "device", write_seconds)
-        for adapter in before - self.resident:
-            self._metrics.adapters.evicted(adapter.name, "device")
-
-    def _publish_resident(self) -> None:
-        self.resident = frozenset(self.scheduler.slots.adapters())
 
     def _incident(self, request_id: int, reason: str) -> TokenOutput:
         incident = uuid.uuid4().hex[:12]

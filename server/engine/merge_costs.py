@@ -52,8 +52,9 @@ def _seconds(inputs: Sequence[tuple[Tensor, LinearGroup]], passes: Sequence[Any]
 
 
 def _random_adapter(layers: Mapping[str, LinearShape], rank: int) -> Adapter:
+    """As small beside the base's weights as trained ones are."""
     weights = {
-        name: LayerWeights(torch.randn(rank, shape.in_features), torch.randn(rank, shape.out_features), 1.0)
+        name: LayerWeights(torch.randn(rank, shape.in_features), torch.randn(rank, shape.out_features), 1e-4)
         for name, shape in layers.items()
     }
     num_bytes = sum(layer.lora_a.nbytes + layer.lora_b.nbytes for layer in weights.values())

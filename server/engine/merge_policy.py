@@ -4,7 +4,8 @@ A merged adapter saves its own tokens the bypass and costs everybody else's toke
 Both are one function of the number of tokens, measured at the start and corrected by the steps that run. Merging takes
 time too, so this is renting or buying skis: an adapter is merged once going on without it would have cost as much as
 merging twice, and taken out once having it in has cost as much as a merge. What all this may lose against never merging
-is bounded: when the losses come to `MAX_LOSS` of the time that the engine has worked, no merge begins.
+is bounded at any time: no merge begins unless losses stay within `MAX_LOSS` of the engine's working time even if it is
+for nothing, and costs as much again until it is taken out.
 """
 
 from collections import Counter
@@ -17,6 +18,7 @@ from server.lora.adapter import Adapter
 MIN_SHARE = 0.9  # of all requests, running and waiting, that an adapter must have to be merged
 MAX_LOSS = 0.03  # of the engine's working time
 MAX_COMPARED_TOKENS = 64  # larger steps differ by more than a bypass
+MAX_CORRECTION = 3.0  # times what was measured at the start, that a bypass may cost in steps
 _NEW = 0.05  # weight of a new measurement in a running mean
 
 
@@ -44,6 +46,7 @@ class MergePolicy:
     def __init__(self, costs: MergeCosts) -> None:
         self.costs = costs
         self._merge_seconds = costs.merge_seconds
+        self._refused: set[Adapter] = set()
         self._favourite: Adapter | None = None  # the merged adapter, else the one with most tokens
         self._evidence = 0.0  # seconds that speak for a switch: for merging the favourite, or for taking it out
         self._balance = 0.0  # seconds saved since the start, less those lost
@@ -58,7 +61,7 @@ class MergePolicy:
         for adapter, num_tokens in step:
             tokens[adapter] += num_tokens
         if merged is None:
-            mergeable = (adapter for adapter in tokens if adapter and _may_gain(adapter))
+            mergeable = (adapter for adapter in tokens if adapter and self._may_gain(adapter))
             self._favour(max(mergeable, key=tokens.__getitem__, default=None))
         favourite, total = self._favourite, tokens.total()
         if favourite is None:
@@ -69,7 +72,7 @@ class MergePolicy:
             mean = means[merged is not None]
             means[merged is not None] = seconds if mean is None else mean + _NEW * (seconds - mean)
         bypass = self.costs.bypass
-        saved = self._correction(favourite) * (bypass(favourite, own) - bypass(favourite, total - own))
+        saved = self._corrected(bypass(favourite, own) - bypass(favourite, total - own), merged)
         if merged is not None:
             self._balance += saved
         self._evidence = max(0.0, self._evidence + (saved if merged is None else -saved))
@@ -80,7 +83,7 @@ class MergePolicy:
             return None if self._evidence > self._merge_seconds else merged
         if self._favourite is None or self._evidence < 2 * self._merge_seconds:
             return None
-        if self._merge_seconds - self._balance > MAX_LOSS * self._worked:
+        if 2 * self._merge_seconds - self._balance > MAX_LOSS * self._worked:
             return None
         counts = Counter(request.sole_adapter is self._favourite for request in requests)
         return self._favourite if counts[True] >= MIN_SHARE * counts.total() > 0 else None
@@ -93,8 +96,14 @@ class MergePolicy:
             self._favour(merged)
             self._merge_seconds += _NEW * (seconds - self._merge_seconds)
 
+    def refused(self, adapter: Adapter) -> None:
+        """An adapter cannot be merged: it is not asked for again."""
+        self._refused.add(adapter)
+        self._favour(None)
+
     def forget(self, adapter: Adapter) -> None:
         """An adapter has left: its weights must not be kept alive here."""
+        self._refused.discard(adapter)
         if adapter is self._favourite:
             self._favour(None)
 
@@ -102,16 +111,25 @@ class MergePolicy:
         if adapter is not self._favourite:
             self._favourite, self._evidence, self._means = adapter, 0.0, {}
 
-    def _correction(self, favourite: Adapter) -> float:
-        """How much of the bypass as measured at the start do steps really spend: from none to twice."""
+    def _may_gain(self, adapter: Adapter) -> bool:
+        """aLoRA's tokens before the invocation take no bypass until it is merged, and a correction then."""
+        return adapter not in self._refused and not adapter.invocation_tokens
+
+    def _corrected(self, saved: float, merged: Adapter | None) -> float:
+        """Seconds that a step has saved, negative if lost, by what bypasses have cost in steps with the favourite.
+
+        Before the same step was seen with it merged and without, a merge counts at its worst: gains for nothing.
+        """
+        correction = self._correction()
+        if correction is None:
+            correction = 1.0 if merged is None else MAX_CORRECTION if saved < 0 else 0.0
+        return correction * saved
+
+    def _correction(self) -> float | None:
+        """What bypasses cost in steps, as a multiple of what was measured at the start; None: not known yet."""
         saved = expected = 0.0
         for num_tokens, (apart, merged) in self._means.items():
-            if apart is not None and merged is not None:
+            if apart is not None and merged is not None and self._favourite is not None:
                 saved += apart - merged
-                expected += self.costs.bypass(favourite, num_tokens)
-        return min(2.0, max(0.0, saved / expected)) if expected else 1.0
-
-
-def _may_gain(adapter: Adapter) -> bool:
-    """Whether all tokens of its requests take its bypass: those before an invocation take none until it is merged."""
-    return not adapter.no_merge and not adapter.invocation_tokens
+                expected += self.costs.bypass(self._favourite, num_tokens)
+        return min(MAX_CORRECTION, max(0.0, saved / expected)) if expected else None

@@ -3,7 +3,7 @@
 import asyncio
 from functools import partial
 
-from server.engine.commands import Merge
+from server.engine.commands import Merge, MergeDone
 from server.engine.core import EngineCore
 from server.engine.engine_thread import EngineThread
 from server.errors import MergeRefused
@@ -28,8 +28,8 @@ class AdapterMerging:
         self._loop = asyncio.get_running_loop()
         core.on_switch(self._tell)
 
-    async def merge(self, name: str) -> tuple[Adapter, float]:
-        """Merges an adapter, in place of one that is; returns it and the seconds it took.
+    async def merge(self, name: str) -> tuple[Adapter, MergeDone]:
+        """Merges an adapter, in place of one that is; returns it and what that took.
 
         Raises:
             ServingError: see `AdapterCache.hold`; MergeRefused, Unavailable.
@@ -39,8 +39,8 @@ class AdapterMerging:
         async with self._adapters.acquire(str(ref)) as adapter:
             return adapter, await self._thread.ask(partial(Merge, adapter))
 
-    async def unmerge(self) -> float:
-        """Takes the merged adapter, if there is one, out of the base's weights; returns the seconds it took.
+    async def unmerge(self) -> MergeDone:
+        """Takes the merged adapter, if there is one, out of the base's weights; returns what that took and gave back.
 
         Raises:
             MergeRefused, Unavailable.
@@ -54,7 +54,7 @@ class AdapterMerging:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the sums of the merged adapter with the base's weights."""
+        """Memory that an adapter takes because it is merged, under no limit."""
         return self._core.merged_bytes
 
     def _tell(self, merged: Adapter | None, before: Adapter | None) -> None:

@@ -2,9 +2,10 @@
 
 import enum
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from server.adapter_metrics import MIXTURE
 from server.engine.block_allocator import IdentityChange
 from server.errors import InvalidRequest
 from server.lora.adapter import Adapter, WeightedAdapter
@@ -125,14 +126,20 @@ class Request:
         self.first_step = 0.0  # when it was first admitted, of `time.monotonic`
         self.num_computed_tokens = 0  # tokens whose K and V are in the cache
         self.block_table: list[int] = []
+        self.shared_as: Hashable = None  # what its full blocks are known under; None: nobody else may have them
         self.adapter_slots: tuple[int, ...] = ()  # one per adapter while it runs
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # of the prompt, taken from the prefix cache
 
     @property
     def adapter_name(self) -> str:
-        """For people and metrics: the names of the adapters, empty for the base model."""
+        """For people: the names of the adapters, empty for the base model."""
         return "+".join(identity.name for identity in self.identities)
+
+    @property
+    def metrics_name(self) -> str:
+        """Under which the request is counted: the adapter's name, one for all mixtures, empty for the base model."""
+        return MIXTURE if len(self.identities) > 1 else self.adapter_name
 
     @property
     def sole_adapter(self) -> Adapter | None:

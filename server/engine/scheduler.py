@@ -63,6 +63,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._token_budget = max_num_batched_tokens
         self._max_model_len = max_model_len
+        self._merged_generation: int | None = None
         self._overtaken: Request | None = None  # the oldest that lacked a slot when a younger one was admitted
         self._num_overtakes = 0  # how often since; a request that comes back from preemption is older
 
@@ -73,6 +74,16 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self._requests[request.request_id] = request
         self.waiting.append(request)
+
+    def compute_with(self, merged: Adapter | None) -> None:
+        """From here on K and V come from the base's weights with this adapter among them; None: from the base's own.
+
+        The sums round, so K and V serve later requests only while the same is merged. Requests that run go on with what
+        they have; from here on theirs come from both and serve nobody else.
+        """
+        self._merged_generation = None if merged is None else merged.generation
+        for request in self.running:
+            request.shared_as = None
 
     def abort(self, request_id: int) -> None:
         """Ends a request and frees all it holds; one that is gone already is no error."""
@@ -117,9 +128,9 @@ class Scheduler:
         block_size = self.allocator.block_size
         filled_a_block = request.num_computed_tokens % block_size + num_tokens >= block_size
         request.num_computed_tokens += num_tokens
-        if filled_a_block:
+        if filled_a_block and request.shared_as is not None:
             self.allocator.publish(
-                request.cache_identity,
+                request.shared_as,
                 request.token_ids,
                 request.block_table,
                 request.num_computed_tokens,
@@ -174,7 +185,8 @@ class Scheduler:
             self._num_overtakes += 1
 
     def _share_prefix(self, request: Request) -> None:
-        request.block_table = self.allocator.share(request.cache_identity, request.token_ids, request.cache_change)
+        request.shared_as = (self._merged_generation, request.cache_identity)
+        request.block_table = self.allocator.share(request.shared_as, request.token_ids, request.cache_change)
         request.num_computed_tokens = len(request.block_table) * self.allocator.block_size
         if not request.num_preemptions:
             request.num_cached_tokens = request.num_computed_tokens

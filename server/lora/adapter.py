@@ -13,9 +13,6 @@ from server.kernels import LayerWeights
 from server.kernels.memory import lazy_zeros
 from server.lora.base_weights import BaseWeights, adapted_norms, check_own
 
-# What a merged adapter makes smaller than this is not exact enough for others when it is made large again.
-MIN_GAIN = 0.01
-
 
 @dataclass(frozen=True, slots=True)
 class CheckedAdapter:
@@ -70,7 +67,6 @@ class Adapter:
     num_bytes: int  # of the weights
     num_bytes_disk: int
     no_mix: str = ""  # why it takes no factor and no other adapter beside it; empty: it does
-    no_merge: str = ""  # why nobody else could be served while it is merged; empty: they can
     unmatched_targets: tuple[str, ...] = ()  # names in its configuration that no layer of the base has
     other_base: str = ""  # that it says it was trained on, and nothing shows that it is ours; empty: there is none
     invocation_tokens: tuple[int, ...] = ()  # aLoRA: it works from their last occurrence in a prompt on
@@ -110,7 +106,6 @@ class Adapter:
             num_bytes=num_bytes,
             num_bytes_disk=files.num_bytes,
             no_mix=_why_no_mix(files, weights),
-            no_merge=_why_no_merge(weights),
             invocation_tokens=files.config.invocation_tokens,
             unmatched_targets=checked.unmatched_targets,
             other_base=other_base,
@@ -237,11 +232,4 @@ def _why_no_mix(files: AdapterFiles, weights: Mapping[str, LayerWeights]) -> str
         return "it rescales outputs (DoRA)"
     if any(layer.bias is not None for layer in weights.values()):
         return "it adds biases"
-    return ""
-
-
-def _why_no_merge(weights: Mapping[str, LayerWeights]) -> str:
-    for module, layer in weights.items():
-        if layer.gain is not None and layer.gain.abs().min() < MIN_GAIN:
-            return f"it all but erases an output of {module}, which other requests need"
     return ""

@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from server.lora.adapter import Adapter
 from server.lora.store import AdapterRef, Fingerprint
 
-# Takes an adapter off the device, to make room in host memory or not; answers with the bytes of the device.
-EvictFromDevice = Callable[[Adapter, bool], Awaitable[int]]
-RevokeFromRequests = Callable[[Adapter], None]
-
 
 class HostCopy:
     """An adapter in memory, the state of the files it came from, and how many requests use it."""
@@ -29,6 +25,11 @@ class FreedBytes:
 
     device: int
     host: int
+
+
+# Takes an adapter off the device, to make room in host memory or not; answers with what it had besides the host's copy.
+EvictFromDevice = Callable[[Adapter, bool], Awaitable[FreedBytes]]
+RevokeFromRequests = Callable[[Adapter], None]
 
 
 class RetiredCopies:
@@ -81,5 +82,7 @@ class RetiredCopies:
 
     async def _free(self, copy: HostCopy, makes_room: bool) -> FreedBytes:
         await copy.unused.wait()
-        on_device = await self._evict_from_device(copy.adapter, makes_room) if self._evict_from_device else 0
-        return FreedBytes(on_device, copy.adapter.num_bytes)
+        freed = FreedBytes(0, 0)
+        if self._evict_from_device is not None:
+            freed = await self._evict_from_device(copy.adapter, makes_room)
+        return FreedBytes(freed.device, freed.host + copy.adapter.num_bytes)

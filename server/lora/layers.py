@@ -14,6 +14,7 @@ from server.errors import MergeRefused
 from server.kernels import FixedSegments, Kernels, LayerWeights, LinearGroup, Pass
 from server.lora.adapter import Adapter
 from server.lora.base_weights import BaseWeights
+from server.lora.merge_guard import MergeGuard
 from server.lora.multi_lora import MultiLoRAEmbedding, MultiLoRALinear, Rows, SharedInput, embed_scale
 
 
@@ -38,7 +39,7 @@ class LoRALayers:
         """
         self.kernels_name = kernels.name
         self.merged: Adapter | None = None
-        self.merged_bytes = 0
+        self.merged_bytes = 0  # that it takes because it is merged: sums, and what the slot beside them holds
         self.merged_slot = num_slots  # beyond the others: holds what tokens of other adapters take away again
         self.no_merge = kernels.no_merge
         self.prepare = kernels.prepare_segments
@@ -49,6 +50,7 @@ class LoRALayers:
         self._tokens, self._logits = Rows(self._no_passes), Rows(self._no_passes)
         self.groups: list[tuple[Sequence[str], LinearGroup]] = []
         self.base_weights = BaseWeights(shapes, kernels.storage or model.dtype)
+        self._guard = MergeGuard(self.base_weights)
         embedding = model.get_input_embeddings()
         embedding_rows: Callable[[int, int], Tensor] = partial(_rows, embedding)
         tied = shapes[head].kind == "tied head"
@@ -93,26 +95,32 @@ class LoRALayers:
         """By module path, on the device."""
         return {name: layer.to(self._device) for name, layer in adapter.weights.items()} if adapter is not None else {}
 
+    def why_no_merge(self, adapter: Adapter) -> str:
+        """The reason why an adapter cannot be merged; empty: it can."""
+        return self.no_merge or self._guard.why_not(adapter)
+
     def merge(self, adapter: Adapter | None) -> None:
         """Adds an adapter to the base's weights, in place of one that is merged; None: the base as it was.
 
         Tokens of everybody else take the bypass of `merged_slot` with a factor of −1.
 
         Raises:
-            MergeRefused: these weights take no sum, or nobody else could be served. After any error nothing is merged.
+            MergeRefused: these weights take no sum, or nobody else could be served; what was merged stays. After any
+                other error nothing is merged.
         """
         if adapter is None:
             self._unmerge()
             return
-        if reason := self.no_merge or adapter.no_merge:
+        if reason := self.why_no_merge(adapter):
             raise MergeRefused(f"adapter {adapter.name!r} cannot be merged: {reason}; it is served as a bypass")
         try:
             weights = self._weights_of(adapter)
             num_bytes = sum(kernel.merge([weights.get(name) for name in names]) for names, kernel in self.groups)
             for name, embedding in self._embeddings.items():
                 embedding.merge(weights.get(name))
-            self._write(self.merged_slot, {name: layer.inverse() for name, layer in weights.items()})
-            self.merged, self.merged_bytes = adapter, num_bytes
+            inverse = {name: layer.inverse() for name, layer in weights.items()}
+            self._write(self.merged_slot, inverse)
+            self.merged, self.merged_bytes = adapter, num_bytes + _bytes_besides(adapter.weights, inverse)
         except BaseException:  # no memory, say: half of the layers must not stay behind
             self._unmerge()
             raise
@@ -159,6 +167,14 @@ class LoRALayers:
 def bytes_on_device(adapter: Adapter, device: torch.device) -> int:
     """What a slot holding the adapter takes of the device's memory, beyond the host's copy."""
     return 0 if device.type == "cpu" else adapter.num_bytes
+
+
+def _bytes_besides(weights: Mapping[str, LayerWeights], others: Mapping[str, LayerWeights]) -> int:
+    """Of the tensors in `others` that are not those of `weights`."""
+    known = {tensor.data_ptr() for layer in weights.values() for tensor in layer.tensors()}
+    return sum(
+        tensor.nbytes for layer in others.values() for tensor in layer.tensors() if tensor.data_ptr() not in known
+    )
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

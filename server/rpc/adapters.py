@@ -91,6 +91,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             bytes_host=memory.num_bytes,
             bytes_host_pinned=memory.num_pinned_bytes,
             bytes_host_limit=memory.max_bytes,
+            bytes_merged=self._engine.merging.num_bytes,
         )
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: object) -> pb.Adapter:
@@ -116,15 +117,14 @@ class AdaptersService(pb_grpc.AdaptersServicer):
 
     async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: object) -> pb.MergeAdapterResponse:
         """Errors: those of LoadAdapter, and FAILED_PRECONDITION where nothing is merged on request."""
-        adapter, seconds = await self._engine.merging.merge(request.name)
+        adapter, done = await self._engine.merging.merge(request.name)
         status = self._adapters.board.status(AdapterRef(adapter.name, adapter.version))
-        return pb.MergeAdapterResponse(
-            seconds=seconds, adapter=self._message(status), bytes_merged=self._engine.merging.num_bytes
-        )
+        return pb.MergeAdapterResponse(seconds=done.seconds, adapter=self._message(status), bytes_merged=done.num_bytes)
 
     async def UnmergeAdapter(self, request: pb.UnmergeAdapterRequest, context: object) -> pb.UnmergeAdapterResponse:
         """Errors: FAILED_PRECONDITION where nothing is merged on request."""
-        return pb.UnmergeAdapterResponse(seconds=await self._engine.merging.unmerge())
+        done = await self._engine.merging.unmerge()
+        return pb.UnmergeAdapterResponse(seconds=done.seconds, freed_bytes=done.num_bytes)
 
     async def WatchAdapters(
         self, request: pb.WatchAdaptersRequest, context: object

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from server.engine.async_engine import AsyncEngine, GenerationOutput
 from server.engine.request import FinishReason, SamplingParams
+from server.engine.shared_hold import SharedHold
 from server.errors import InvalidRequest
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1 import inference_pb2_grpc as pb_grpc
@@ -65,16 +66,15 @@ class InferenceService(pb_grpc.InferenceServicer):
         engine = self._engine
         params = sampling_params(request.sampling, len(prompt), engine.max_model_len, engine.base.vocab_size)
         adapters = self._adapters(request)
-        if request.sampling.n <= 1:
-            streams = [engine.generate(prompt, params, adapters, request.cache_salt, request.request_id)]
-        else:
+        num_answers = max(1, request.sampling.n)
+        with SharedHold(num_answers) as hold:
             streams = [
-                engine.generate(prompt, _nth(params, index), adapters, request.cache_salt, request.request_id)
-                for index in range(request.sampling.n)
+                engine.generate(prompt, _nth(params, index), adapters, request.cache_salt, request.request_id, hold)
+                for index in range(num_answers)
             ]
-        async with aclosing(_merge(streams)) as outputs:
-            async for index, output in outputs:
-                yield _response(engine, index, output, len(prompt))
+            async with aclosing(_merge(streams)) as outputs:
+                async for index, output in outputs:
+                    yield _response(engine, index, output, len(prompt))
 
     def _adapters(self, request: pb.GenerateRequest) -> dict[str, float]:
         """Which adapters the request runs on, each with its weight.

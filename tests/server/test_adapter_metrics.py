@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from server.adapter_metrics import AdapterMetrics
+from server.adapter_metrics import MIXTURE, AdapterMetrics
 
 Series = dict[tuple[str, ...], float]
 
@@ -28,7 +28,7 @@ def adapter(name: str) -> Any:
 
 def ask(metrics: AdapterMetrics, name: str, times: int = 1) -> None:
     for _ in range(times):
-        metrics.request(name, 3, on_device=False)
+        metrics.request(name, 3)
 
 
 def rank(metrics: AdapterMetrics) -> None:
@@ -58,6 +58,17 @@ def test_without_names_all_adapters_are_other() -> None:
     metrics = AdapterMetrics(0)
     ask(metrics, "a")
     assert series(metrics) == {("other",): 1}
+
+
+def test_mixtures_have_one_label_and_take_nobody_elses() -> None:
+    metrics = AdapterMetrics(1)
+    ask(metrics, MIXTURE, 9)
+    ask(metrics, "a")
+    rank(metrics)
+    ask(metrics, "a")
+    metrics.tokens(MIXTURE, 4)
+    assert series(metrics) == {("mixture",): 9, ("a",): 2, ("base",): 1}
+    assert series(metrics, "generation_tokens") == {("mixture",): 4}
 
 
 def test_a_busy_adapter_takes_the_place_of_a_quiet_one() -> None:
@@ -107,7 +118,7 @@ def test_tiers() -> None:
     metrics.loaded("a", "device", 0.125)
     metrics.loaded("b", "device", 0.0625)
     metrics.found("a", "host")
-    metrics.request("a", 1, on_device=True)
+    metrics.found("a", "device")
     metrics.evicted("b", "device")
     assert series(metrics, "adapters_resident") == {("host",): 3, ("device",): 1}
     assert series(metrics, "adapter_resident") == {("a", "host"): 2, ("a", "device"): 1}

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from adapters.format import read_adapter
 from server.config import EngineConfig
 from server.engine.build import build_engine
-from server.engine.commands import Merge, Submit
+from server.engine.commands import Merge, MergeDone, Submit
 from server.engine.core import EngineCore
 from server.engine.forward_batch import ForwardBatch
+from server.engine.merge_policy import MergeCosts, MergePolicy
 from server.engine.request import Request, SamplingParams, TokenOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler
 from server.lora.adapter import Adapter, WeightedAdapter
@@ -66,10 +67,10 @@ class Engine:
             self.core.step()
 
     def merge(self, adapter: Adapter | None) -> float:
-        done: Future[float] = Future()
+        done: Future[MergeDone] = Future()
         self.core.put(Merge(adapter, done))
         self.core.step()
-        return done.result()
+        return done.result().seconds
 
     def tokens(self, request_id: int) -> list[int]:
         return [output.token_id for output in self.outputs[request_id] if output.token_id is not None]
@@ -108,6 +109,13 @@ class Engine:
         files = read_adapter(folder, self.parts.base.linear_layers, max_rank=64)
         base = self.parts.runner.lora.base_weights
         return Adapter.from_files(files, folder.name, "1", self._generation, base, self.parts.lora_dtype)
+
+
+def eager_policy() -> MergePolicy:
+    """Merges whatever runs alone after a step or two: bypasses cost a second, and a merge nothing."""
+    policy = MergePolicy(MergeCosts([(1, 1.0), (64, 2.0)], merge_seconds=1e-9, adapter_bytes=1))
+    policy._worked = 1.0
+    return policy
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ The model knows what each name means, who runs on what, and what is merged. How 
 
 import asyncio
 import shutil
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from tests.conftest import save_adapter, tiny_llama
 NAMES = ("a", "b", "c")
 CONTENTS = {"one": ["q_proj", "v_proj"], "two": ["o_proj", "down_proj"]}  # and what they adapt
 BROKEN = "broken"  # a content that is refused
+NUM_SLOTS = 2
 PROMPT = list(range(40, 60))  # over a block of the prefix cache
 PARAMS = SamplingParams(max_tokens=16, ignore_eos=True)
 
@@ -43,13 +45,13 @@ names = st.sampled_from(NAMES)
 
 
 class Stream:
-    """A request that runs, and the adapter whose tokens it must give to its end."""
+    """A request that runs, and the adapters whose tokens it must give to its end."""
 
-    def __init__(self, name: str, content: str, outputs: AsyncGenerator[GenerationOutput, None]) -> None:
-        self.name = name
-        self.content = content
+    def __init__(self, names: Sequence[str], contents: str, outputs: AsyncGenerator[GenerationOutput, None]) -> None:
+        self.names = names
+        self.contents = contents
         self.outputs = outputs
-        self.generation = 0  # of its adapter; 0: the base model
+        self.generations: list[int] = []  # of its adapters
         self.tokens: list[int] = []
         self.over = False
 
@@ -59,7 +61,7 @@ class Lives(RuleBasedStateMachine):
     # Set by the test: one engine for all lives.
     loop: asyncio.AbstractEventLoop
     engine: AsyncEngine
-    expected: dict[str, list[int]]  # by content; "" is the base model
+    expected: dict[str, list[int]]  # by contents; "" is the base model, "one+two" their sum
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,8 +95,8 @@ class Lives(RuleBasedStateMachine):
 
     @rule(name=names, mode=st.sampled_from(UnloadMode))
     def unload(self, name: str, mode: UnloadMode) -> None:
-        users = [stream for stream in self.running if stream.name == name]
-        on_current = [stream for stream in users if stream.generation == self.generation(name)]
+        users = [stream for stream in self.running if name in stream.names]
+        on_current = [stream for stream in users if self.generation(name) in stream.generations]
         task = self.loop.create_task(self.engine.adapters.unload(name, mode))
         for _ in range(3):
             self.run(asyncio.sleep(0))
@@ -139,17 +141,18 @@ class Lives(RuleBasedStateMachine):
 
     # What requests do.
 
-    @rule(target=streams, name=st.sampled_from(["", *NAMES]))
-    def begin(self, name: str) -> Any:
-        adapters = {name: 1.0} if name else {}
-        stream = Stream(name, self.meaning.get(name, ""), self.engine.generate(PROMPT, PARAMS, adapters))
+    @rule(target=streams, wanted=st.lists(names, unique=True, max_size=NUM_SLOTS))
+    def begin(self, wanted: list[str]) -> Any:
+        """On the base, an adapter, or the sum of several."""
+        contents = "+".join(self.meaning.get(name, "") for name in wanted)
+        stream = Stream(wanted, contents, self.engine.generate(PROMPT, PARAMS, _weights(wanted)))
         try:
             self._read(stream)
         except AdapterNotFound:
-            assert name not in self.meaning
+            assert not self.meaning.keys() >= {*wanted}
             stream.over = True
         else:
-            assert stream.generation == self.generation(name)
+            assert stream.generations == [self.generation(name) for name in wanted]
             self.running.append(stream)
         return stream
 
@@ -181,7 +184,7 @@ class Lives(RuleBasedStateMachine):
             self._finish(stream)
         for task in self.unloading:
             self.run(task)
-        self._finish(Stream("", "", self.engine.generate(PROMPT, PARAMS, {})))
+        self._finish(Stream((), "", self.engine.generate(PROMPT, PARAMS, {})))
         assert self.engine.adapters.num_bytes == sum(adapter.num_bytes for adapter in self.adapters.values())
         for name in self.meaning:
             self.run(self.engine.adapters.unload(name))
@@ -190,12 +193,12 @@ class Lives(RuleBasedStateMachine):
 
     def _read(self, stream: Stream) -> None:
         output = self.run(anext(stream.outputs))
-        stream.generation = output.adapters[0].generation if output.adapters else 0
+        stream.generations = [identity.generation for identity in output.adapters]
         stream.tokens += output.token_ids
-        assert stream.tokens == self.expected[stream.content][: len(stream.tokens)]
+        assert stream.tokens == self.expected[stream.contents][: len(stream.tokens)]
         if output.finish_reason is not None:
             self.run(stream.outputs.aclose())
-            assert stream.tokens == self.expected[stream.content]
+            assert stream.tokens == self.expected[stream.contents]
             self._ended(stream)
 
     def _finish(self, stream: Stream, *, revoked: bool = False) -> None:
@@ -223,7 +226,7 @@ def test_random_lives(model_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "one", tmp_path / BROKEN)
     (tmp_path / BROKEN / "adapter_model.safetensors").write_bytes(b"\0" * 100)
     engine_config = EngineConfig(
-        model=str(model_dir), device="cpu", dtype="float32", adapter_slots=2, merge_policy="manual"
+        model=str(model_dir), device="cpu", dtype="float32", adapter_slots=NUM_SLOTS, merge_policy="manual"
     )
     config = ServerConfig(adapters_dir=tmp_path, adapter_poll_seconds=0)
     parts = build_engine(engine_config)
@@ -232,7 +235,7 @@ def test_random_lives(model_dir: Path, tmp_path: Path) -> None:
         Lives.loop, Lives.engine = runner.get_loop(), runner.run(context.__aenter__())
         try:
             Lives.expected = runner.run(_answers(Lives.engine))
-            assert len({tuple(tokens) for tokens in Lives.expected.values()}) == len(CONTENTS) + 1
+            assert len({tuple(tokens) for tokens in Lives.expected.values()}) == len(Lives.expected)
             run_state_machine_as_test(
                 Lives,
                 settings=settings(
@@ -248,11 +251,19 @@ def test_random_lives(model_dir: Path, tmp_path: Path) -> None:
 
 
 async def _answers(engine: AsyncEngine) -> dict[str, list[int]]:
-    """What the base and each content say to the prompt, each alone."""
+    """What the base, each content and each sum of them say to the prompt, each alone."""
     answers: dict[str, list[int]] = {}
-    for content in ("", *CONTENTS):
-        outputs = engine.generate(PROMPT, PARAMS, {content: 1.0} if content else {})
-        answers[content] = [token async for output in outputs for token in output.token_ids]
-        if content:
-            await engine.adapters.unload(content)
+    for contents in chain.from_iterable(product(CONTENTS, repeat=count) for count in range(NUM_SLOTS + 1)):
+        loaded = NAMES[: len(contents)]
+        for name, content in zip(loaded, contents, strict=True):
+            await engine.adapters.load(name, content)
+        outputs = engine.generate(PROMPT, PARAMS, _weights(loaded))
+        answers["+".join(contents)] = [token async for output in outputs for token in output.token_ids]
+        for name in loaded:
+            await engine.adapters.unload(name)
     return answers
+
+
+def _weights(names: Sequence[str]) -> dict[str, float]:
+    """Several are summed, the first times a half: so they answer like none of them alone."""
+    return {name: 0.5 if index == 0 and len(names) > 1 else 1.0 for index, name in enumerate(names)}

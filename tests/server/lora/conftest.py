@@ -10,6 +10,7 @@ from adapters.tensors import LinearShape
 from server.lora.adapter import Adapter
 from server.lora.base_weights import BaseWeights
 from server.lora.cache import AdapterCache
+from server.lora.host_copy import FreedBytes
 from server.lora.loader import ServedBase
 from server.lora.store import AdapterStore
 from server.metrics import Metrics
@@ -36,9 +37,9 @@ def make_cache(
     )
     evicted: list[Adapter] = []
 
-    async def evict(adapter: Adapter, makes_room: bool) -> int:
+    async def evict(adapter: Adapter, makes_room: bool) -> FreedBytes:
         evicted.append(adapter)
-        return 5
+        return FreedBytes(device=5, host=0)
 
     cache.connect(evict, revoke)
     return cache, evicted

@@ -19,7 +19,7 @@ from server.errors import (
 )
 from server.lora.adapter import Adapter
 from server.lora.cache import UnloadMode
-from server.lora.host_copy import HostCopy
+from server.lora.host_copy import FreedBytes, HostCopy
 from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
 
@@ -283,9 +283,9 @@ async def test_a_copy_that_is_leaving_the_device_is_not_revoked(tmp_path: Path, 
     leave = asyncio.Event()
     revoked: list[Adapter] = []
 
-    async def evict(adapter: Adapter, makes_room: bool) -> int:
+    async def evict(adapter: Adapter, makes_room: bool) -> FreedBytes:
         await leave.wait()
-        return 0
+        return FreedBytes(0, 0)
 
     cache.connect(evict, revoked.append)
     await cache.load("a")

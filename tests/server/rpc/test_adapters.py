@@ -247,6 +247,22 @@ async def test_the_label_of_a_mixture_draws_its_versions(running: Running) -> No
     assert drawn == {"1", "2"}
 
 
+async def test_all_answers_of_a_request_are_of_one_generation(running: Running) -> None:
+    """Without a request_id too, where each request draws its version by chance."""
+    for source in ("plain", "attention"):
+        await _publish(running, "mail", source)
+    await running.adapters.SetTraffic(pb.SetTrafficRequest(name="mail", percent_by_version={"1": 50}))
+    drawn = set()
+    for _ in range(12):
+        answers = await _rest(running.inference.GenerateStream(ask(adapter="mail", n=4, max_tokens=1)))
+        assert {answer.index for answer in answers} == {0, 1, 2, 3}
+        generations = {answer.adapter.generation for answer in answers}
+        assert len(generations) == 1
+        drawn |= generations
+    assert len(drawn) == 2
+    assert {adapter.requests_running for adapter in (await listed(running)).values()} == {0}
+
+
 async def _publish(running: Running, name: str, source: str) -> None:
     folder = running.adapters_dir / name
     version = len(list(folder.glob("*"))) + 1

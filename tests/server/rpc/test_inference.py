@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 from typing import Any
 
 import grpc
@@ -9,6 +10,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from prometheus_client import generate_latest
 
 from server.lora.adapter import Adapter
 from server.pb.loraplex.v1 import inference_pb2 as pb
@@ -185,6 +187,21 @@ async def test_mixtures_and_scales(running: Running) -> None:
     assert [(part.name, part.weight) for part in mixed.mix] == [("plain", 0.5), ("feed-forward", -2)]
     assert not mixed.HasField("adapter")
     assert mixed.token_ids != scaled.token_ids
+
+
+async def test_a_mixture_is_counted_as_one_and_found_by_its_parts(running: Running) -> None:
+    await running.inference.Generate(ask(adapter="plain"))
+    await running.inference.Generate(mix({"plain": 0.5, "attention": -2}))
+    metrics = generate_latest(running.metrics.registry).decode()
+    for line in (
+        'loraplex_adapter_requests_total{adapter="mixture"} 1.0',
+        'loraplex_generation_tokens_total{adapter="mixture"} 10.0',
+        'loraplex_adapter_steps_total{adapter="mixture"} 10.0',
+        'loraplex_adapter_requests_total{adapter="plain"} 1.0',
+        'loraplex_adapter_hits_total{adapter="plain",tier="device"} 1.0',
+    ):
+        assert line in metrics
+    assert "+" not in "".join(re.findall(r'adapter="[^"]*"', metrics))
 
 
 BAD_REQUESTS: list[tuple[pb.GenerateRequest, grpc.StatusCode, str]] = [

@@ -20,7 +20,6 @@ async def test_merge_and_unmerge(running: Running) -> None:
     other = await running.inference.Generate(ask(adapter="attention"))
     merged = await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
     assert merged.seconds > 0
-    assert merged.bytes_merged > 0
     assert merged.adapter.merged
     assert [name for name, adapter in (await listed(running)).items() if adapter.merged] == ["plain"]
     again = await running.inference.Generate(ask(adapter="plain"))
@@ -42,6 +41,30 @@ async def test_a_merged_adapter_is_replaced_and_unloaded(running: Running) -> No
     await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
     assert running.engine.merging.num_bytes == 0
     assert (await running.inference.Generate(ask())).token_ids != expected.token_ids
+
+
+async def test_memory_of_a_merge_is_told_while_it_is_there_and_when_it_goes(running: Running) -> None:
+    """All linear layers but the head, once more."""
+
+    async def told() -> tuple[int, float | None]:
+        answer = await running.adapters.ListAdapters(pb.ListAdaptersRequest())
+        return answer.bytes_merged, running.metrics.registry.get_sample_value("loraplex_adapter_merged_bytes")
+
+    assert await told() == (0, 0)
+    shapes = running.parts.base.linear_layers.values()
+    expected = sum(4 * shape.in_features * shape.out_features for shape in shapes if shape.kind == "linear")
+    for name in ("plain", "plain"):
+        merged = await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name=name))
+        assert merged.bytes_merged == expected > 0
+        assert await told() == (expected, expected)
+    unmerged = await running.adapters.UnmergeAdapter(pb.UnmergeAdapterRequest())
+    assert (unmerged.freed_bytes, await told()) == (expected, (0, 0))
+    assert (await running.adapters.UnmergeAdapter(pb.UnmergeAdapterRequest())).freed_bytes == 0
+
+    merged = await running.adapters.MergeAdapter(pb.MergeAdapterRequest(name="plain"))
+    freed = await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="plain"))
+    assert freed.freed_bytes_host == merged.adapter.bytes_host + expected
+    assert await told() == (0, 0)
 
 
 async def test_a_merge_fails_with_the_engine(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,18 +121,20 @@ class ListAdaptersRequest(_message.Message):
     def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListAdaptersResponse(_message.Message):
-    __slots__ = ("adapters", "next_page_token", "bytes_host", "bytes_host_pinned", "bytes_host_limit")
+    __slots__ = ("adapters", "next_page_token", "bytes_host", "bytes_host_pinned", "bytes_host_limit", "bytes_merged")
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BYTES_HOST_FIELD_NUMBER: _ClassVar[int]
     BYTES_HOST_PINNED_FIELD_NUMBER: _ClassVar[int]
     BYTES_HOST_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_MERGED_FIELD_NUMBER: _ClassVar[int]
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
     next_page_token: str
     bytes_host: int
     bytes_host_pinned: int
     bytes_host_limit: int
-    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., bytes_host: _Optional[int] = ..., bytes_host_pinned: _Optional[int] = ..., bytes_host_limit: _Optional[int] = ...) -> None: ...
+    bytes_merged: int
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., bytes_host: _Optional[int] = ..., bytes_host_pinned: _Optional[int] = ..., bytes_host_limit: _Optional[int] = ..., bytes_merged: _Optional[int] = ...) -> None: ...
 
 class GetAdapterRequest(_message.Message):
     __slots__ = ("name",)
@@ -238,10 +240,12 @@ class UnmergeAdapterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class UnmergeAdapterResponse(_message.Message):
-    __slots__ = ("seconds",)
+    __slots__ = ("seconds", "freed_bytes")
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
     seconds: float
-    def __init__(self, seconds: _Optional[float] = ...) -> None: ...
+    freed_bytes: int
+    def __init__(self, seconds: _Optional[float] = ..., freed_bytes: _Optional[int] = ...) -> None: ...
 
 class Adapter(_message.Message):
     __slots__ = ("name", "version", "generation", "digest", "state", "rank", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "tier", "requests_running", "error", "merged", "pinned", "requests_waiting", "current", "traffic_percent", "num_layers", "unmatched_targets", "other_base")

@@ -151,7 +151,8 @@ class AdaptersServicer:
         all others run on beside them, in the same batch, and take its effect away again. It stays in host memory until it is
         unmerged, replaced or unloaded.
 
-        Errors: NOT_FOUND and those of LoadAdapter; FAILED_PRECONDITION for a quantized base or another --merge-policy.
+        Errors: NOT_FOUND and those of LoadAdapter; FAILED_PRECONDITION for a quantized base, another --merge-policy, or an
+        adapter whose effect could not be taken away again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
