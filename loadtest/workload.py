@@ -68,11 +68,23 @@ class Workload:
             _check(item, getattr(self, item.name))
         if not self.concurrency and not self.rate and not self.trace:
             raise WorkloadError("rate is 0: an open loop without a trace needs a rate (or set concurrency)")
+        if self.concurrency and self.drift_seconds:
+            raise WorkloadError(
+                f"drift_seconds is {self.drift_seconds:g} and concurrency {self.concurrency}: a closed loop has no "
+                "times at which the ranking could move on (set one of them to 0)"
+            )
         if not self.trace and not 1 <= self.total <= MAX_REQUESTS:
             raise WorkloadError(
                 f"rate {self.rate:g} for duration {self.duration:g} is {self.total:,} requests; "
                 f"1 to {MAX_REQUESTS:,} can be sent (or set num_requests)"
             )
+
+    @property
+    def rate_limits(self) -> tuple[float, float]:
+        """An open loop can be sent at rates above the first and up to the second."""
+        if self.num_requests or self.trace:
+            return 0.0, _MAX_RATE
+        return 1 / self.duration, min(_MAX_RATE, MAX_REQUESTS / self.duration)
 
     @property
     def total(self) -> int:

@@ -63,6 +63,7 @@ def test_a_file_starts_from_another_and_flags_go_over_it(write: Any) -> None:
         ("prompt_tokens: [9, 4]", "LOW must be at least 1 and less than HIGH"),
         ("prompt_tokens: 8:30", "it takes two whole numbers"),
         ("prompt_tokens: a:b", "prompt_tokens: invalid literal"),
+        ("drift_seconds: 9\nconcurrency: 4", "drift_seconds is 9 and concurrency 4: a closed loop has no times"),
         ("rate: 1000000\nduration: 1000000", "1 to 10,000,000 can be sent"),
     ],
 )
