@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import grpc
 
 from loadtest.channel import list_adapters
+from server.pb.inference.grpc_service_pb2 import RepositoryIndexRequest
+from server.pb.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from server.pb.loraplex.v1.adapters_pb2 import FAILED, AdapterTier
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2 import GetModelInfoRequest, ModelInfo
@@ -22,8 +24,9 @@ class ServerFacts:
     """Taken once, before the run: asking during it would be load of its own."""
 
     model: ModelInfo
-    tiers: dict[str, str]  # of every NAME and NAME@VERSION that can be served: disk, host or device
+    tiers: dict[str, str]  # of every NAME and NAME@VERSION that can be served: disk, host or device; empty: unknown
     versions: dict[str, str]  # what every NAME means
+    changes_adapters: bool = True  # whether the Adapters service is at this address
 
 
 async def ask_server(channel: grpc.aio.Channel, address: str) -> ServerFacts:
@@ -33,7 +36,12 @@ async def ask_server(channel: grpc.aio.Channel, address: str) -> ServerFacts:
     """
     try:
         model = await InferenceStub(channel).GetModelInfo(GetModelInfoRequest(), timeout=_TIMEOUT)
-        listed = await list_adapters(AdaptersStub(channel), _TIMEOUT)
+        try:
+            listed = await list_adapters(AdaptersStub(channel), _TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            if error.code() != grpc.StatusCode.UNIMPLEMENTED:
+                raise
+            return ServerFacts(model, {}, await _indexed(channel, model.name), changes_adapters=False)
     except grpc.aio.AioRpcError as error:
         raise ServerUnreachable(f"no server at {address}: {error.code().name}: {error.details()}") from error
     tiers, versions = dict[str, str](), dict[str, str]()
@@ -45,3 +53,18 @@ async def ask_server(channel: grpc.aio.Channel, address: str) -> ServerFacts:
         if adapter.current:
             tiers[adapter.name], versions[adapter.name] = tier, adapter.version
     return ServerFacts(model, tiers, versions)
+
+
+async def _indexed(channel: grpc.aio.Channel, base: str) -> dict[str, str]:
+    """Adapters as the Open Inference Protocol lists them, each with the last of its versions.
+
+    It is at the address of clients too, where a server with an address for administration has no Adapters service.
+    """
+    try:
+        request = RepositoryIndexRequest(ready=True)
+        index = await GRPCInferenceServiceStub(channel).RepositoryIndex(request, timeout=_TIMEOUT)
+    except grpc.aio.AioRpcError as error:
+        if error.code() != grpc.StatusCode.UNIMPLEMENTED:
+            raise
+        return {}
+    return {model.name: model.version for model in index.models if model.name != base}

@@ -89,6 +89,11 @@ async def measure(
 def _adapter_names(workload: Workload, target: Target, facts: ServerFacts, churn: Churn | None) -> list[str]:
     names = list(target.adapters or facts.versions)
     if churn:
+        if not facts.changes_adapters:
+            raise WorkloadError(
+                f"no Adapters service at {target.address}, and churn needs it: give the server's --admin-listen "
+                "as --address"
+            )
         if not churn.sources:
             raise WorkloadError("churn needs an adapter on the server to load from")
         if not workload.num_adapters and not target.adapters:
