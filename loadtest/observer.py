@@ -26,6 +26,7 @@ class ServerFacts:
     model: ModelInfo
     tiers: dict[str, str]  # of every NAME and NAME@VERSION that can be served: disk, host or device; empty: unknown
     versions: dict[str, str]  # what every NAME means
+    ranks: dict[str, int]  # of every NAME; 0: it was not loaded yet
     changes_adapters: bool = True  # whether the Adapters service is at this address
 
 
@@ -41,18 +42,18 @@ async def ask_server(channel: grpc.aio.Channel, address: str) -> ServerFacts:
         except grpc.aio.AioRpcError as error:
             if error.code() != grpc.StatusCode.UNIMPLEMENTED:
                 raise
-            return ServerFacts(model, {}, await _indexed(channel, model.name), changes_adapters=False)
+            return ServerFacts(model, {}, await _indexed(channel, model.name), {}, changes_adapters=False)
     except grpc.aio.AioRpcError as error:
         raise ServerUnreachable(f"no server at {address}: {error.code().name}: {error.details()}") from error
-    tiers, versions = dict[str, str](), dict[str, str]()
+    tiers, versions, ranks = dict[str, str](), dict[str, str](), dict[str, int]()
     for adapter in listed:
         if adapter.state == FAILED:
             continue
         tier = AdapterTier.Name(adapter.tier).lower()
         tiers[f"{adapter.name}@{adapter.version}"] = tier
         if adapter.current:
-            tiers[adapter.name], versions[adapter.name] = tier, adapter.version
-    return ServerFacts(model, tiers, versions)
+            tiers[adapter.name], versions[adapter.name], ranks[adapter.name] = tier, adapter.version, adapter.rank
+    return ServerFacts(model, tiers, versions, ranks)
 
 
 async def _indexed(channel: grpc.aio.Channel, base: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from loadtest.measurement import Slo
-from loadtest.workload import Range, Workload
+from loadtest.workload import Numbers, Range, Workload
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -63,4 +63,4 @@ def run_options(command: Command) -> Command:
 
 
 def _type_of(kind: Any, choices: tuple[str, ...]) -> Any:
-    return click.Choice(choices) if choices else {Range: str}.get(kind, kind)
+    return click.Choice(choices) if choices else {Range: str, Numbers: str}.get(kind, kind)

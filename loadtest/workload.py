@@ -4,6 +4,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_type_hints
 
 Range = tuple[int, int]
+Numbers = tuple[int, ...]
 
 MAX_REQUESTS = 10_000_000
 _MAX_TOKENS = 10_000_000
@@ -37,6 +38,9 @@ class Workload:
     )
     num_adapters: int = parameter(
         200, "Adapters that requests name; 0: the base model only; -1: all of the server's.", low=-1, high=1_000_000
+    )
+    ranks: Numbers = parameter(
+        (), "Ranks with commas between: adapters of these are taken, rank after rank; empty: any.", low=1, high=10_000
     )
     popularity: str = parameter(
         "power",
@@ -104,6 +108,13 @@ def _check(item: Field[Any], value: Any) -> None:
         if not low <= value[0] < value[1] <= high:
             raise WorkloadError(
                 f"{name} is {value[0]}:{value[1]}: LOW must be at least {low} and less than HIGH, HIGH at most {high:,}"
+            )
+        return
+    if wanted == Numbers:
+        if not isinstance(value, tuple) or not all(type(part) is int and low <= part <= high for part in value):
+            raise WorkloadError(
+                f"{name} is {value!r}: it takes whole numbers from {low} to {high:,}, [8, 16] in a file and 8,16 as a "
+                "flag"
             )
         return
     numbers = (int, float) if wanted is float else wanted

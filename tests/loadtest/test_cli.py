@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from loadtest.cli import loadtest_command
+from loadtest.named import WORKLOADS
 from server.pb.loraplex.v1.inference_pb2 import GenerateRequest, GenerateResponse
 from tests.loadtest.conftest import ScriptedServer
 
@@ -100,7 +101,7 @@ def test_a_sweep_without_a_rate_to_start_from(loadtest: Callable[..., Result], s
 
 def test_named_workloads_are_listed() -> None:
     listed = CliRunner().invoke(loadtest_command, ["workloads"]).stdout
-    assert all(name in listed for name in ("slora-short", "punica-skewed", "drift", "burst", "churn", "replay"))
+    assert all(name in listed.split() for name in WORKLOADS)
 
 
 def test_no_server(loadtest: Callable[..., Result], tmp_path: Path) -> None:
@@ -217,12 +218,12 @@ def test_nothing_is_left_of_an_earlier_report(loadtest: Callable[..., Result], s
 def test_every_flag_has_an_environment_variable(
     loadtest: Callable[..., Result], scripted: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"NUM_REQUESTS": "7", "RATE": "50", "SLO_FIRST_TOKEN": "3", "WORKLOAD": "burst"}.items():
+    for name, value in {"NUM_REQUESTS": "7", "RATE": "50", "SLO_FIRST_TOKEN": "3", "WORKLOAD": "burst-4"}.items():
         monkeypatch.setenv(f"LORAPLEX_LOADTEST_{name}", value)
     done = loadtest("run", scripted().address, "--rate", "100")
     assert done.exit_code == 0, done.output
     written = document(tmp_path)
-    assert written["name"] == "burst"
+    assert written["name"] == "burst-4"
     assert (written["workload"]["num_requests"], written["workload"]["rate"]) == (7, 100)  # the flag goes over it
     assert written["runs"][0]["slo"]["first_token"] == 3
     for command in ("run", "sweep", "null-server"):
@@ -266,7 +267,7 @@ def test_wrong_settings(loadtest: Callable[..., Result], scripted: Start, argume
         ("rate: [", "workload.yaml is not YAML: "),
         ("- rate", "a workload is a mapping of keys to values"),
         ("speed: 3", "workload.yaml: unknown key 'speed'; keys: like, rate, "),
-        ("like: best", "workload.yaml: like is 'best'; named workloads: slora, "),
+        ("like: best", "workload.yaml: like is 'best', which is no named workload; "),
         ("rate: fast", "workload.yaml: rate is 'fast': it takes a number"),
         ("prompt_tokens: [9, 3]", "workload.yaml: prompt_tokens is 9:3: LOW must be at least 1 and less than HIGH"),
         (None, "cannot read workload "),

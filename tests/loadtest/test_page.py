@@ -50,6 +50,7 @@ def write(folder: Path, *runs: Any, attainment: float | None = None) -> tuple[Ch
     report = Report(folder, "slora-short", Workload(), Target(address="localhost:1"), attainment)
     for run in runs:
         report.add(run)
+    report.write()
     page = report.page.read_text()
     checker = Checker(page)
     assert not checker.references

@@ -89,9 +89,9 @@ async def test_the_address_of_clients_alone(serve: Serve) -> None:
     workload = replace(SHORT, num_requests=24, concurrency=4, num_adapters=len(ADAPTERS), popularity="distinct")
     async with serve(admin_listen="127.0.0.1:0") as server:
         measured = await load(server, workload)
-        with pytest.raises(
-            WorkloadError, match=r"no Adapters service at .*: give the server's --admin-listen as --add"
-        ):
+        with pytest.raises(WorkloadError, match="churn needs the Adapters service: give the server's --admin-listen"):
             await load(server, replace(SHORT, churn_seconds=0.02))
+        with pytest.raises(WorkloadError, match="ranks are told by the Adapters service"):
+            await load(server, replace(SHORT, ranks=(8,)))
     assert {result.adapter for result in measured.results if result.ok} == {*ADAPTERS}
     assert measured.tiers == {}
