@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from loadtest.churn import ChurnReview
+from loadtest.churn_review import ChurnReview
 from loadtest.client import CallResult
 from loadtest.generator import Outcome
 from loadtest.workload import Workload

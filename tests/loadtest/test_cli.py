@@ -49,9 +49,13 @@ def test_a_run(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path)
 
 
 def test_a_sweep_over_given_rates(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path) -> None:
-    done = loadtest("sweep", scripted().address, "--rates", "100,200", "--num-requests", "30")
+    server = scripted()
+    done = loadtest("sweep", server.address, "--rates", "100,200", "--num-requests", "30")
     assert done.exit_code == 0, done.output
     assert [run["label"] for run in document(tmp_path)["runs"]] == ["rate-100", "rate-200"]
+    salts = [request.cache_salt for request in server.requests]
+    assert len(set(salts[:30])) == len(set(salts[30:])) == 1
+    assert salts[0] != salts[30]  # or the second run would find its prompts in the prefix cache
     assert "requests keep every limit until" in done.stdout
 
 

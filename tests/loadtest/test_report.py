@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from loadtest.churn import ChurnReview
+from loadtest.churn_review import ChurnReview
 from loadtest.client import CallResult
 from loadtest.measurement import Slo
 from loadtest.output import table
