@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.churn import ChurnError
+from loadtest.console import fairness_line, table
 from loadtest.measurement import Slo
 from loadtest.named import WORKLOADS, load_workload
 from loadtest.null_server import serve_null
 from loadtest.observer import ServerUnreachable
-from loadtest.output import Report, table
+from loadtest.output import Report
 from loadtest.processes import LoadProcessError
 from loadtest.run import Target, measure
 from loadtest.sweep import RateSearch, passes
@@ -171,7 +172,8 @@ class _Session:
             search.book(passes(summary, self._report.attainment or 0.0))
 
     def conclude(self) -> None:
-        """Prints where the report is; ends with an error if anything was not as it should be."""
+        """Prints what was measured and where the report is; ends with an error if anything was not as it should be."""
+        self._console.print(self._report.server_line(), style="dim", highlight=False)
         if verdict := self._report.verdict_line():
             self._console.print(verdict, highlight=False)
         self._console.print(f"report: {self._report.page}", highlight=False, soft_wrap=True)
@@ -185,6 +187,8 @@ class _Session:
         measured = await measure(self._target, label, workload, self._slo, self._stop, self._console)
         summary = self._report.add(measured)
         self._console.print(table(summary))
+        if fairness := fairness_line(summary):
+            self._console.print(fairness, highlight=False)
         if left_out := summary["left_out"]:
             self._console.print(left_out, style="yellow")
         if warning := summary["client"]["bottleneck"]:
