@@ -9,8 +9,10 @@ from itertools import pairwise
 import grpc
 
 from loadtest.channel import connect
-from server.pb.loraplex.v1.inference_pb2 import GenerateRequest
+from server.pb.loraplex.v1.inference_pb2 import AdapterIdentity, GenerateRequest
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
+
+_TIERS = {AdapterIdentity.DISK: "disk", AdapterIdentity.HOST: "host", AdapterIdentity.DEVICE: "device"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class CallResult:
     generation: int = 0  # of the adapter that answered; 0: none, or the base model
     digest: str = ""
     same_weights: bool = True  # every message named the same generation
+    tier: str = ""  # where the server found the adapter: disk, host or device; empty: it did not say, or there was none
 
     @property
     def ok(self) -> bool:
@@ -57,7 +60,7 @@ async def call(stub: InferenceStub, request: GenerateRequest, due: float, timeou
     arrivals: list[tuple[float, int]] = []  # of messages with tokens: when, and how many
     token_ids: list[int] = []
     generations: list[int] = []
-    digest = ""
+    digest = tier = ""
     code, details = "OK", ""
     sent = time.monotonic()
     try:
@@ -68,6 +71,7 @@ async def call(stub: InferenceStub, request: GenerateRequest, due: float, timeou
             token_ids.extend(message.token_ids)
             generations.append(message.adapter.generation)
             digest = message.adapter.digest
+            tier = tier or _TIERS.get(message.adapter.tier, "")
     except grpc.aio.AioRpcError as error:
         code, details = error.code().name, error.details() or ""
     total = time.monotonic() - due
@@ -86,6 +90,7 @@ async def call(stub: InferenceStub, request: GenerateRequest, due: float, timeou
         generation=generations[0] if generations else 0,
         digest=digest,
         same_weights=len(set(generations)) <= 1,
+        tier=tier,
     )
 
 

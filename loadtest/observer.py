@@ -7,7 +7,7 @@ import grpc
 from loadtest.channel import list_adapters
 from server.pb.inference.grpc_service_pb2 import RepositoryIndexRequest
 from server.pb.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
-from server.pb.loraplex.v1.adapters_pb2 import FAILED, AdapterTier
+from server.pb.loraplex.v1.adapters_pb2 import FAILED
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2 import GetModelInfoRequest, ModelInfo
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
@@ -24,8 +24,7 @@ class ServerFacts:
     """Taken once, before the run: asking during it would be load of its own."""
 
     model: ModelInfo
-    tiers: dict[str, str]  # of every NAME and NAME@VERSION that can be served: disk, host or device; empty: unknown
-    versions: dict[str, str]  # what every NAME means
+    versions: dict[str, str]  # what every NAME that can be served means
     ranks: dict[str, int]  # of every NAME; 0: it was not loaded yet
     changes_adapters: bool = True  # whether the Adapters service is at this address
 
@@ -42,18 +41,12 @@ async def ask_server(channel: grpc.aio.Channel, address: str) -> ServerFacts:
         except grpc.aio.AioRpcError as error:
             if error.code() != grpc.StatusCode.UNIMPLEMENTED:
                 raise
-            return ServerFacts(model, {}, await _indexed(channel, model.name), {}, changes_adapters=False)
+            return ServerFacts(model, await _indexed(channel, model.name), {}, changes_adapters=False)
     except grpc.aio.AioRpcError as error:
         raise ServerUnreachable(f"no server at {address}: {error.code().name}: {error.details()}") from error
-    tiers, versions, ranks = dict[str, str](), dict[str, str](), dict[str, int]()
-    for adapter in listed:
-        if adapter.state == FAILED:
-            continue
-        tier = AdapterTier.Name(adapter.tier).lower()
-        tiers[f"{adapter.name}@{adapter.version}"] = tier
-        if adapter.current:
-            tiers[adapter.name], versions[adapter.name], ranks[adapter.name] = tier, adapter.version, adapter.rank
-    return ServerFacts(model, tiers, versions, ranks)
+    current = [adapter for adapter in listed if adapter.current and adapter.state != FAILED]
+    versions = {adapter.name: adapter.version for adapter in current}
+    return ServerFacts(model, versions, {adapter.name: adapter.rank for adapter in current})
 
 
 async def _indexed(channel: grpc.aio.Channel, base: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a load test leaves: a table on the console; JSON, a page and HDR histograms in a folder."""
+"""What a load test leaves in a folder: JSON, a page and HDR histograms."""
 
 import json
 from dataclasses import asdict
@@ -6,11 +6,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
+from loadtest.console import server_line
 from loadtest.environment import client_environment
-from loadtest.histogram import PERCENTILES, percentile_distribution
+from loadtest.histogram import percentile_distribution
 from loadtest.measurement import Measurement
 from loadtest.page import render
 from loadtest.report import METRICS, histograms, summarize
@@ -51,6 +49,7 @@ class Report:
             "target": asdict(target),
             "client": client_environment(),
             "server": {},
+            "settings": {},
             "runs": [],
             "sweep": None,
         }
@@ -78,7 +77,7 @@ class Report:
         summary = summarize(run)
         kept = histograms(run.results)
         summary["hdr"] = {name: histogram.encode().decode() for name, histogram in kept.items()}
-        self._document["server"] = run.server
+        self._document["server"], self._document["settings"] = run.server, run.settings
         self._document["runs"].append(summary)
         if self.attainment is not None:
             self._rates.append(run.workload.rate)
@@ -104,6 +103,10 @@ class Report:
         (self._folder / "report.json").write_text(json.dumps(self._document, indent=1) + "\n", encoding="utf-8")
         self.page.write_text(render(self._document), encoding="utf-8")
 
+    def server_line(self) -> str:
+        """What was measured."""
+        return server_line(self._document["server"], self._document["settings"])
+
     def verdict_line(self) -> str:
         """What a sweep has found; empty for a single run."""
         found = self._document["sweep"]
@@ -117,33 +120,3 @@ def _until(rate: float | None, highest_rate: float) -> str:
     if rate is None:
         return "below the lowest rate"
     return f"{rate:g} requests/s" + (" or more, the highest rate tried" if rate == highest_rate else "")
-
-
-def table(summary: dict[str, Any]) -> Table:
-    """One run for a terminal."""
-    offered = summary["offered_requests_s"]
-    made = Table(
-        title=f"{summary['label']}: {summary['requests']} requests in {summary['wall_s']:.1f} s"
-        + (f", offered {offered:.2f}/s" if offered else "")
-        + f", completed {summary['requests_s']:.2f}/s, {summary['output_tokens_s']:.1f} tokens/s",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
-    made.add_column("milliseconds", no_wrap=True)
-    for title in ("mean", *(f"p{percent}" for percent in PERCENTILES), "max", "within limit"):
-        made.add_column(title, justify="right", no_wrap=True)
-    for name in METRICS:
-        spread, kept = summary["seconds"][name], summary["attainment"][name]
-        cells = [spread[key] for key in ("mean", *(f"p{percent}" for percent in PERCENTILES), "max")]
-        made.add_row(
-            name.replace("_", " "),
-            *["–" if value is None else _milliseconds(value) for value in cells],
-            "–" if kept is None else f"{kept:.1%} < {summary['slo'][name]:g} s",
-        )
-    codes = ", ".join(f"{code} {count}" for code, count in summary["codes"].items())
-    made.caption = f"status codes: {codes or 'none'}"
-    return made
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:,.0f}" if seconds >= 0.1 else f"{seconds * 1000:.1f}"

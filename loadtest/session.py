@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
+from loadtest.console import fairness_line, table
 from loadtest.measurement import Slo
 from loadtest.named import load_workload
-from loadtest.output import Report, table
+from loadtest.output import Report
 from loadtest.run import Target, measure
 from loadtest.sweep import RateSearch, passes
 from loadtest.workload import Workload, WorkloadError
@@ -83,11 +84,12 @@ class Session:
             search.book(passes(summary, self._attainment))
 
     def conclude(self) -> tuple[int, str]:
-        """Prints where the report is.
+        """Prints what was measured and where the report is.
 
         Returns:
             The exit code, and what was not as it should be.
         """
+        self._console.print(self._report.server_line(), style="dim", highlight=False)
         if verdict := self._report.verdict_line():
             self._console.print(verdict, highlight=False)
         self._console.print(f"report: {self._report.page}", highlight=False, soft_wrap=True)
@@ -100,6 +102,8 @@ class Session:
         measured = await measure(self._target, label, workload, self._slo, self._stop, self._console)
         summary = self._report.add(measured)
         self._console.print(table(summary))
+        if fairness := fairness_line(summary):
+            self._console.print(fairness, highlight=False)
         if left_out := summary["left_out"]:
             self._console.print(left_out, style="yellow")
         for warning in self._warnings(summary):

@@ -21,6 +21,7 @@ from server.engine.request import FinishReason, Request, SamplingParams, TokenLo
 from server.errors import AdapterUnloaded, InvalidRequest
 from server.lora.adapter import Adapter, AdapterIdentity, WeightedAdapter
 from server.lora.cache import AdapterCache
+from server.lora.tier import AdapterTier
 from server.metrics import Metrics, RequestTimer
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class GenerationOutput:
     num_output_tokens: int  # so far
     num_cached_tokens: int  # of the prompt
     adapters: Sequence[AdapterIdentity]  # that answer
+    tiers: Sequence[AdapterTier]  # where each of them was found
 
 
 class _Stream:
@@ -134,8 +136,11 @@ class AsyncEngine:
         if not adapters:
             return []
         with self.metrics.awaiting(adapters):
-            in_memory = await self.adapters.hold(list(adapters), held, label)
-        return [WeightedAdapter(adapter, weight) for adapter, weight in zip(in_memory, adapters.values(), strict=True)]
+            found = await self.adapters.hold(list(adapters), held, label)
+        return [
+            WeightedAdapter(adapter, weight, tier)
+            for (adapter, tier), weight in zip(found, adapters.values(), strict=True)
+        ]
 
     def _new_request(
         self,
@@ -192,6 +197,7 @@ class AsyncEngine:
                     num_output_tokens,
                     outputs[-1].num_cached_tokens,
                     request.identities,
+                    outputs[-1].tiers,
                 )
         finally:
             del self._streams[request.request_id]

@@ -34,8 +34,12 @@ async def test_an_open_loop(running: Running) -> None:
     assert len(wanted) == 30
     assert all(2 <= count < 8 for count in wanted.values())
     assert all(result.generation and result.digest for result in measured.results)
-    assert set(measured.tiers.values()) <= {"disk", "host", "device"}
+    tiers = summary["tiers"]
+    assert tiers["cold"]["count"] >= len({result.adapter for result in measured.results}), "none was in memory before"
+    assert sum(spread["count"] for spread in tiers.values()) == 30
+    assert tiers["hot"]["count"]
     assert "LlamaForCausalLM" in measured.server["model"]
+    assert measured.settings["max-num-seqs"] == "16"
 
 
 async def test_adapters_come_and_go_and_no_request_notices(running: Running) -> None:
@@ -94,4 +98,3 @@ async def test_the_address_of_clients_alone(serve: Serve) -> None:
         with pytest.raises(WorkloadError, match="ranks are told by the Adapters service"):
             await load(server, replace(SHORT, ranks=(8,)))
     assert {result.adapter for result in measured.results if result.ok} == {*ADAPTERS}
-    assert measured.tiers == {}
