@@ -38,9 +38,8 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Sequenc
     parts = [_grid(across, up)]
     for index, one in enumerate(drawn):
         parts.append(_plot(one, across, up, _color(index, len(drawn))))
-    for value, text in marks:
-        if across.low <= value <= across.high:
-            parts.append(_mark(across.place(value), text))
+    shown = sorted((value, text) for value, text in marks if across.low <= value <= across.high)
+    parts += [_mark(across.place(value), text, row) for row, (value, text) in enumerate(shown)]
     legend = "".join(
         f'<li><i style="background:{_color(index, len(drawn))}"></i>{escape(one.name)}</li>'
         for index, one in enumerate(drawn)
@@ -131,11 +130,13 @@ def _grid(across: _Scale, up: _Scale) -> str:
     return "".join(parts)
 
 
-def _mark(place: float, text: str) -> str:
+def _mark(place: float, text: str, row: int) -> str:
+    """A vertical line with its text beside it, each text in a row of its own, so that none covers another."""
     anchor, shift = ("end", -5) if place > WIDTH * 0.7 else ("start", 5)
+    baseline = _TOP + 10 + 16 * row
     return (
         f'<line class="mark" x1="{place}" x2="{place}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
-        f'<text class="mark" x="{place + shift}" y="{_TOP + 10}" text-anchor="{anchor}">{escape(text)}</text>'
+        f'<text class="mark" x="{place + shift}" y="{baseline}" text-anchor="{anchor}">{escape(text)}</text>'
     )
 
 

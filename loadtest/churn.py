@@ -1,29 +1,23 @@
-"""Adapters that are loaded, replaced and unloaded under load, and the check that no request noticed.
-
-Every operation is written down with the time it was asked for and the time it was answered. Afterwards each answer must
-name weights that held the name at some moment between its sending and its first token, name the same weights in every
-message, and hold exactly the tokens that these weights gave when nothing else ran.
-"""
+"""Adapters that are loaded, replaced and unloaded under load, and every operation with its times."""
 
 import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import grpc
 
+from loadtest.churn_review import ChurnReview, Operation, References, review
 from loadtest.client import CallResult, call
-from loadtest.generator import make_request
-from loadtest.histogram import percentile
+from loadtest.generator import Share
 from loadtest.schedule import Arrival
 from server.pb.loraplex.v1.adapters_pb2 import Adapter, LoadAdapterRequest, UnloadAdapterRequest
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 
-_NUM_PROMPTS = 4  # different requests to adapters that come and go: each needs a reference for each source
+_NUM_PROMPTS = 4  # different requests: each needs a reference for each adapter
 _MAX_SOURCES = 4
 _PREFIX = "loadtest-churn-"
 
@@ -32,76 +26,84 @@ class ChurnError(Exception):
     """Answers cannot be checked; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One call to the Adapters service; times by time.monotonic()."""
-
-    kind: str  # load, replace or unload
-    name: str
-    asked: float
-    answered: float
-    generation: int = 0  # now under the name; 0 after an unload
-    digest: str = ""
-    error: str = ""
-
-
 @dataclass(slots=True)
 class Churn:
     """Owns the names that come and go on a server, and what happened to them."""
 
     names: tuple[str, ...]
     sources: tuple[tuple[str, str], ...]  # name and version of the stored adapters that they are loaded from in turn
-    seed: int
+    timeout: float  # seconds, of every call
     operations: list[Operation] = field(default_factory=list)
-    _folders: list[str] = field(default_factory=list)  # of the sources
-    _references: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)  # (digest, prompt) -> tokens
+    _folders: dict[str, str] = field(default_factory=dict)  # of the sources, with their digests
+    _references: References = field(default_factory=dict)
 
     @classmethod
-    def of(cls, count: int, versions: Mapping[str, str], seed: int) -> "Churn":
+    def of(cls, count: int, versions: Mapping[str, str], timeout: float) -> "Churn":
         """Names for `count` adapters on a server that has others, given with their versions."""
         names = tuple(f"{_PREFIX}{index}" for index in range(count))
         sources = [item for item in versions.items() if not item[0].startswith(_PREFIX)]
-        return cls(names, tuple(sources[:_MAX_SOURCES]), seed)
+        return cls(names, tuple(sources[:_MAX_SOURCES]), timeout)
 
     def shape(self, arrivals: Iterable[Arrival]) -> tuple[Arrival, ...]:
-        """The same arrivals, with few different requests to names that come and go, so that each has a reference."""
-        shaped, patterns = [], dict[int, Arrival]()
+        """The same arrivals with few different requests, so that each has a reference."""
+        patterns: dict[int, Arrival] = {}
+        shaped = []
         for arrival in arrivals:
-            if arrival.adapter in self.names:
-                pattern = patterns.setdefault(arrival.prompt % _NUM_PROMPTS, arrival)
-                arrival = replace(
-                    pattern, due=arrival.due, adapter=arrival.adapter, prompt=arrival.prompt % _NUM_PROMPTS
-                )
-            shaped.append(arrival)
+            prompt = arrival.prompt % _NUM_PROMPTS
+            pattern = patterns.setdefault(prompt, arrival)
+            shaped.append(replace(pattern, due=arrival.due, adapter=arrival.adapter, prompt=prompt))
         return tuple(shaped)
 
-    async def prepare(self, channel: grpc.aio.Channel, arrivals: Iterable[Arrival], vocab_size: int) -> None:
-        """Takes the reference of every request on every source, alone, and loads every name.
+    @contextlib.asynccontextmanager
+    async def going_on(self, channel: grpc.aio.Channel, share: Share, period: float) -> AsyncIterator[None]:
+        """Takes a reference of every request, alone; then, while the block runs, does an operation every `period` s.
+
+        In the end, whatever it is, the names are off the server.
 
         Raises:
             grpc.aio.AioRpcError: the server refuses to load.
             ChurnError: a request failed though nothing else ran.
         """
-        adapters, inference = AdaptersStub(channel), InferenceStub(channel)
-        different = {arrival.prompt: arrival for arrival in arrivals if arrival.adapter in self.names}
-        for source in self.sources:
-            loaded = await self._load_source(adapters, *source)
-            for prompt, arrival in different.items():
-                request = make_request(replace(arrival, adapter=self.names[0]), self.seed, vocab_size)
-                result = await call(inference, request, time.monotonic())
-                if not result.ok:
-                    raise ChurnError(
-                        f"request {prompt} to adapter {source[0]!r} failed before the churn began, so nothing can be "
-                        f"checked against it: {result.code}: {result.details}"
-                    )
-                self._references[loaded.digest, prompt] = result.token_ids
-        for name in self.names:
-            await self._do(adapters, "replace", name, self._folders[0])
+        adapters, over = AdaptersStub(channel), asyncio.Event()
+        try:
+            await self._prepare(adapters, InferenceStub(channel), share)
+            operating = asyncio.create_task(self._operate(adapters, period, over))
+            try:
+                yield
+            finally:
+                over.set()
+                await operating
+        finally:
+            for name in self.names:
+                await self._do(adapters, "unload", name, "")
 
-    async def run(self, channel: grpc.aio.Channel, period: float, over: asyncio.Event) -> None:
-        """One operation every `period` seconds until `over`: name after name is replaced twice, unloaded, loaded."""
-        adapters = AdaptersStub(channel)
-        sources = itertools.cycle(self._folders[1:] + self._folders[:1])
+    async def _prepare(self, adapters: AdaptersStub, inference: InferenceStub, share: Share) -> None:
+        """Takes the references, and loads every name."""
+        different = {(arrival.adapter, arrival.prompt): arrival for arrival in share.arrivals}.values()
+        come_and_go = {arrival.prompt: arrival for arrival in different if arrival.adapter in self.names}.values()
+        for source in self.sources:
+            await self._load_source(adapters, *source)
+            for arrival in come_and_go:
+                await self._refer(inference, share, replace(arrival, adapter=self.names[0]), source[0])
+        for name in self.names:
+            await self._do(adapters, "replace", name, next(iter(self._folders)))
+        for arrival in different:
+            if arrival.adapter not in self.names:
+                await self._refer(inference, share, arrival, arrival.adapter)
+
+    async def _refer(self, inference: InferenceStub, share: Share, arrival: Arrival, adapter: str) -> None:
+        result = await call(inference, share.request(arrival), time.monotonic(), self.timeout)
+        if not result.ok:
+            raise ChurnError(
+                f"request {arrival.prompt} to adapter {adapter!r} failed before the churn began, so nothing can be "
+                f"checked against it: {result.code}: {result.details}"
+            )
+        self._references[result.digest, arrival.prompt] = result.token_ids
+
+    async def _operate(self, adapters: AdaptersStub, period: float, over: asyncio.Event) -> None:
+        """Name after name is replaced twice, unloaded, loaded; every time from another source than before."""
+        folders = list(self._folders)
+        sources = {name: itertools.cycle(folders[1:] + folders[:1]) for name in self.names}
         kinds = itertools.cycle(("replace", "replace", "unload", "load"))
         wanted = time.monotonic()
         for kind, name in ((kind, name) for kind in kinds for name in self.names):
@@ -110,34 +112,27 @@ class Churn:
                 await asyncio.wait_for(over.wait(), max(0.0, wanted - time.monotonic()))
             if over.is_set():
                 return
-            await self._do(adapters, kind, name, next(sources))
+            await self._do(adapters, kind, name, "" if kind == "unload" else next(sources[name]))
 
-    async def clear(self, channel: grpc.aio.Channel) -> None:
-        """Takes the names off the server again."""
-        adapters = AdaptersStub(channel)
-        for name in self.names:
-            await self._do(adapters, "unload", name, "")
-
-    async def _load_source(self, stub: AdaptersStub, adapter: str, version: str) -> Adapter:
+    async def _load_source(self, stub: AdaptersStub, adapter: str, version: str) -> None:
         """Loads the first name from another adapter's folder, which is flat or holds versions."""
         request = LoadAdapterRequest(name=self.names[0], source=f"{adapter}/{version}", replace=True)
         try:
-            loaded: Adapter = await stub.LoadAdapter(request)
+            loaded: Adapter = await stub.LoadAdapter(request, timeout=self.timeout)
         except grpc.aio.AioRpcError:
             request.source = adapter
-            loaded = await stub.LoadAdapter(request)
-        self._folders.append(request.source)
-        return loaded
+            loaded = await stub.LoadAdapter(request, timeout=self.timeout)
+        self._folders[request.source] = loaded.digest
 
     async def _do(self, stub: AdaptersStub, kind: str, name: str, source: str) -> None:
         asked = time.monotonic()
         try:
             if kind == "unload":
-                await stub.UnloadAdapter(UnloadAdapterRequest(name=name))
+                await stub.UnloadAdapter(UnloadAdapterRequest(name=name), timeout=self.timeout)
                 done = Operation(kind, name, asked, time.monotonic())
             else:
                 request = LoadAdapterRequest(name=name, source=source, replace=kind == "replace")
-                loaded = await stub.LoadAdapter(request)
+                loaded = await stub.LoadAdapter(request, timeout=self.timeout)
                 done = Operation(kind, name, asked, time.monotonic(), loaded.generation, loaded.digest)
         except grpc.aio.AioRpcError as error:
             gone = kind == "unload" and error.code() == grpc.StatusCode.NOT_FOUND
@@ -145,74 +140,6 @@ class Churn:
             done = Operation(kind, name, asked, time.monotonic(), error=text)
         self.operations.append(done)
 
-    def review(self, results: Sequence[CallResult]) -> "ChurnReview":
-        """Holds every answer of the names that come and go against the operations."""
-        faults = [operation.error for operation in self.operations if operation.error]
-        checked, refused = 0, set()
-        for index, result in enumerate(results):
-            if result.adapter not in self.names:
-                continue
-            checked += 1
-            history = [operation for operation in self.operations if operation.name == result.adapter]
-            if result.code == "NOT_FOUND" and _was_absent(history, result):
-                refused.add(index)
-            elif fault := self._fault(history, result):
-                faults.append(f"{result.adapter}, request {result.request_id}: {fault}")
-        return ChurnReview(checked, frozenset(refused), tuple(faults), tuple(self.operations))
-
-    def _fault(self, history: list[Operation], result: CallResult) -> str:
-        if not result.ok:
-            return f"failed with {result.code}: {result.details}"
-        if not result.same_weights:
-            return "its messages name different generations"
-        written = [index for index, operation in enumerate(history) if operation.generation == result.generation]
-        if not written:
-            return f"generation {result.generation} never had the name"
-        first_token = result.due + (result.first_token or result.total)
-        asked, until = history[written[0]].asked, _answered(history, written[0] + 1)
-        if not (asked <= first_token and until >= result.due + result.lateness):
-            return f"generation {result.generation} did not have the name between the request and its first token"
-        if result.digest != history[written[0]].digest:
-            return f"generation {result.generation} answered with digest {result.digest[:12]}"
-        if result.token_ids != self._references[result.digest, int(result.request_id)]:
-            return f"tokens are not those of generation {result.generation} alone"
-        return ""
-
-
-@dataclass(frozen=True, slots=True)
-class ChurnReview:
-    """What the check found."""
-
-    checked: int
-    refused: frozenset[int]  # indices of results that rightly were NOT_FOUND: the name was away
-    faults: tuple[str, ...]
-    operations: tuple[Operation, ...]
-
-    def summary(self) -> dict[str, Any]:
-        """For the report."""
-        kinds: dict[str, list[float]] = {}
-        for operation in self.operations:
-            kinds.setdefault(operation.kind, []).append(operation.answered - operation.asked)
-        return {
-            "checked": self.checked,
-            "refused_while_unloaded": len(self.refused),
-            "faults": list(self.faults),
-            "operations": {
-                kind: {"count": len(seconds), "p50": percentile(seconds, 50), "max": max(seconds)}
-                for kind, seconds in sorted(kinds.items())
-            },
-        }
-
-
-def _answered(history: list[Operation], index: int) -> float:
-    return history[index].answered if index < len(history) else float("inf")
-
-
-def _was_absent(history: list[Operation], result: CallResult) -> bool:
-    """Whether the name was away at some moment of a request's life."""
-    return any(
-        operation.kind == "unload"
-        and operation.asked <= result.ended
-        and _answered(history, index + 1) >= result.due + result.lateness
-        for index, operation in enumerate(history)
-    )
+    def review(self, results: Sequence[CallResult]) -> ChurnReview:
+        """Holds every answer against what happened."""
+        return review(results, self.names, self.operations, self._references, set(self._folders.values()))

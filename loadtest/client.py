@@ -2,15 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import grpc
 
 from loadtest.channel import connect
-from server.pb.loraplex.v1.inference_pb2 import GenerateRequest
+from server.pb.loraplex.v1.inference_pb2 import AdapterIdentity, GenerateRequest
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
+
+_TIERS = {AdapterIdentity.DISK: "disk", AdapterIdentity.HOST: "host", AdapterIdentity.DEVICE: "device"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class CallResult:
     due: float  # time.monotonic()
     lateness: float  # until it was sent: the client's own fault
     first_token: float | None
-    token_gaps: tuple[float, ...]  # between messages
+    token_gaps: tuple[float, ...]  # see `gaps_between_tokens`
     total: float
     text: str
     token_ids: tuple[int, ...]
@@ -31,6 +33,7 @@ class CallResult:
     generation: int = 0  # of the adapter that answered; 0: none, or the base model
     digest: str = ""
     same_weights: bool = True  # every message named the same generation
+    tier: str = ""  # where the server found the adapter: disk, host or device; empty: it did not say, or there was none
 
     @property
     def ok(self) -> bool:
@@ -54,19 +57,21 @@ async def call(stub: InferenceStub, request: GenerateRequest, due: float, timeou
         timeout: the call's deadline in seconds.
     """
     pieces: list[str] = []
-    times: list[float] = []
+    arrivals: list[tuple[float, int]] = []  # of messages with tokens: when, and how many
     token_ids: list[int] = []
     generations: list[int] = []
-    digest = ""
+    digest = tier = ""
     code, details = "OK", ""
     sent = time.monotonic()
     try:
         async for message in stub.GenerateStream(request, timeout=timeout):
-            times.append(time.monotonic() - due)
+            if message.token_ids:
+                arrivals.append((time.monotonic() - due, len(message.token_ids)))
             pieces.append(message.text)
             token_ids.extend(message.token_ids)
             generations.append(message.adapter.generation)
             digest = message.adapter.digest
+            tier = tier or _TIERS.get(message.adapter.tier, "")
     except grpc.aio.AioRpcError as error:
         code, details = error.code().name, error.details() or ""
     total = time.monotonic() - due
@@ -75,8 +80,8 @@ async def call(stub: InferenceStub, request: GenerateRequest, due: float, timeou
         request_id=request.request_id,
         due=due,
         lateness=sent - due,
-        first_token=times[0] if times else None,
-        token_gaps=tuple(after - before for before, after in pairwise(times)),
+        first_token=arrivals[0][0] if arrivals else None,
+        token_gaps=tuple(gaps_between_tokens(arrivals)),
         total=total,
         text="".join(pieces),
         token_ids=tuple(token_ids),
@@ -85,7 +90,18 @@ async def call(stub: InferenceStub, request: GenerateRequest, due: float, timeou
         generation=generations[0] if generations else 0,
         digest=digest,
         same_weights=len(set(generations)) <= 1,
+        tier=tier,
     )
+
+
+def gaps_between_tokens(arrivals: Sequence[tuple[float, int]]) -> Iterator[float]:
+    """Seconds from token to token after the first message: its tokens share the gap before a message in equal parts.
+
+    Args:
+        arrivals: of messages: when one came, and with how many tokens.
+    """
+    for (before, _), (now, count) in pairwise(arrivals):
+        yield from [(now - before) / count] * count
 
 
 async def volley(address: str, requests: Sequence[GenerateRequest], concurrency: int) -> tuple[list[CallResult], float]:

@@ -23,7 +23,7 @@ def client_environment() -> dict[str, str]:
         "python": platform.python_version(),
         "grpcio": version("grpcio"),
         "loraplex": version("loraplex"),
-        "commit": commit(Path(__file__).parent),
+        "commit": commit(Path(__file__)),
     }
 
 
@@ -47,10 +47,12 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def commit(folder: Path) -> str:
-    """The commit of a source tree, with a + if it has changes; empty outside a git checkout."""
-    git = ["git", "-C", str(folder)]
+def commit(source: Path) -> str:
+    """The commit that a file belongs to, with a + if its checkout has changes; empty: git does not know the file."""
+    git = ["git", "-C", str(source.parent)]
     try:
+        # An installation may lie in a checkout of something else.
+        subprocess.run([*git, "ls-files", "--error-unmatch", source.name], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

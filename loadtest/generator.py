@@ -29,6 +29,19 @@ class Share:
     vocab_size: int
     timeout: float  # seconds, of every call
     ca: str = ""  # see `connect`
+    cache_salt: str = ""  # of the run: its prompts are not in the server's prefix cache yet, whatever ran before
+
+    def request(self, arrival: Arrival) -> GenerateRequest:
+        """A greedy request of exactly the arrival's lengths; the tokens of its prompt are random, always the same."""
+        random = np.random.default_rng((self.seed, arrival.prompt))
+        ids = random.integers(0, self.vocab_size, arrival.prompt_tokens)
+        return GenerateRequest(
+            adapter=arrival.adapter,
+            prompt_token_ids=TokenIds(ids=ids.tolist()),
+            sampling=SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True),
+            request_id=str(arrival.prompt),
+            cache_salt=self.cache_salt,
+        )
 
 
 @dataclass(slots=True)
@@ -55,20 +68,9 @@ class Outcome:
     cpu_share: float  # of one core
     unsent: int  # arrivals that were never sent, because the run ended before
     cut: int  # requests that ran when the run ended before
+    ended: float  # time.monotonic() when nothing ran any more
     server_lost: str = ""  # what the server's end looked like from here; empty: it was there all the time
     process_lost: bool = False  # it ended early; what it measured is among `cut`
-
-
-def make_request(arrival: Arrival, seed: int, vocab_size: int) -> GenerateRequest:
-    """A greedy request of exactly the arrival's lengths; the tokens of its prompt are random, and always the same."""
-    random = np.random.default_rng((seed, arrival.prompt))
-    ids = random.integers(0, vocab_size, arrival.prompt_tokens)
-    return GenerateRequest(
-        adapter=arrival.adapter,
-        prompt_token_ids=TokenIds(ids=ids.tolist()),
-        sampling=SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True),
-        request_id=str(arrival.prompt),
-    )
 
 
 class LoadGenerator:
@@ -76,7 +78,7 @@ class LoadGenerator:
 
     def __init__(self, share: Share, progress: Progress, stop: asyncio.Event) -> None:
         self._share = share
-        self._requests = [make_request(arrival, share.seed, share.vocab_size) for arrival in share.arrivals]
+        self._requests = [share.request(arrival) for arrival in share.arrivals]
         self._start = 0.0
         self._progress = progress
         self._stop = stop
@@ -101,7 +103,8 @@ class LoadGenerator:
             load = asyncio.create_task(self._closed(stub) if self._share.concurrency else self._open(stub))
             stopped = asyncio.create_task(self._stop.wait())
             await asyncio.wait({load, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            cpu_share = (time.process_time() - cpu) / (time.monotonic() - started)
+            ended = time.monotonic()
+            cpu_share = (time.process_time() - cpu) / (ended - started)
             cut = self._progress.sent - self._progress.done
             for task in (watch, load, stopped, *self._calls):
                 task.cancel()
@@ -115,6 +118,7 @@ class LoadGenerator:
             cpu_share=cpu_share,
             unsent=len(self._requests) - self._progress.sent,
             cut=cut,
+            ended=ended,
             server_lost=self._server_lost,
         )
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from loadtest.churn import ChurnReview
+from loadtest.churn_review import ChurnReview
 from loadtest.client import CallResult
 from loadtest.generator import Outcome
 from loadtest.workload import Workload
@@ -15,7 +15,7 @@ class Slo:
     """Limits in seconds that one request must keep to be good."""
 
     first_token: float = 6.0  # S-LoRA's
-    inter_token: float = 1.0  # the request's mean gap between messages
+    inter_token: float = 1.0  # the request's mean gap between tokens
     end_to_end: float = 60.0
 
     def kept(self, result: CallResult) -> dict[str, bool]:
@@ -42,8 +42,9 @@ class Measurement:
     unplayed: int = 0  # items of a trace after `num_requests` or `duration`
     dropped: int = 0  # items of a trace too long for the server
     server: dict[str, str] = field(default_factory=dict)  # what it says of itself
-    tiers: dict[str, str] = field(default_factory=dict)  # of the adapters before the run
+    settings: dict[str, str] = field(default_factory=dict)  # of the server, that shape its speed
     memory: Sequence[tuple[float, float]] = ()  # time.monotonic(), bytes
+    metrics_missed: str = ""  # which samples of the server's metrics there are not, in one line; empty: none missed
     mean_queue_seconds: float | None = None
     churn: ChurnReview | None = None
     interrupted: bool = False

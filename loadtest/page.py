@@ -10,6 +10,7 @@ from loadtest.markup import TITLES, facts, offered, percent, seconds, section, t
 from loadtest.page_plots import (
     MOST_ROWS,
     adapters_section,
+    codes_section,
     distributions_section,
     memory_section,
     sweep_section,
@@ -32,10 +33,10 @@ def render(document: dict[str, Any]) -> str:
         distributions_section(runs),
         section("Percentiles", _percentiles(shown)),
         section("Runs", _runs_table(runs)) if len(runs) > 1 else "",
-        section("Status codes", _codes(runs)),
+        codes_section(runs, sweep, shown),
         adapters_section(shown),
         tiers_section(shown),
-        memory_section(runs),
+        memory_section(runs, document["target"]["metrics_url"]),
         _churn(shown),
         section("The load test's own punctuality", _client(runs)),
         section("Settings", _settings(document)),
@@ -144,11 +145,6 @@ def _runs_table(runs: Sequence[dict[str, Any]]) -> str:
     return table(titles, rows)
 
 
-def _codes(runs: Sequence[dict[str, Any]]) -> str:
-    codes = sorted({code for run in runs for code in run["codes"]}, key=lambda code: (code != "OK", code))
-    return table(["run", *codes], [[run["label"], *[str(run["codes"].get(code, 0)) for code in codes]] for run in runs])
-
-
 def _churn(run: dict[str, Any]) -> str:
     churn = run["churn"]
     if not churn:
@@ -189,10 +185,16 @@ def _settings(document: dict[str, Any]) -> str:
     parts = [
         facts("Load test", document["client"]),
         facts("Server", document["server"]),
+        facts("Server's settings", {name: _grouped(value) for name, value in document["settings"].items()}),
         facts("Workload", document["workload"]),
         facts("Target", document["target"]),
     ]
     return f'<div class="two">{"".join(parts)}</div>'
+
+
+def _grouped(value: str) -> str:
+    """A number with commas, any other text as it is."""
+    return f"{int(value):,}" if value.isdecimal() else value
 
 
 def _balance(run: dict[str, Any]) -> str:

@@ -11,18 +11,16 @@ from loadtest.report import METRICS
 
 MOST_ROWS = 20  # of a list
 _TIERS = {
-    "disk": "adapters on disk (cold)",
-    "host": "adapters in host memory",
-    "device": "adapters on the device (hot)",
-    "later": "their later requests",
+    "cold": "cold: read from disk",
+    "host": "host: in memory, written to a slot",
+    "hot": "hot: in a slot",
 }
 _MOST_LINES = 6  # distributions in one chart
 
 
 def sweep_section(runs: Sequence[dict[str, Any]], sweep: dict[str, Any]) -> str:
     ordered = sorted(zip(sweep["rates"], runs, strict=True), key=lambda pair: pair[0])
-    x = Axis("offered requests per second", "{:g}".format, log=True)
-    marks = [(sweep["goodput"], "goodput")] if sweep["goodput"] else []
+    x, marks = _rate_axis(), _rate_marks(sweep)
     charts = [
         chart(
             f"{TITLES[name]} against offered rate",
@@ -100,6 +98,12 @@ def adapters_section(run: dict[str, Any]) -> str:
         f"{index(fairness['per_output_token'])} of mean times per output token (1: all alike; an "
         "adapter without a success counts as 0)."
     )
+    if worst := fairness["worst"]:
+        text += (
+            f" The worst 99th percentile of first tokens is {seconds(worst['first_token_p99'])}, of {worst['name']}."
+        )
+    if fairness["starved"]:
+        text += f" {fairness['starved']} of them had no success at all."
     return section(
         "Fairness between adapters",
         f'<p>{escape(text)}</p><div class="two"><div>{figure}</div><div>{listed}{more}</div></div>',
@@ -107,30 +111,89 @@ def adapters_section(run: dict[str, Any]) -> str:
 
 
 def tiers_section(run: dict[str, Any]) -> str:
-    if set(run["tiers"]) <= {"later"}:
+    found = {tier: spread for tier, spread in run["tiers"].items() if spread["count"]}
+    if not found:
         return ""
     figure = chart(
-        "Time to first token by tier",
+        "Time to first token by where the adapter was",
         Axis("seconds, logarithmic", format_seconds, log=True),
         Axis("share of all", "{:.0%}".format, from_zero=True),
-        [Series(_TIERS[tier], spread["cumulative"]) for tier, spread in run["tiers"].items()],
+        [Series(_TIERS[tier], spread["cumulative"]) for tier, spread in found.items()],
     )
+    total = sum(spread["count"] for spread in found.values())
     rows = [
-        [_TIERS[tier], str(spread["count"]), *[seconds(spread[key]) for key in ("p50", "p99", "max")]]
-        for tier, spread in run["tiers"].items()
+        [
+            _TIERS[tier],
+            f"{spread['count']:,}",
+            f"{spread['count'] / total:.1%}",
+            *[seconds(spread[key]) for key in ("p50", "p99", "max")],
+        ]
+        for tier, spread in found.items()
     ]
-    listed = table(["first token of", "requests", "p50", "p99", "max"], rows)
-    text = "The first request of every adapter is counted where its weights were before the run, all others as later."
+    listed = table(["the adapter was", "requests", "share", "first token p50", "p99", "max"], rows)
+    none = ", ".join(tier for tier in run["tiers"] if tier not in found)
+    text = "The server says of every request where it found the adapter." + (f" No request was {none}." if none else "")
     return section(
-        "First token by where the adapter was", f'<p>{text}</p><div class="two"><div>{figure}</div>{listed}</div>'
+        "First token by where the adapter was",
+        f'<p>{escape(text)}</p><div class="two"><div>{figure}</div><div>{listed}</div></div>',
     )
 
 
-def memory_section(runs: Sequence[dict[str, Any]]) -> str:
+def codes_section(runs: Sequence[dict[str, Any]], sweep: dict[str, Any] | None, shown: dict[str, Any]) -> str:
+    """Status codes as a table; where requests failed, when they did, and at which rates."""
+    codes = sorted({code for run in runs for code in run["codes"]}, key=lambda code: (code != "OK", code))
+    rows = [[run["label"], *[f"{run['codes'].get(code, 0):,}" for code in codes]] for run in runs]
+    figures = [
+        chart(
+            "Failed requests so far, by status code",
+            Axis("seconds into the run", "{:g}".format),
+            Axis("requests", "{:,g}".format, from_zero=True),
+            [Series(code, points) for code, points in shown["failures"].items()],
+        )
+    ]
+    if sweep:
+        ordered = sorted(zip(sweep["rates"], runs, strict=True), key=lambda pair: pair[0])
+        figures.append(
+            chart(
+                "Failed requests by status code, against offered rate",
+                _rate_axis(),
+                Axis("share of all requests", "{:.0%}".format, from_zero=True),
+                [
+                    Series(code, [(rate, run["codes"].get(code, 0) / max(1, run["requests"])) for rate, run in ordered])
+                    for code in codes
+                    if code != "OK"
+                ],
+                _rate_marks(sweep),
+            )
+        )
+    plots = f'<div class="charts">{"".join(figures)}</div>' if any(figures) else ""
+    return section("Status codes", table(["run", *codes], rows) + plots)
+
+
+def memory_section(runs: Sequence[dict[str, Any]], metrics_url: str) -> str:
     figure = chart(
         "Resident memory of the server",
         Axis("seconds into the run", "{:g}".format),
         Axis("MiB", "{:,.0f}".format),
         [Series(run["label"], [(at, size / 2**20) for at, size in run["memory"]]) for run in runs[-_MOST_LINES:]],
     )
-    return section("Memory", f'<div class="two">{figure}</div>') if figure else ""
+    notes = [run["metrics_missed"] for run in runs if run["metrics_missed"]]
+    if not metrics_url:
+        notes.append("The server's memory and queue were not watched: give its Prometheus endpoint with --metrics-url.")
+    elif not figure:
+        notes.append(f"{metrics_url} does not tell the memory of its process.")
+    told = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    return section("Memory", told + (f'<div class="two">{figure}</div>' if figure else ""))
+
+
+def _rate_axis() -> Axis:
+    return Axis("offered requests per second", "{:g}".format, log=True)
+
+
+def _rate_marks(sweep: dict[str, Any]) -> list[tuple[float, str]]:
+    """What a sweep has found, where it has."""
+    marks: dict[float, list[str]] = {}
+    for name in ("knee", "goodput"):
+        if sweep[name] is not None:
+            marks.setdefault(sweep[name], []).append(name)
+    return [(rate, " and ".join(names)) for rate, names in sorted(marks.items())]

@@ -79,7 +79,8 @@ class Load:
             except LoadProcessError:
                 sent = self._progresses[index].sent
                 unsent = len(self._shares[index].arrivals) - sent
-                return Outcome((), (), cpu_share=0.0, unsent=unsent, cut=sent, process_lost=True)
+                ended = time.monotonic()
+                return Outcome((), (), cpu_share=0.0, unsent=unsent, cut=sent, ended=ended, process_lost=True)
             if isinstance(received, Outcome):
                 if received.server_lost:
                     self._stop.set()
@@ -114,8 +115,9 @@ def _receive(connection: "Connection[Any, Any]") -> Any:
 
 
 def _child(share: Share, connection: "Connection[Any, Any]") -> None:
-    """A child process. Ctrl-C reaches it too, but only the parent says when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A child process. Signals to the whole group reach it too, but only the parent says when to stop."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
     asyncio.run(_generate(share, connection))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from hdrh.histogram import HdrHistogram
 
 from loadtest.client import CallResult
+from loadtest.fairness import fairness, per_adapter
 from loadtest.generator import Outcome
 from loadtest.histogram import cumulative, hdr_histogram, percentile, spread
 from loadtest.measurement import Measurement
@@ -15,6 +16,7 @@ from loadtest.measurement import Measurement
 LATE = 0.010  # seconds: beyond this at the 99th percentile the client, not the server, makes the latencies
 BUSY = 0.9  # of one core
 METRICS = ("first_token", "inter_token", "end_to_end")
+TIERS = {"cold": "disk", "host": "host", "hot": "device"}  # series of first-token times, by where the adapter was
 _BEHIND = 0.1  # of the arrivals, not completed in time: a server that falls behind
 _LEAD_IN = 0.25  # of the arrivals, not counted when completions are held against arrivals
 
@@ -43,11 +45,12 @@ def summarize(run: Measurement) -> dict[str, Any]:
         "server_lost": next((outcome.server_lost for outcome in run.outcomes if outcome.server_lost), ""),
         "processes_lost": _processes_lost(run.outcomes),
         "codes": dict(Counter(result.code for result in counted)),
+        "failures": _failures(counted, run.start),
         "first_error": next((f"{result.code}: {result.details}" for result in counted if not result.ok), ""),
         "wall_s": run.wall,
         "requests_s": len(good) / run.wall,
         "output_tokens_s": sum(result.num_tokens for result in good) / run.wall,
-        "balance": None if run.workload.concurrency else balance(results, run.start),
+        "balance": None if run.workload.concurrency else balance(counted, run.start),
         "seconds": {name: spread(values[name]) for name in METRICS},
         "seconds_per_output_token": spread(result.total / result.num_tokens for result in good if result.num_tokens),
         "mean_queue_s": run.mean_queue_seconds,
@@ -59,10 +62,11 @@ def summarize(run: Measurement) -> dict[str, Any]:
         },
         "satisfaction": satisfaction(counted, run.slo.first_token),
         "goodput_requests_s": all_kept / run.wall,
-        "adapters": _per_adapter(counted),
-        "fairness": _fairness(counted),
-        "tiers": _by_tier(counted, run.tiers),
+        "adapters": per_adapter(counted),
+        "fairness": fairness(counted),
+        "tiers": _by_tier(counted),
         "memory": [(at - run.start, size) for at, size in run.memory],
+        "metrics_missed": run.metrics_missed,
         "churn": run.churn.summary() if run.churn else None,
         "client": _client(results, run.outcomes),
     }
@@ -80,12 +84,6 @@ def latencies(results: Iterable[CallResult]) -> dict[str, list[float]]:
 
 def histograms(results: Iterable[CallResult]) -> dict[str, HdrHistogram]:
     return {name: hdr_histogram(seconds) for name, seconds in latencies(results).items()}
-
-
-def jain(values: Sequence[float]) -> float | None:
-    """Jain's index (Σx)² / (n Σx²): 1 when all are equal, 1/n when one has everything; None of nothing."""
-    squares = math.fsum(value * value for value in values)
-    return math.fsum(values) ** 2 / (len(values) * squares) if squares else None
 
 
 def satisfaction(results: Sequence[CallResult], limit: float) -> float | None:
@@ -144,54 +142,24 @@ def _offered(results: Sequence[CallResult], start: float) -> float | None:
     return _share(len(results), span)
 
 
-def _per_adapter(results: Sequence[CallResult]) -> list[dict[str, Any]]:
-    """The most requested first."""
-    grouped: dict[str, list[CallResult]] = defaultdict(list)
+def _by_tier(results: Sequence[CallResult]) -> dict[str, dict[str, Any]]:
+    """First-token times by where the server found each request's adapter, of all requests that had one."""
+    made = {}
+    for name, tier in TIERS.items():
+        seconds = latencies(result for result in results if result.tier == tier)["first_token"]
+        made[name] = {**spread(seconds), "cumulative": cumulative(seconds)}
+    return made
+
+
+def _failures(results: Sequence[CallResult], start: float) -> dict[str, list[tuple[float, int]]]:
+    """Of every status code but OK, how many requests had ended with it by which second of the run."""
+    ends: dict[str, list[float]] = defaultdict(list)
     for result in results:
-        grouped[result.adapter].append(result)
-    rows = []
-    for name, of_adapter in sorted(grouped.items(), key=lambda item: (-len(item[1]), item[0])):
-        first_tokens = latencies(of_adapter)["first_token"]
-        rows.append(
-            {
-                "name": name or "(base)",
-                "requests": len(of_adapter),
-                "failed": sum(not result.ok for result in of_adapter),
-                "tokens": sum(result.num_tokens for result in of_adapter),
-                "first_token": {key: spread(first_tokens)[key] for key in ("mean", "p50", "p99")},
-            }
-        )
-    return rows
-
-
-def _fairness(results: Sequence[CallResult]) -> dict[str, float | None]:
-    """Jain's index over adapters: of their mean first-token time, and of their mean time per output token.
-
-    An adapter without a success counts as 0, so that starving it makes the index fall.
-    """
-    first: dict[str, list[float]] = {result.adapter: [] for result in results}
-    per_token: dict[str, list[float]] = {result.adapter: [] for result in results}
-    for result in results:
-        if result.ok and result.first_token is not None:
-            first[result.adapter].append(result.first_token)
-            per_token[result.adapter].append(result.total / max(1, result.num_tokens))
+        if not result.ok:
+            ends[result.code].append(result.ended - start)
     return {
-        "first_token": jain([math.fsum(values) / max(1, len(values)) for values in first.values()]),
-        "per_output_token": jain([math.fsum(values) / max(1, len(values)) for values in per_token.values()]),
-    }
-
-
-def _by_tier(results: Sequence[CallResult], tiers: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """First-token times of the first request of every adapter, by where its weights were before, and of all later."""
-    grouped: dict[str, list[float]] = {"disk": [], "host": [], "device": [], "later": []}
-    seen = set()
-    for result in results:
-        tier = "later" if result.adapter in seen else tiers.get(result.adapter, "")
-        seen.add(result.adapter)
-        if result.ok and result.first_token is not None and tier in grouped:
-            grouped[tier].append(result.first_token)
-    return {
-        tier: {**spread(seconds), "cumulative": cumulative(seconds)} for tier, seconds in grouped.items() if seconds
+        code: [(second, round(share * len(seconds))) for second, share in cumulative(seconds)]
+        for code, seconds in sorted(ends.items())
     }
 
 

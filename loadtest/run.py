@@ -2,26 +2,27 @@
 
 import asyncio
 import contextlib
-import time
-from collections.abc import Iterator
+import itertools
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from loadtest.channel import connect
 from loadtest.churn import Churn
 from loadtest.environment import server_environment
-from loadtest.generator import Progress, Share
+from loadtest.generator import Share
+from loadtest.live import live
 from loadtest.measurement import Measurement, Slo
-from loadtest.observer import MetricsWatch, ServerFacts, ServerUnreachable, ask_server
+from loadtest.metrics_watch import MetricsWatch
+from loadtest.observer import ServerFacts, ask_server
 from loadtest.processes import Load
+from loadtest.ranks import choose_by_rank, describe
 from loadtest.schedule import make_schedule
 from loadtest.workload import Workload, WorkloadError
-
-_LIVE_PERIOD = 0.25  # seconds between two live lines
+from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,39 +48,29 @@ async def measure(
     """
     async with connect(target.address, Path(target.ca) if target.ca else None) as channel:
         facts = await ask_server(channel, target.address)
-        churn = Churn.of(workload.churn_adapters, facts.versions, workload.seed) if workload.churn_seconds else None
-        schedule = make_schedule(workload, _adapter_names(workload, target, facts, churn), facts.model.max_model_len)
-        arrivals = schedule.arrivals
-        if churn:
-            arrivals = churn.shape(arrivals)
-            await churn.prepare(channel, arrivals, facts.model.vocab_size)
+        churn = Churn.of(workload.churn_adapters, facts.versions, target.timeout) if workload.churn_seconds else None
+        adapters = await _adapters(channel, workload, target, facts, churn)
+        schedule = make_schedule(workload, list(adapters), facts.model.max_model_len)
         share = Share(
             target.address,
-            arrivals,
+            churn.shape(schedule.arrivals) if churn else schedule.arrivals,
             workload.concurrency,
             workload.seed,
             facts.model.vocab_size,
             target.timeout,
             target.ca,
+            cache_salt=uuid.uuid4().hex,
         )
         load = Load(share, target.processes, stop)
         watch = MetricsWatch(target.metrics_url)
-        if target.metrics_url:
-            await watch.sample()
-        over = asyncio.Event()
-        churning = asyncio.create_task(churn.run(channel, workload.churn_seconds, over)) if churn else None
-        watching = asyncio.create_task(watch.run()) if target.metrics_url else None
-        with _live(console, load, len(arrivals)):
-            outcomes = await load.run()
-        wall = time.monotonic() - load.start
-        over.set()
-        if churn and churning:
-            await churning
-            await churn.clear(channel)
-        if watching:
-            watching.cancel()
-            with contextlib.suppress(ServerUnreachable):
-                await watch.sample()
+        async with (
+            churn.going_on(channel, share, workload.churn_seconds) if churn else contextlib.nullcontext(),
+            watch.going_on(),
+        ):
+            with live(console, load, len(share.arrivals)):
+                outcomes = await load.run()
+    if watch.missed:
+        console.print(f"warning: {watch.missed}", style="yellow")
     results = sorted((result for outcome in outcomes for result in outcome.results), key=lambda result: result.due)
     return Measurement(
         label=label,
@@ -88,65 +79,45 @@ async def measure(
         outcomes=outcomes,
         results=results,
         start=load.start,
-        wall=wall,
+        wall=max(outcome.ended for outcome in outcomes) - load.start,
         unplayed=schedule.unplayed,
         dropped=schedule.dropped,
-        server=server_environment(facts.model),
-        tiers=facts.tiers,
+        server={**server_environment(facts.model), "adapters_in_use": describe(adapters.values())},
+        settings=dict(sorted(facts.model.settings.items())),
         memory=watch.memory,
+        metrics_missed=watch.missed,
         mean_queue_seconds=watch.mean_queue_seconds,
         churn=churn.review(results) if churn else None,
         interrupted=stop.is_set() and not any(outcome.server_lost for outcome in outcomes),
     )
 
 
-def _adapter_names(workload: Workload, target: Target, facts: ServerFacts, churn: Churn | None) -> list[str]:
-    if target.adapters:
-        return list(target.adapters)
-    come_and_go = list(churn.names) if churn else []
+async def _adapters(
+    channel: grpc.aio.Channel, workload: Workload, target: Target, facts: ServerFacts, churn: Churn | None
+) -> dict[str, int]:
+    """The adapters that requests may name, the most popular first, with their ranks; 0: unknown."""
+    admin = f"--admin-listen as --address: there is no Adapters service at {target.address}"
+    if workload.ranks and target.adapters:
+        raise WorkloadError("ranks choose among the server's adapters, and --adapters names them: leave one out")
+    if workload.ranks and not facts.changes_adapters:
+        raise WorkloadError(f"ranks are told by the Adapters service: give the server's {admin}")
+    if churn and not facts.changes_adapters:
+        raise WorkloadError(f"churn needs the Adapters service: give the server's {admin}")
     if churn and not churn.sources:
         raise WorkloadError("churn needs an adapter on the server to load from")
-    names = come_and_go + [name for name in facts.versions if name not in come_and_go]
-    wanted = workload.num_adapters if workload.num_adapters >= 0 else max(1, len(names))
-    if len(names) < wanted:
+    if churn and not workload.num_adapters and not target.adapters:
+        raise WorkloadError("num_adapters is 0: a churn needs requests to the adapters that come and go")
+    come_and_go = dict.fromkeys(churn.names, 0) if churn else {}
+    if target.adapters:
+        return come_and_go | {name: facts.ranks.get(name, 0) for name in target.adapters}
+    if workload.ranks:
+        chosen = await choose_by_rank(AdaptersStub(channel), facts.ranks, workload.ranks, workload.num_adapters)
+        return come_and_go | chosen
+    listed = come_and_go | {name: facts.ranks.get(name, 0) for name in facts.versions}
+    wanted = workload.num_adapters if workload.num_adapters >= 0 else max(1, len(listed))
+    if len(listed) < wanted:
         raise WorkloadError(
-            f"num_adapters is {workload.num_adapters}, and the server has {len(names)}: "
+            f"num_adapters is {workload.num_adapters}, and the server has {len(listed)}: "
             "lower --num-adapters (0: the base model), or name them with --adapters"
         )
-    return names[:wanted]
-
-
-def live_line(elapsed: float | None, count: Progress, total: int, tokens_per_second: float) -> str:
-    """How it goes, `elapsed` seconds from second 0; None: the load processes are not ready."""
-    if elapsed is None:
-        return "starting"
-    return (
-        f"{max(0.0, elapsed):6.1f} s   sent {count.sent:,} of {total:,}   running {count.sent - count.done:,}   "
-        f"done {count.done:,}   failed {count.failed:,}   {tokens_per_second:,.0f} tokens/s"
-    )
-
-
-@contextlib.contextmanager
-def _live(console: Console, load: Load, total: int) -> Iterator[None]:
-    """A line that says how it goes, on a terminal, while the block runs."""
-    if not console.is_terminal:
-        yield
-        return
-    with Live(console=console, transient=True, auto_refresh=False) as live:
-
-        async def show() -> None:
-            before, tokens = time.monotonic(), 0
-            while True:
-                await asyncio.sleep(_LIVE_PERIOD)
-                now, count = time.monotonic(), load.progress
-                elapsed = now - load.start if load.start else None
-                live.update(
-                    Text(live_line(elapsed, count, total, (count.tokens - tokens) / (now - before))), refresh=True
-                )
-                before, tokens = now, count.tokens
-
-        task = asyncio.get_running_loop().create_task(show())
-        try:
-            yield
-        finally:
-            task.cancel()
+    return dict(itertools.islice(listed.items(), wanted))

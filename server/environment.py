@@ -5,10 +5,11 @@ import platform
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
-from loadtest.environment import processor
+from loadtest.environment import commit, processor
 from server.kernels import native
 
 _PACKAGES = (
@@ -42,6 +43,8 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     for package in _PACKAGES:
         yield package, _version(package)
+    if built_from := commit(Path(__file__)):
+        yield "commit", built_from
     yield "native kernels", f"built, using {native.isa()}" if native.available() else "missing: torch does their work"
     yield "threads", str(torch.get_num_threads())
     yield "cuda", f"{torch.version.cuda or 'torch is built without it'}"

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,6 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.build import EngineParts, build_engine
 from server.engine.core import EngineCore
 from server.engine.model import load_tokenizer
-from server.environment import machine
 from server.errors import ConfigError, Overloaded
 from server.lora.cache import AdapterCache
 from server.lora.loader import ServedBase
@@ -29,6 +27,7 @@ from server.lora.publish import remove_leftovers
 from server.lora.store import AdapterStore
 from server.lora.watcher import StoreWatcher
 from server.metrics import Metrics
+from server.model_info import model_info
 from server.openmp import release_team
 from server.pb.loraplex.v1.inference_pb2 import ModelInfo
 from server.rpc.listener import check_address
@@ -64,7 +63,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     with _metrics_endpoint(config.metrics_listen, metrics):
         parts = await asyncio.to_thread(_build, engine_config)
         async with running_engine(engine_config, config, parts, metrics, tracer) as engine:
-            info = model_info(engine_config, parts)
+            info = model_info(engine_config, config, parts)
             _publish_build(metrics, info)
             server = RpcServer(config, engine, info)
             await server.start()
@@ -162,23 +161,6 @@ def _open_store(folder: Path, base_model: str) -> AdapterStore:
     except (OSError, Overloaded) as error:
         log.warning("what interrupted uploads left in %s stays there: %s", folder, error)
     return store
-
-
-def model_info(config: EngineConfig, parts: EngineParts) -> ModelInfo:
-    base = parts.base
-    return ModelInfo(
-        name=base.name,
-        architecture=base.architecture,
-        dtype=parts.storage,
-        device=str(base.device),
-        max_model_len=parts.max_model_len,
-        vocab_size=base.vocab_size,
-        base_digest=base.digest,
-        max_lora_rank=config.max_lora_rank,
-        num_adapter_slots=config.adapter_slots,
-        version=version("loraplex"),
-        machine=dict(machine()),
-    )
 
 
 def _publish_build(metrics: Metrics, info: ModelInfo) -> None:

@@ -23,6 +23,7 @@ from server.errors import AdapterUnloaded, InvalidRequest
 from server.lora.adapter import Adapter, AdapterIdentity, WeightedAdapter
 from server.lora.cache import AdapterCache
 from server.lora.host_copy import FreedBytes
+from server.lora.tier import AdapterTier
 from server.metrics import Metrics, RequestTimer
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class GenerationOutput:
     num_output_tokens: int  # so far
     num_cached_tokens: int  # of the prompt
     adapters: Sequence[AdapterIdentity]  # that answer
+    tiers: Sequence[AdapterTier]  # where each of them was found
 
 
 class _Stream:
@@ -141,18 +143,21 @@ class AsyncEngine:
         if not adapters:
             return []
 
-        async def hold(held: ExitStack) -> Sequence[Adapter]:
+        async def hold(held: ExitStack) -> Sequence[tuple[Adapter, AdapterTier]]:
             return await self.adapters.hold(list(adapters), held, label)
 
         with self.metrics.awaiting(adapters):
-            in_memory = await (hold(held) if shared is None else shared.adapters(held, hold))
-        return [WeightedAdapter(adapter, weight) for adapter, weight in zip(in_memory, adapters.values(), strict=True)]
+            found = await (hold(held) if shared is None else shared.adapters(held, hold))
+        return [
+            WeightedAdapter(adapter, weight, tier)
+            for (adapter, tier), weight in zip(found, adapters.values(), strict=True)
+        ]
 
     def _book(self, request: Request) -> None:
         self.metrics.adapters.request(request.metrics_name, request.num_prompt_tokens)
-        for adapter, _ in request.adapters:
-            if self.is_on_device(adapter):
-                self.metrics.adapters.found(adapter.name, "device")
+        for part in request.adapters:
+            if self.is_on_device(part.adapter):
+                self.metrics.adapters.found(part.adapter.name, "device")
 
     def _new_request(
         self,
@@ -209,6 +214,7 @@ class AsyncEngine:
                     num_output_tokens,
                     outputs[-1].num_cached_tokens,
                     request.identities,
+                    outputs[-1].tiers,
                 )
         finally:
             del self._streams[request.request_id]

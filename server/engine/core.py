@@ -121,6 +121,7 @@ class EngineCore:
                 request.num_cached_tokens,
                 time=now,
                 first_step=request.first_step,
+                tiers=request.tiers,
             )
             for request_id, (request, result) in produced.items()
         ]

@@ -9,6 +9,7 @@ from server.adapter_metrics import MIXTURE
 from server.engine.block_allocator import IdentityChange
 from server.errors import InvalidRequest
 from server.lora.adapter import Adapter, WeightedAdapter
+from server.lora.tier import AdapterTier
 
 GREEDY_BELOW = 1e-5
 
@@ -84,6 +85,7 @@ class TokenOutput:
     error: Exception | None = None
     time: float = 0.0  # when the step ended, of `time.monotonic`
     first_step: float = 0.0  # when the request's first step was scheduled
+    tiers: tuple[AdapterTier, ...] = ()  # where each adapter of the request was found
 
 
 class Request:
@@ -114,7 +116,7 @@ class Request:
         # would be kept alive by the blocks that remember it. Tokens before the adapters work are the base's.
         self.cache_identity: tuple[object, ...] = (cache_salt,)
         self.cache_change: IdentityChange | None = None
-        adapted = (*((adapter.generation, weight) for adapter, weight in self.adapters), cache_salt)
+        adapted = (*((part.adapter.generation, part.weight) for part in self.adapters), cache_salt)
         if self.adapted_from:
             self.cache_change = IdentityChange(self.adapted_from, adapted)
         else:
@@ -128,6 +130,7 @@ class Request:
         self.block_table: list[int] = []
         self.shared_as: Hashable = None  # what its full blocks are known under; None: nobody else may have them
         self.adapter_slots: tuple[int, ...] = ()  # one per adapter while it runs
+        self.tiers: tuple[AdapterTier, ...] = ()  # where each adapter was found, once it has had a slot
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # of the prompt, taken from the prefix cache
 
@@ -175,7 +178,7 @@ class Request:
 def _first_adapted_token(adapters: Sequence[WeightedAdapter], prompt: Sequence[int]) -> int:
     """Where in the prompt the adapters begin to work."""
     first = 0
-    for adapter, weight in adapters:
+    for adapter, weight, _ in adapters:
         if adapter.no_mix and (len(adapters) > 1 or weight != 1):
             raise InvalidRequest(
                 f"adapter {adapter.name!r} cannot be scaled or mixed: {adapter.no_mix}",

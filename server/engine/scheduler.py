@@ -15,6 +15,7 @@ from server.engine.block_allocator import BlockAllocator
 from server.engine.request import FinishReason, Request, RequestStatus
 from server.lora.adapter import Adapter
 from server.lora.slots import AdapterSlots
+from server.lora.tier import AdapterTier
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +198,11 @@ class Scheduler:
         if acquired is None:
             return False
         request.adapter_slots = tuple(slot for slot, _ in acquired)
+        if not request.tiers:  # else it has had slots before
+            request.tiers = tuple(
+                AdapterTier.DEVICE if part.tier is AdapterTier.HOST and not is_new else part.tier
+                for part, (_, is_new) in zip(request.adapters, acquired, strict=True)
+            )
         batch.slot_writes += [
             (slot, adapter) for (slot, is_new), adapter in zip(acquired, adapters, strict=True) if is_new
         ]

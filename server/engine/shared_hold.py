@@ -6,6 +6,9 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from server.lora.adapter import Adapter
+from server.lora.tier import AdapterTier
+
+Found = Sequence[tuple[Adapter, AdapterTier]]
 
 
 class SharedHold:
@@ -18,11 +21,9 @@ class SharedHold:
         self._num_left = num_answers
         self._held = ExitStack()
         self._turn = asyncio.Lock()
-        self._adapters: Sequence[Adapter] | None = None
+        self._adapters: Found | None = None
 
-    async def adapters(
-        self, held: ExitStack, hold: Callable[[ExitStack], Awaitable[Sequence[Adapter]]]
-    ) -> Sequence[Adapter]:
+    async def adapters(self, held: ExitStack, hold: Callable[[ExitStack], Awaitable[Found]]) -> Found:
         """What `hold` says to the first answer that asks, for each; an answer is done when its `held` is closed."""
         held.callback(self._done)
         async with self._turn:

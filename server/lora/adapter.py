@@ -12,6 +12,7 @@ from adapters.format import AdapterFiles
 from server.kernels import LayerWeights
 from server.kernels.memory import lazy_zeros
 from server.lora.base_weights import BaseWeights, adapted_norms, check_own
+from server.lora.tier import AdapterTier
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,7 @@ class WeightedAdapter(NamedTuple):
 
     adapter: Adapter
     weight: float = 1.0
+    tier: AdapterTier = AdapterTier.HOST  # where it was found before it needed a slot
 
     @property
     def identity(self) -> "AdapterIdentity":

@@ -17,6 +17,7 @@ from server.lora.loader import AdapterLoader, ServedBase
 from server.lora.loads import AdapterLoads
 from server.lora.status_board import StatusBoard
 from server.lora.store import AdapterRef, AdapterStore, parse_reference
+from server.lora.tier import AdapterTier
 from server.metrics import Metrics
 
 
@@ -63,10 +64,12 @@ class AdapterCache:
     async def acquire(self, reference: str, label: str = "") -> AsyncIterator[Adapter]:
         """`hold` for one adapter, within."""
         with contextlib.ExitStack() as held:
-            [adapter] = await self.hold([reference], held, label)
+            [(adapter, _)] = await self.hold([reference], held, label)
             yield adapter
 
-    async def hold(self, references: Sequence[str], held: contextlib.ExitStack, label: str = "") -> Sequence[Adapter]:
+    async def hold(
+        self, references: Sequence[str], held: contextlib.ExitStack, label: str = ""
+    ) -> Sequence[tuple[Adapter, AdapterTier]]:
         """Brings the adapters of a request into host memory, as soon as there is room, and keeps them there until
         `held` is closed.
 
@@ -74,6 +77,9 @@ class AdapterCache:
 
         Args:
             label: requests with the same one are always part of the same share of a name's traffic.
+
+        Returns:
+            Each adapter, and whether it was on the host already or only on disk.
 
         Raises:
             InvalidRequest, AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged,
@@ -210,10 +216,14 @@ class AdapterCache:
         self.loader.forget(ref)
         return self.memory.remove(ref)
 
-    async def _hold(self, refs: Sequence[AdapterRef], held: contextlib.ExitStack) -> Sequence[Adapter]:
+    async def _hold(
+        self, refs: Sequence[AdapterRef], held: contextlib.ExitStack
+    ) -> Sequence[tuple[Adapter, AdapterTier]]:
+        found = dict.fromkeys(refs, AdapterTier.HOST)
         while missing := [ref for ref in refs if self.memory.get(ref) is None]:
+            found[missing[0]] = AdapterTier.DISK
             await self.loads.copy(missing[0])  # and with nothing in between, held
-        return [held.enter_context(self.memory.using(ref)) for ref in refs]
+        return [(held.enter_context(self.memory.using(ref)), found[ref]) for ref in refs]
 
     async def _resolve(self, reference: str, label: str = "") -> AdapterRef:
         """The version that is meant; a name that is not known may have appeared on disk just now."""

@@ -9,6 +9,7 @@ from server.engine.async_engine import AsyncEngine, GenerationOutput
 from server.engine.request import FinishReason, SamplingParams
 from server.engine.shared_hold import SharedHold
 from server.errors import InvalidRequest
+from server.lora.tier import AdapterTier
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1 import inference_pb2_grpc as pb_grpc
 from server.rpc.prompts import PromptReader
@@ -18,6 +19,11 @@ MAX_MIX = 8  # adapters of one request
 MAX_WEIGHT = 10  # of an adapter in a mix, either sign
 MAX_LABEL = 256  # characters of request_id and cache_salt
 _FINISH_REASONS = {None: pb.FINISH_REASON_UNSPECIFIED, FinishReason.STOP: pb.STOP, FinishReason.LENGTH: pb.LENGTH}
+_TIERS = {
+    AdapterTier.DISK: pb.AdapterIdentity.DISK,
+    AdapterTier.HOST: pb.AdapterIdentity.HOST,
+    AdapterTier.DEVICE: pb.AdapterIdentity.DEVICE,
+}
 
 
 class InferenceService(pb_grpc.InferenceServicer):
@@ -150,8 +156,10 @@ def _response(engine: AsyncEngine, index: int, output: GenerationOutput, num_pro
         index=index,
     )
     identities = [
-        pb.AdapterIdentity(**identity._asdict(), merged=engine.merging.is_merged(identity.generation))
-        for identity in output.adapters
+        pb.AdapterIdentity(
+            **identity._asdict(), merged=engine.merging.is_merged(identity.generation), tier=_TIERS[tier]
+        )
+        for identity, tier in zip(output.adapters, output.tiers, strict=True)
     ]
     if len(identities) == 1:
         response.adapter.CopyFrom(identities[0])

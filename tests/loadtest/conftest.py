@@ -41,7 +41,9 @@ def make_measurement(
     results: list[CallResult], *, wall: float = 2.0, lag: float = 0.0, cpu_share: float = 0.1, **values: Any
 ) -> Measurement:
     """A run of one process that started at 100 s."""
-    outcome = Outcome(results=tuple(results), lags=(lag,) * 10, cpu_share=cpu_share, unsent=0, cut=0)
+    outcome = Outcome(
+        results=tuple(results), lags=(lag,) * 10, cpu_share=cpu_share, unsent=0, cut=0, ended=100.0 + wall
+    )
     filled = {"label": "run", "workload": Workload(), "slo": Slo(), "outcomes": [outcome], "start": 100.0, **values}
     return Measurement(results=results, wall=wall, **filled)
 

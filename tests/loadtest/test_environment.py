@@ -11,13 +11,16 @@ def test_the_commit_of_a_checkout_and_whether_it_has_changes(
     tmp_path: Path, require_tool: Callable[[str], str]
 ) -> None:
     git = [require_tool("git"), "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
-    assert commit(tmp_path) == ""
-    for arguments in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message", "first"]):
+    source, installed = tmp_path / "source.py", tmp_path / "installed.py"
+    source.touch()
+    assert commit(source) == ""
+    for arguments in (["init", "--quiet"], ["add", source.name], ["commit", "--quiet", "--message", "first"]):
         subprocess.run([*git, *arguments], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-    assert commit(tmp_path) == head[:12]
-    (tmp_path / "new").touch()
-    assert commit(tmp_path) == f"{head[:12]}+"
+    assert commit(source) == head[:12]
+    installed.touch()
+    assert commit(source) == f"{head[:12]}+"
+    assert commit(installed) == "", "it is not part of the checkout that it lies in"
 
 
 def test_what_a_report_says_of_its_machine() -> None:

@@ -4,11 +4,12 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from loadtest.client import CallResult
-from loadtest.generator import GIVE_UP_AFTER, LoadGenerator, Outcome, Progress, Share, make_request
+from loadtest.generator import GIVE_UP_AFTER, LoadGenerator, Outcome, Progress, Share
 from loadtest.report import summarize
 from loadtest.schedule import Arrival
 from tests.loadtest.conftest import ScriptedServer, make_measurement
@@ -30,13 +31,13 @@ def by_due(outcome: Outcome) -> list[CallResult]:
 
 
 def test_a_request_has_the_lengths_asked_for_and_always_the_same_tokens() -> None:
-    arrival = Arrival(0.0, "a", 3, prompt_tokens=12, output_tokens=5)
-    request = make_request(arrival, seed=1, vocab_size=50)
+    arrival, share = Arrival(0.0, "a", 3, prompt_tokens=12, output_tokens=5), make_share("", 1, 0.0)
+    request = share.request(arrival)
     assert (request.adapter, request.sampling.max_tokens, request.sampling.ignore_eos) == ("a", 5, True)
     assert len(request.prompt_token_ids.ids) == 12
-    assert max(request.prompt_token_ids.ids) < 50
-    assert request == make_request(arrival, seed=1, vocab_size=50)
-    assert request != make_request(arrival, seed=2, vocab_size=50)
+    assert max(request.prompt_token_ids.ids) < share.vocab_size
+    assert request == share.request(arrival)
+    assert request != replace(share, seed=2).request(arrival)
 
 
 async def test_an_open_loop_goes_on_while_the_server_stalls(scripted: Start) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from loadtest.observer import ask_server
 from server.pb.loraplex.v1 import adapters_pb2
-from server.pb.loraplex.v1.adapters_pb2 import DEVICE, DISK, FAILED, HOST, Adapter
+from server.pb.loraplex.v1.adapters_pb2 import FAILED, Adapter
 from tests.loadtest.conftest import ScriptedServer
 
 
@@ -17,12 +17,12 @@ class _SeveralVersions(ScriptedServer):
     ) -> adapters_pb2.ListAdaptersResponse:
         return adapters_pb2.ListAdaptersResponse(
             adapters=[
-                Adapter(name="promoted", version="1", tier=DEVICE, current=True),
-                Adapter(name="promoted", version="2", tier=DISK),
-                Adapter(name="newest", version="1", tier=DISK),
-                Adapter(name="newest", version="2", tier=HOST, current=True),
-                Adapter(name="broken", version="1", tier=HOST),
-                Adapter(name="broken", version="2", tier=DISK, state=FAILED, current=True),
+                Adapter(name="promoted", version="1", current=True),
+                Adapter(name="promoted", version="2"),
+                Adapter(name="newest", version="1"),
+                Adapter(name="newest", version="2", current=True),
+                Adapter(name="broken", version="1"),
+                Adapter(name="broken", version="2", state=FAILED, current=True),
             ]
         )
 
@@ -34,16 +34,7 @@ def address() -> Iterator[str]:
     server.die()
 
 
-async def test_a_name_is_where_its_current_version_is(address: str) -> None:
+async def test_a_name_means_its_current_version_if_that_can_be_served(address: str) -> None:
     async with grpc.aio.insecure_channel(address) as channel:
         facts = await ask_server(channel, address)
     assert facts.versions == {"promoted": "1", "newest": "2"}
-    assert facts.tiers == {
-        "promoted": "device",
-        "promoted@1": "device",
-        "promoted@2": "disk",
-        "newest": "host",
-        "newest@1": "disk",
-        "newest@2": "host",
-        "broken@1": "host",
-    }

@@ -50,6 +50,7 @@ def write(folder: Path, *runs: Any, attainment: float | None = None) -> tuple[Ch
     report = Report(folder, "slora-short", Workload(), Target(address="localhost:1"), attainment)
     for run in runs:
         report.add(run)
+    report.write()
     page = report.page.read_text()
     checker = Checker(page)
     assert not checker.references
@@ -60,7 +61,13 @@ def write(folder: Path, *runs: Any, attainment: float | None = None) -> tuple[Ch
 
 def results(scale: float = 1.0) -> list[Any]:
     return [
-        replace(GOOD, adapter=f"a{index % 3}", due=100.0 + index / 10, first_token=scale * (0.1 + index / 100))
+        replace(
+            GOOD,
+            adapter=f"a{index % 3}",
+            due=100.0 + index / 10,
+            first_token=scale * (0.1 + index / 100),
+            tier="device" if index >= 3 else "disk",
+        )
         for index in range(30)
     ]
 
@@ -68,8 +75,8 @@ def results(scale: float = 1.0) -> list[Any]:
 def test_a_single_run(tmp_path: Path) -> None:
     run = make_measurement(
         [*results(), replace(BAD, adapter="<b>&")],
-        server={"model": "tiny <model>", "device": "cpu, float32", "version": "0.1.0"},
-        tiers={"a0": "disk", "a1": "device"},
+        server={"model": "tiny <model>", "device": "cpu, float32", "version": "0.1.0", "commit": "0123456789ab+"},
+        settings={"kv-cache-bytes": "2147483648", "prefix-cache": "on"},
         memory=[(100.0, 2.0**30), (101.0, 1.5 * 2.0**30)],
         mean_queue_seconds=0.0123,
     )
@@ -77,9 +84,15 @@ def test_a_single_run(tmp_path: Path) -> None:
     text = "\n".join(page.texts)
     for shown in ("tiny <model>", "Time to first token", "a1", "<b>&", "NOT_FOUND", "12.3 ms", "Jain's index over 4"):
         assert shown in text
-    for shown in ("adapters on disk (cold)", "adapters on the device (hot)", "Resident memory", "processor"):
+    for shown in ("cold: read from disk", "hot: in a slot", "No request was host.", "Resident memory", "processor"):
         assert shown in text
-    assert page.tags.count("svg") == 6  # three distributions, adapters, tiers, memory
+    for shown in ("0123456789ab+", "kv-cache-bytes", "2,147,483,648", "prefix-cache"):
+        assert shown in text
+    for shown in ("1 of them had no success", "The worst 99th percentile of first tokens is 390 ms, of a2."):
+        assert shown in text
+    assert page.tags.count("svg") == 7  # three distributions, failures, adapters, tiers, memory
+    assert document["server"]["commit"] == "0123456789ab+"
+    assert document["settings"]["kv-cache-bytes"] == "2147483648"
     assert document["runs"][0]["codes"] == {"OK": 30, "NOT_FOUND": 1}
     assert (tmp_path / "run-first_token.hgrm").read_text().count("\n") > 10
 
@@ -96,6 +109,34 @@ def test_a_sweep(tmp_path: Path) -> None:
     assert "2 /s" in text
     assert "Time to first token against offered rate" in text
     assert page.tags.count("polyline") >= 3 * 4 + 2 + 3 * 3
+    assert page.texts.count("goodput") == page.texts.count("knee") == 4
+
+
+def test_what_a_sweep_found_at_one_rate_has_one_mark(tmp_path: Path) -> None:
+    failed = [replace(BAD, due=result.due) for result in results()]
+    runs = [
+        make_measurement([*results(), *more], label=f"rate-{rate}", workload=Workload(rate=rate))
+        for rate, more in ((1.0, []), (2.0, failed))
+    ]
+    page, _ = write(tmp_path, *runs, attainment=0.9)
+    assert page.texts.count("knee and goodput") == 5  # with the plot of failed requests
+    assert "Failed requests by status code, against offered rate" in page.texts
+
+
+@pytest.mark.parametrize(
+    ("metrics_url", "values", "note"),
+    [
+        ("", {}, "not watched: give its Prometheus endpoint with --metrics-url."),
+        ("localhost:9", {}, "localhost:9 does not tell the memory of its process."),
+        ("localhost:9", {"memory": [(100.0, 2.0**30)], "metrics_missed": "3 samples are missing"}, "3 samples"),
+    ],
+)
+def test_memory_that_was_not_watched_is_said(tmp_path: Path, metrics_url: str, values: Any, note: str) -> None:
+    report = Report(tmp_path, "w", Workload(), Target(address="localhost:1", metrics_url=metrics_url), None)
+    report.add(make_measurement(results(), **values))
+    report.write()
+    after = report.page.read_text().partition("<h2>Memory</h2>")[2]
+    assert note in after.partition("<h2>")[0]
 
 
 def test_faults_are_said_at_the_top(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
+from loadtest.environment import commit
 from server.cli import main
 from server.pb.loraplex.v1 import adapters_pb2
 from server.pb.loraplex.v1 import inference_pb2 as pb
@@ -139,10 +140,17 @@ def test_the_page_of_a_load_test_shows_the_server(server: Server, tmp_path: Path
     told = report["server"]
     assert told["torch"] == version("torch")
     assert told["native kernels"]
+    assert told.get("commit", "") == commit(Path(__file__)), "none where this is no checkout"
+    assert report["settings"]["max-num-batched-tokens"] == "2048"
+    assert f"version {told['version']}" in done.stdout
+    assert "max-num-batched-tokens 2048" in " ".join(done.stdout.split())
     page = (tmp_path / "report.html").read_text()
     assert "Resident memory of the server" in page
     facts = page[page.index("<b>Server</b>") :]
     assert all(escape(told[key]) in facts for key in ("processor", "memory", "torch", "transformers", "grpcio"))
+    assert all(name in facts for name in report["settings"])
+    assert told.get("commit", "") in facts
+    assert "cold: read from disk" in page
 
 
 def test_a_load_test_whose_server_is_killed(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:

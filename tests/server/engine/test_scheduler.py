@@ -10,6 +10,7 @@ from server.engine.request import FinishReason, Request, RequestStatus, Sampling
 from server.engine.scheduler import Scheduler
 from server.lora.adapter import Adapter, WeightedAdapter
 from server.lora.slots import AdapterSlots
+from server.lora.tier import AdapterTier
 
 MAX_MODEL_LEN = 64
 
@@ -158,6 +159,23 @@ def test_whoever_lacks_a_slot_next_is_passed_as_often() -> None:
     sched.abort(1)
     step(sched)
     assert 5 not in sched._requests
+
+
+def test_a_request_knows_where_its_adapter_was_found() -> None:
+    """Before its first slot; what it finds after a preemption, or after it has waited for blocks, changes nothing."""
+    on = adapter("a")
+    sched = scheduler(num_blocks=4, budget=32)
+    requests = [request(1, 8, on, max_tokens=8), request(2, 8, on, max_tokens=8), request(3, 12, adapter("b"))]
+    for item in requests:
+        sched.add(item)
+    step(sched)
+    tiers = [(AdapterTier.HOST,), (AdapterTier.DEVICE,), (AdapterTier.HOST,)]
+    assert [item.tiers for item in requests] == tiers
+    assert requests[2].status is RequestStatus.WAITING, "there are no blocks for it yet"
+    while sched.has_work:
+        step(sched)
+    assert sched.num_preemptions
+    assert [item.tiers for item in requests] == tiers
 
 
 def test_requests_are_ordered_by_slot_and_slots_are_written_once() -> None:

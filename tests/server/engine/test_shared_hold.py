@@ -1,14 +1,14 @@
 """Several answers, one hold: made by the first, let go by the last."""
 
 import asyncio
-from collections.abc import Sequence
 from contextlib import ExitStack
 
 import pytest
 
-from server.engine.shared_hold import SharedHold
+from server.engine.shared_hold import Found, SharedHold
 from server.errors import AdapterNotFound
 from server.lora.adapter import Adapter
+from server.lora.tier import AdapterTier
 
 
 class Name:
@@ -18,7 +18,7 @@ class Name:
         self.num_holds = self.num_held = 0
         self.fails = 0
 
-    async def hold(self, held: ExitStack) -> Sequence[Adapter]:
+    async def hold(self, held: ExitStack) -> Found:
         self.num_holds += 1
         await asyncio.sleep(0)
         if self.fails:
@@ -26,7 +26,8 @@ class Name:
             raise AdapterNotFound("a")
         self.num_held += 1
         held.callback(self._let_go)
-        return [Adapter("a", "1", self.num_holds, "", 1, (), {}, 0, 0)]  # another generation each time
+        adapter = Adapter("a", "1", self.num_holds, "", 1, (), {}, 0, 0)  # another generation each time
+        return [(adapter, AdapterTier.HOST)]
 
     def _let_go(self) -> None:
         self.num_held -= 1
@@ -36,7 +37,7 @@ async def test_the_first_holds_for_all_and_the_last_lets_go() -> None:
     name, answers = Name(), [ExitStack() for _ in range(3)]
     with SharedHold(3) as shared:
         adapters = await asyncio.gather(*[shared.adapters(held, name.hold) for held in answers])
-        assert {adapter.generation for [adapter] in adapters} == {1}
+        assert {adapter.generation for [(adapter, _)] in adapters} == {1}
         for left, held in enumerate(answers, start=-len(answers) + 1):
             assert name.num_held == 1
             held.close()

@@ -130,7 +130,7 @@ async def test_the_parts_of_a_mixture_wait_for_room_together(tmp_path: Path, mak
     async def use(*names: str) -> None:
         with ExitStack() as held:
             adapters = await cache.hold(names, held)
-            assert [adapter.name for adapter in adapters] == list(names)
+            assert [adapter.name for adapter, _ in adapters] == list(names)
             await asyncio.sleep(0)
 
     work = [use(*names) for names in ("ab", "cd", "ac", "bd", "da", "cb", "a", "d") * 3]

@@ -16,12 +16,13 @@ from server.config import EngineConfig, ServerConfig
 from server.engine.async_engine import AsyncEngine
 from server.engine.build import EngineParts, build_engine
 from server.metrics import Metrics
+from server.model_info import model_info
 from server.pb.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 from server.rpc.server import RpcServer
-from server.serve import model_info, running_engine
+from server.serve import running_engine
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def serve(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> Serve:
         parts = build_engine(engine_config)
         metrics = Metrics(CollectorRegistry())
         async with running_engine(engine_config, config, parts, metrics) as engine:
-            server = RpcServer(config, engine, model_info(engine_config, parts))
+            server = RpcServer(config, engine, model_info(engine_config, config, parts))
             await server.start()
             async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
                 stubs = InferenceStub(channel), AdaptersStub(channel), GRPCInferenceServiceStub(channel)

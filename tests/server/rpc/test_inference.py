@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
@@ -16,7 +17,7 @@ from server.lora.adapter import Adapter
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1.adapters_pb2 import ListAdaptersRequest
 from tests.conftest import ADAPTERS, EOS, VOCAB_SIZE, byte_tokenizer
-from tests.server.rpc.conftest import Running
+from tests.server.rpc.conftest import Running, Serve
 
 PROMPT = "Tell me 👋"
 
@@ -124,6 +125,42 @@ async def test_model_info(running: Running) -> None:
     assert info.architecture == "LlamaForCausalLM"
     assert (info.vocab_size, info.max_model_len, info.dtype, info.device) == (VOCAB_SIZE, 256, "float32", "cpu")
     assert info.base_digest == running.parts.base.digest
+
+
+async def test_model_info_tells_the_settings_that_shape_speed(serve: Serve) -> None:
+    """Those that were given, and what was chosen where the choice was the server's."""
+    given = {"max_num_batched_tokens": 96, "prefix_cache": False, "merge_policy": "off", "adapter_slots": 3}
+    async with serve(given, adapter_host_bytes=1 << 24) as running:
+        info = await running.inference.GetModelInfo(pb.GetModelInfoRequest())
+        expected = {
+            "max-num-seqs": "16",
+            "max-num-batched-tokens": "96",
+            "prefix-cache": "off",
+            "merge-policy": "off",
+            "adapter-slots": "3",
+            "adapter-host-bytes": str(1 << 24),
+            "kv-cache-bytes": str(running.parts.kv_cache_bytes),
+            "kv-cache-dtype": "float32",
+            "threads": str(torch.get_num_threads()),
+            "kernels": running.parts.runner.lora.kernels_name,
+        }
+        assert expected.items() <= info.settings.items()
+        assert info.settings["lora-dtype"]
+        assert "model" not in info.settings, "it may be a path"
+
+
+async def test_an_answer_tells_where_the_adapter_was_found(serve: Serve) -> None:
+    tier = pb.AdapterIdentity.Tier
+    async with serve({"adapter_slots": 2}) as running:
+        found = []
+        for name in ("plain", "plain", "attention", "head", "plain"):
+            messages = [message async for message in running.inference.GenerateStream(ask(adapter=name))]
+            [only] = {message.adapter.tier for message in messages}  # a stream says the same all along
+            found.append(only)
+        assert found == [tier.DISK, tier.DEVICE, tier.DISK, tier.DISK, tier.HOST]
+        mix = [pb.AdapterWeight(adapter=name, weight=0.5) for name in ("plain", "rslora")]
+        answer = await running.inference.Generate(pb.GenerateRequest(prompt=PROMPT, mix=mix))
+        assert [part.tier for part in answer.mix] == [tier.DEVICE, tier.DISK]
 
 
 BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [

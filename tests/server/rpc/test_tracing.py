@@ -20,10 +20,11 @@ from server.config import EngineConfig, ServerConfig
 from server.engine.build import build_engine
 from server.errors import ConfigError
 from server.metrics import Metrics
+from server.model_info import model_info
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 from server.rpc.server import RpcServer
-from server.serve import model_info, request_tracer, running_engine
+from server.serve import request_tracer, running_engine
 from server.tracing import RequestTracer
 
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -36,7 +37,7 @@ async def traced(model_dir: Path, adapters_dir: Path, tracer: RequestTracer | No
     config = ServerConfig(adapters_dir=adapters_dir, listen="127.0.0.1:0")
     parts = build_engine(engine_config)
     async with running_engine(engine_config, config, parts, Metrics(CollectorRegistry()), tracer) as engine:
-        server = RpcServer(config, engine, model_info(engine_config, parts))
+        server = RpcServer(config, engine, model_info(engine_config, config, parts))
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield InferenceStub(channel)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%server/pb/loraplex/v1/inference.proto\x12\x0bloraplex.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessage\"\x9c\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x08\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\r \x01(\rH\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x0b\x88\x01\x01\x12>\n\nlogit_bias\x18\x0f \x03(\x0b\x32*.loraplex.v1.SamplingParams.LogitBiasEntry\x12\x0e\n\x01n\x18\x10 \x01(\rH\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x04\n\x02_n\"0\n\rAdapterWeight\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x02\"\xc1\x02\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\x31\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.loraplex.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x1a\n\radapter_scale\x18\x08 \x01(\x02H\x01\x88\x01\x01\x12\'\n\x03mix\x18\t \x03(\x0b\x32\x1a.loraplex.v1.AdapterWeightB\x07\n\x05inputB\x10\n\x0e_adapter_scale\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"t\n\x0f\x41\x64\x61pterIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x0e\n\x06merged\x18\x05 \x01(\x08\x12\x0e\n\x06weight\x18\x06 \x01(\x02\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"W\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.loraplex.v1.TopLogprob\"\x9e\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12-\n\x07\x61\x64\x61pter\x18\x05 \x01(\x0b\x32\x1c.loraplex.v1.AdapterIdentity\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12\r\n\x05index\x18\x07 \x01(\r\x12)\n\x03mix\x18\x08 \x03(\x0b\x32\x1c.loraplex.v1.AdapterIdentity\"O\n\x0fTokenizeRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x15\n\x13GetModelInfoRequest\"\xb7\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x13\n\x0b\x62\x61se_digest\x18\x07 \x01(\t\x12\x15\n\rmax_lora_rank\x18\x08 \x01(\r\x12\x19\n\x11num_adapter_slots\x18\t \x01(\r\x12\x0f\n\x07version\x18\n \x01(\t\x12\x34\n\x07machine\x18\x0b \x03(\x0b\x32#.loraplex.v1.ModelInfo.MachineEntry\x1a.\n\x0cMachineEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*C\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x32\xb8\x02\n\tInference\x12G\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse\x12O\n\x0eGenerateStream\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse0\x01\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponse\x12H\n\x0cGetModelInfo\x12 .loraplex.v1.GetModelInfoRequest\x1a\x16.loraplex.v1.ModelInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%server/pb/loraplex/v1/inference.proto\x12\x0bloraplex.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessage\"\x9c\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x08\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\r \x01(\rH\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x0b\x88\x01\x01\x12>\n\nlogit_bias\x18\x0f \x03(\x0b\x32*.loraplex.v1.SamplingParams.LogitBiasEntry\x12\x0e\n\x01n\x18\x10 \x01(\rH\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x04\n\x02_n\"0\n\rAdapterWeight\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x02\"\xc1\x02\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\x31\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.loraplex.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x1a\n\radapter_scale\x18\x08 \x01(\x02H\x01\x88\x01\x01\x12\'\n\x03mix\x18\t \x03(\x0b\x32\x1a.loraplex.v1.AdapterWeightB\x07\n\x05inputB\x10\n\x0e_adapter_scale\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xe3\x01\n\x0f\x41\x64\x61pterIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x0e\n\x06merged\x18\x05 \x01(\x08\x12\x0e\n\x06weight\x18\x06 \x01(\x02\x12/\n\x04tier\x18\x07 \x01(\x0e\x32!.loraplex.v1.AdapterIdentity.Tier\"<\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x08\n\x04\x44ISK\x10\x01\x12\x08\n\x04HOST\x10\x02\x12\n\n\x06\x44\x45VICE\x10\x03\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"W\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.loraplex.v1.TopLogprob\"\x9e\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12-\n\x07\x61\x64\x61pter\x18\x05 \x01(\x0b\x32\x1c.loraplex.v1.AdapterIdentity\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12\r\n\x05index\x18\x07 \x01(\r\x12)\n\x03mix\x18\x08 \x03(\x0b\x32\x1c.loraplex.v1.AdapterIdentity\"O\n\x0fTokenizeRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x15\n\x13GetModelInfoRequest\"\xa0\x03\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x13\n\x0b\x62\x61se_digest\x18\x07 \x01(\t\x12\x15\n\rmax_lora_rank\x18\x08 \x01(\r\x12\x19\n\x11num_adapter_slots\x18\t \x01(\r\x12\x0f\n\x07version\x18\n \x01(\t\x12\x34\n\x07machine\x18\x0b \x03(\x0b\x32#.loraplex.v1.ModelInfo.MachineEntry\x12\x36\n\x08settings\x18\x0c \x03(\x0b\x32$.loraplex.v1.ModelInfo.SettingsEntry\x1a.\n\x0cMachineEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*C\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x32\xb8\x02\n\tInference\x12G\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse\x12O\n\x0eGenerateStream\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse0\x01\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponse\x12H\n\x0cGetModelInfo\x12 .loraplex.v1.GetModelInfoRequest\x1a\x16.loraplex.v1.ModelInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_MODELINFO_MACHINEENTRY']._loaded_options = None
   _globals['_MODELINFO_MACHINEENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2306
-  _globals['_FINISHREASON']._serialized_end=2373
+  _globals['_MODELINFO_SETTINGSENTRY']._loaded_options = None
+  _globals['_MODELINFO_SETTINGSENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2523
+  _globals['_FINISHREASON']._serialized_end=2590
   _globals['_TOKENIDS']._serialized_start=54
   _globals['_TOKENIDS']._serialized_end=77
   _globals['_CHATMESSAGE']._serialized_start=79
@@ -53,24 +55,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_end=1220
   _globals['_USAGE']._serialized_start=1222
   _globals['_USAGE']._serialized_end=1302
-  _globals['_ADAPTERIDENTITY']._serialized_start=1304
-  _globals['_ADAPTERIDENTITY']._serialized_end=1420
-  _globals['_TOPLOGPROB']._serialized_start=1422
-  _globals['_TOPLOGPROB']._serialized_end=1469
-  _globals['_TOKENLOGPROB']._serialized_start=1471
-  _globals['_TOKENLOGPROB']._serialized_end=1558
-  _globals['_GENERATERESPONSE']._serialized_start=1561
-  _globals['_GENERATERESPONSE']._serialized_end=1847
-  _globals['_TOKENIZEREQUEST']._serialized_start=1849
-  _globals['_TOKENIZEREQUEST']._serialized_end=1928
-  _globals['_TOKENIZERESPONSE']._serialized_start=1930
-  _globals['_TOKENIZERESPONSE']._serialized_end=1967
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1969
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1990
-  _globals['_MODELINFO']._serialized_start=1993
-  _globals['_MODELINFO']._serialized_end=2304
-  _globals['_MODELINFO_MACHINEENTRY']._serialized_start=2258
-  _globals['_MODELINFO_MACHINEENTRY']._serialized_end=2304
-  _globals['_INFERENCE']._serialized_start=2376
-  _globals['_INFERENCE']._serialized_end=2688
+  _globals['_ADAPTERIDENTITY']._serialized_start=1305
+  _globals['_ADAPTERIDENTITY']._serialized_end=1532
+  _globals['_ADAPTERIDENTITY_TIER']._serialized_start=1472
+  _globals['_ADAPTERIDENTITY_TIER']._serialized_end=1532
+  _globals['_TOPLOGPROB']._serialized_start=1534
+  _globals['_TOPLOGPROB']._serialized_end=1581
+  _globals['_TOKENLOGPROB']._serialized_start=1583
+  _globals['_TOKENLOGPROB']._serialized_end=1670
+  _globals['_GENERATERESPONSE']._serialized_start=1673
+  _globals['_GENERATERESPONSE']._serialized_end=1959
+  _globals['_TOKENIZEREQUEST']._serialized_start=1961
+  _globals['_TOKENIZEREQUEST']._serialized_end=2040
+  _globals['_TOKENIZERESPONSE']._serialized_start=2042
+  _globals['_TOKENIZERESPONSE']._serialized_end=2079
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2081
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2102
+  _globals['_MODELINFO']._serialized_start=2105
+  _globals['_MODELINFO']._serialized_end=2521
+  _globals['_MODELINFO_MACHINEENTRY']._serialized_start=2426
+  _globals['_MODELINFO_MACHINEENTRY']._serialized_end=2472
+  _globals['_MODELINFO_SETTINGSENTRY']._serialized_start=2474
+  _globals['_MODELINFO_SETTINGSENTRY']._serialized_end=2521
+  _globals['_INFERENCE']._serialized_start=2593
+  _globals['_INFERENCE']._serialized_end=2905
 # @@protoc_insertion_point(module_scope)

@@ -120,20 +120,32 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class AdapterIdentity(_message.Message):
-    __slots__ = ("name", "version", "generation", "digest", "merged", "weight")
+    __slots__ = ("name", "version", "generation", "digest", "merged", "weight", "tier")
+    class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        TIER_UNSPECIFIED: _ClassVar[AdapterIdentity.Tier]
+        DISK: _ClassVar[AdapterIdentity.Tier]
+        HOST: _ClassVar[AdapterIdentity.Tier]
+        DEVICE: _ClassVar[AdapterIdentity.Tier]
+    TIER_UNSPECIFIED: AdapterIdentity.Tier
+    DISK: AdapterIdentity.Tier
+    HOST: AdapterIdentity.Tier
+    DEVICE: AdapterIdentity.Tier
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     MERGED_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     generation: int
     digest: str
     merged: bool
     weight: float
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., merged: _Optional[bool] = ..., weight: _Optional[float] = ...) -> None: ...
+    tier: AdapterIdentity.Tier
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., merged: _Optional[bool] = ..., weight: _Optional[float] = ..., tier: _Optional[_Union[AdapterIdentity.Tier, str]] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -192,8 +204,15 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "dtype", "device", "max_model_len", "vocab_size", "base_digest", "max_lora_rank", "num_adapter_slots", "version", "machine")
+    __slots__ = ("name", "architecture", "dtype", "device", "max_model_len", "vocab_size", "base_digest", "max_lora_rank", "num_adapter_slots", "version", "machine", "settings")
     class MachineEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class SettingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +230,7 @@ class ModelInfo(_message.Message):
     NUM_ADAPTER_SLOTS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MACHINE_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     dtype: str
@@ -222,4 +242,5 @@ class ModelInfo(_message.Message):
     num_adapter_slots: int
     version: str
     machine: _containers.ScalarMap[str, str]
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., base_digest: _Optional[str] = ..., max_lora_rank: _Optional[int] = ..., num_adapter_slots: _Optional[int] = ..., version: _Optional[str] = ..., machine: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    settings: _containers.ScalarMap[str, str]
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., base_digest: _Optional[str] = ..., max_lora_rank: _Optional[int] = ..., num_adapter_slots: _Optional[int] = ..., version: _Optional[str] = ..., machine: _Optional[_Mapping[str, str]] = ..., settings: _Optional[_Mapping[str, str]] = ...) -> None: ...
