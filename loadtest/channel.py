@@ -7,6 +7,9 @@ import grpc
 from server.pb.loraplex.v1.adapters_pb2 import Adapter, ListAdaptersRequest
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 
+_PING_MS = 15_000  # between two pings while calls run: above the interval that the server takes as abuse
+_PING_TIMEOUT_MS = 10_000
+
 
 def endpoint(address: str, ca: Path | None = None) -> tuple[str, grpc.ChannelCredentials | None]:
     """HOST:PORT of an address, with the credentials for https://HOST:PORT.
@@ -23,9 +26,20 @@ def endpoint(address: str, ca: Path | None = None) -> tuple[str, grpc.ChannelCre
 
 
 def connect(address: str, ca: Path | None = None) -> grpc.aio.Channel:
-    """A channel to an `endpoint`, on the running event loop."""
+    """A channel to an `endpoint`, on the running event loop.
+
+    Calls end UNAVAILABLE soon after the server stopped answering pings: one that hangs is as good as gone.
+    """
     target, credentials = endpoint(address, ca)
-    return grpc.aio.secure_channel(target, credentials) if credentials else grpc.aio.insecure_channel(target)
+    options = [
+        ("grpc.keepalive_time_ms", _PING_MS),
+        ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),  # keepalive_timeout_ms alone leaves it at a minute
+        ("grpc.http2.max_pings_without_data", 0),  # any number: an answer may take long to begin
+        ("grpc.min_reconnect_backoff_ms", _PING_TIMEOUT_MS),  # also the time to connect anew: it may hang then too
+    ]
+    if credentials:
+        return grpc.aio.secure_channel(target, credentials, options)
+    return grpc.aio.insecure_channel(target, options)
 
 
 async def list_adapters(stub: AdaptersStub, timeout: float | None = None) -> list[Adapter]:

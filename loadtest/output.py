@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from loadtest.console import server_line
@@ -10,29 +11,38 @@ from loadtest.environment import client_environment
 from loadtest.histogram import percentile_distribution
 from loadtest.measurement import Measurement
 from loadtest.page import render
-from loadtest.report import histograms, summarize
+from loadtest.report import METRICS, histograms, summarize
 from loadtest.run import Target
 from loadtest.sweep import verdict
 from loadtest.workload import Workload
 
+# How requests end at the rates that a sweep goes to: there it is no fault.
+_UNDER_LOAD = {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "CANCELLED"}
+
 
 class Report:
-    """Owns the folder of a report. Written anew after every run, so that an early end keeps what there is."""
+    """Owns the folder of a report, which is written anew after every run: an early end keeps what there is."""
 
     def __init__(self, folder: Path, name: str, workload: Workload, target: Target, attainment: float | None) -> None:
-        """Makes the folder.
+        """Makes the folder, and leaves an earlier report in it until there is something to write.
 
         Args:
             attainment: of a sweep, the share of requests that must keep every limit.
 
         Raises:
-            OSError: the folder cannot be made.
+            OSError: the folder cannot be made or written to.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise OSError(f"--output: cannot write to {folder}: {error.strerror}") from error
         self._folder = folder
         self.page = folder / "report.html"
         self.attainment = attainment
         self._rates: list[float] = []
+        self._histograms: dict[str, bytes] = {}  # by file name
         self._document: dict[str, Any] = {
             "name": name,
             "workload": asdict(workload),
@@ -45,13 +55,10 @@ class Report:
         }
 
     @property
-    def interrupted(self) -> bool:
-        return any(run["interrupted"] for run in self._document["runs"])
-
-    @property
     def fault(self) -> str:
         """What was wrong, in one line; empty: nothing."""
-        for run in self._document["runs"]:
+        runs = self._document["runs"]
+        for run in runs:
             if run["server_lost"]:
                 return str(run["server_lost"])
             if run["processes_lost"]:
@@ -59,12 +66,14 @@ class Report:
             if run["churn"] and run["churn"]["faults"]:
                 faults = run["churn"]["faults"]
                 return f"{len(faults)} faults under churn, the first: {faults[0]}"
-            if run["failed"] and self.attainment is None:  # a sweep goes to where requests fail
+            if run["failed"] and (self.attainment is None or not any(other["completed"] for other in runs)):
                 return f"{run['failed']} requests failed, the first with {run['first_error']}"
+            if odd := sorted(run["codes"].keys() - _UNDER_LOAD):
+                return f"{run['label']}: requests failed with {', '.join(odd)}, which no rate explains"
         return ""
 
     def add(self, run: Measurement) -> dict[str, Any]:
-        """Books a run and writes the report; gives the run's numbers."""
+        """Books a run; gives its numbers."""
         summary = summarize(run)
         kept = histograms(run.results)
         summary["hdr"] = {name: histogram.encode().decode() for name, histogram in kept.items()}
@@ -77,10 +86,22 @@ class Report:
             )
             self._document["sweep"]["rates"] = self._rates
         for name, histogram in kept.items():
-            (self._folder / f"{run.label}-{name}.hgrm").write_bytes(percentile_distribution(histogram))
+            self._histograms[f"{run.label}-{name}.hgrm"] = percentile_distribution(histogram)
+        return summary
+
+    def write(self) -> None:
+        """Makes the folder's report the one of the runs so far; nothing is left of an earlier one.
+
+        Raises:
+            OSError
+        """
+        for name in METRICS:
+            for old in self._folder.glob(f"*-{name}.hgrm"):
+                old.unlink()
+        for file, text in self._histograms.items():
+            (self._folder / file).write_bytes(text)
         (self._folder / "report.json").write_text(json.dumps(self._document, indent=1) + "\n", encoding="utf-8")
         self.page.write_text(render(self._document), encoding="utf-8")
-        return summary
 
     def server_line(self) -> str:
         """What was measured."""

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import itertools
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 from rich.console import Console
 
 from loadtest.channel import connect
@@ -17,8 +19,10 @@ from loadtest.measurement import Measurement, Slo
 from loadtest.metrics_watch import MetricsWatch
 from loadtest.observer import ServerFacts, ask_server
 from loadtest.processes import Load
+from loadtest.ranks import choose_by_rank, describe
 from loadtest.schedule import make_schedule
 from loadtest.workload import Workload, WorkloadError
+from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +49,8 @@ async def measure(
     async with connect(target.address, Path(target.ca) if target.ca else None) as channel:
         facts = await ask_server(channel, target.address)
         churn = Churn.of(workload.churn_adapters, facts.versions, target.timeout) if workload.churn_seconds else None
-        schedule = make_schedule(workload, _adapter_names(workload, target, facts, churn), facts.model.max_model_len)
+        adapters = await _adapters(channel, workload, target, facts, churn)
+        schedule = make_schedule(workload, list(adapters), facts.model.max_model_len)
         share = Share(
             target.address,
             churn.shape(schedule.arrivals) if churn else schedule.arrivals,
@@ -77,7 +82,7 @@ async def measure(
         wall=max(outcome.ended for outcome in outcomes) - load.start,
         unplayed=schedule.unplayed,
         dropped=schedule.dropped,
-        server=server_environment(facts.model),
+        server={**server_environment(facts.model), "adapters_in_use": describe(adapters.values())},
         settings=dict(sorted(facts.model.settings.items())),
         memory=watch.memory,
         metrics_missed=watch.missed,
@@ -87,20 +92,32 @@ async def measure(
     )
 
 
-def _adapter_names(workload: Workload, target: Target, facts: ServerFacts, churn: Churn | None) -> list[str]:
-    names = list(target.adapters or facts.versions)
-    if churn:
-        if not churn.sources:
-            raise WorkloadError("churn needs an adapter on the server to load from")
-        if not workload.num_adapters and not target.adapters:
-            raise WorkloadError("num_adapters is 0: a churn needs requests to the adapters that come and go")
-        names = [*churn.names, *(name for name in names if name not in churn.names)]
+async def _adapters(
+    channel: grpc.aio.Channel, workload: Workload, target: Target, facts: ServerFacts, churn: Churn | None
+) -> dict[str, int]:
+    """The adapters that requests may name, the most popular first, with their ranks; 0: unknown."""
+    admin = f"--admin-listen as --address: there is no Adapters service at {target.address}"
+    if workload.ranks and target.adapters:
+        raise WorkloadError("ranks choose among the server's adapters, and --adapters names them: leave one out")
+    if workload.ranks and not facts.changes_adapters:
+        raise WorkloadError(f"ranks are told by the Adapters service: give the server's {admin}")
+    if churn and not facts.changes_adapters:
+        raise WorkloadError(f"churn needs the Adapters service: give the server's {admin}")
+    if churn and not churn.sources:
+        raise WorkloadError("churn needs an adapter on the server to load from")
+    if churn and not workload.num_adapters and not target.adapters:
+        raise WorkloadError("num_adapters is 0: a churn needs requests to the adapters that come and go")
+    come_and_go = dict.fromkeys(churn.names, 0) if churn else {}
     if target.adapters:
-        return names
-    wanted = workload.num_adapters if workload.num_adapters >= 0 else max(1, len(names))
-    if len(names) < wanted:
+        return come_and_go | {name: facts.ranks.get(name, 0) for name in target.adapters}
+    if workload.ranks:
+        chosen = await choose_by_rank(AdaptersStub(channel), facts.ranks, workload.ranks, workload.num_adapters)
+        return come_and_go | chosen
+    listed = come_and_go | {name: facts.ranks.get(name, 0) for name in facts.versions}
+    wanted = workload.num_adapters if workload.num_adapters >= 0 else max(1, len(listed))
+    if len(listed) < wanted:
         raise WorkloadError(
-            f"num_adapters is {workload.num_adapters}, and the server has {len(names)}: "
+            f"num_adapters is {workload.num_adapters}, and the server has {len(listed)}: "
             "lower --num-adapters (0: the base model), or name them with --adapters"
         )
-    return names[:wanted]
+    return dict(itertools.islice(listed.items(), wanted))

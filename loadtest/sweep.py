@@ -10,9 +10,12 @@ _MOST_DOUBLINGS = 12
 class RateSearch:
     """Doubles the rate while the server passes (halves it while it does not), then bisects. Geometric means."""
 
-    def __init__(self, first: float, bisections: int) -> None:
+    def __init__(self, first: float, bisections: int, floor: float = 0.0, ceiling: float = math.inf) -> None:
+        """Rates are tried above `floor` and up to `ceiling`; the search does not go on beyond them."""
         self._rate = first
         self._bisections = bisections
+        self._floor = floor
+        self._ceiling = ceiling
         self._doublings = _MOST_DOUBLINGS
         self._passed: float | None = None  # the highest
         self._failed: float | None = None  # the lowest
@@ -22,11 +25,12 @@ class RateSearch:
         if self._passed is None and self._failed is None:
             return self._rate
         if self._passed is None or self._failed is None:
-            if not self._doublings:
+            rate = self._rate * (2 if self._failed is None else 0.5)
+            if not self._doublings or not self._floor < rate <= self._ceiling:
                 return None
             self._doublings -= 1
-            self._rate *= 2 if self._failed is None else 0.5
-            return self._rate
+            self._rate = rate
+            return rate
         if not self._bisections:
             return None
         self._bisections -= 1

@@ -4,6 +4,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_type_hints
 
 Range = tuple[int, int]
+Numbers = tuple[int, ...]
 
 MAX_REQUESTS = 10_000_000
 _MAX_TOKENS = 10_000_000
@@ -38,6 +39,9 @@ class Workload:
     num_adapters: int = parameter(
         200, "Adapters that requests name; 0: the base model only; -1: all of the server's.", low=-1, high=1_000_000
     )
+    ranks: Numbers = parameter(
+        (), "Ranks with commas between: adapters of these are taken, rank after rank; empty: any.", low=1, high=10_000
+    )
     popularity: str = parameter(
         "power",
         "Which adapter a request names.",
@@ -68,11 +72,23 @@ class Workload:
             _check(item, getattr(self, item.name))
         if not self.concurrency and not self.rate and not self.trace:
             raise WorkloadError("rate is 0: an open loop without a trace needs a rate (or set concurrency)")
+        if self.concurrency and self.drift_seconds:
+            raise WorkloadError(
+                f"drift_seconds is {self.drift_seconds:g} and concurrency {self.concurrency}: a closed loop has no "
+                "times at which the ranking could move on (set one of them to 0)"
+            )
         if not self.trace and not 1 <= self.total <= MAX_REQUESTS:
             raise WorkloadError(
                 f"rate {self.rate:g} for duration {self.duration:g} is {self.total:,} requests; "
                 f"1 to {MAX_REQUESTS:,} can be sent (or set num_requests)"
             )
+
+    @property
+    def rate_limits(self) -> tuple[float, float]:
+        """An open loop can be sent at rates above the first and up to the second."""
+        if self.num_requests or self.trace:
+            return 0.0, _MAX_RATE
+        return 1 / self.duration, min(_MAX_RATE, MAX_REQUESTS / self.duration)
 
     @property
     def total(self) -> int:
@@ -92,6 +108,13 @@ def _check(item: Field[Any], value: Any) -> None:
         if not low <= value[0] < value[1] <= high:
             raise WorkloadError(
                 f"{name} is {value[0]}:{value[1]}: LOW must be at least {low} and less than HIGH, HIGH at most {high:,}"
+            )
+        return
+    if wanted == Numbers:
+        if not isinstance(value, tuple) or not all(type(part) is int and low <= part <= high for part in value):
+            raise WorkloadError(
+                f"{name} is {value!r}: it takes whole numbers from {low} to {high:,}, [8, 16] in a file and 8,16 as a "
+                "flag"
             )
         return
     numbers = (int, float) if wanted is float else wanted

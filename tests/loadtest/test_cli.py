@@ -1,17 +1,21 @@
 """The command from its flags to its files and exit codes, against servers that are well, gone, or dying."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from click.testing import CliRunner, Result
 
 from loadtest.cli import loadtest_command
+from loadtest.named import WORKLOADS
+from server.pb.loraplex.v1.inference_pb2 import GenerateRequest, GenerateResponse
 from tests.loadtest.conftest import ScriptedServer
 
 Start = Callable[..., ScriptedServer]
@@ -97,7 +101,7 @@ def test_a_sweep_without_a_rate_to_start_from(loadtest: Callable[..., Result], s
 
 def test_named_workloads_are_listed() -> None:
     listed = CliRunner().invoke(loadtest_command, ["workloads"]).stdout
-    assert all(name in listed for name in ("slora-short", "punica-skewed", "drift", "burst", "churn", "replay"))
+    assert all(name in listed.split() for name in WORKLOADS)
 
 
 def test_no_server(loadtest: Callable[..., Result], tmp_path: Path) -> None:
@@ -106,40 +110,134 @@ def test_no_server(loadtest: Callable[..., Result], tmp_path: Path) -> None:
     assert error_line(failed).startswith("Error: no server at 127.0.0.1:")
 
 
-def test_a_server_that_dies(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [[], ["--processes", "2"], ["--concurrency", "4"]], ids=" ".join)
+def test_a_server_that_dies(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path, flags: list[str]) -> None:
     def die(server: ScriptedServer, requests: int) -> None:
-        if requests == 40:
+        if requests == 80:
             server.die()
 
-    failed = loadtest("run", scripted(die).address, "--rate", "200")
+    failed = loadtest("run", scripted(die).address, "--rate", "200", "--duration", "20", *flags)
     assert failed.exit_code == 1
     assert error_line(failed).startswith("Error: the server was lost ")
-    assert document(tmp_path)["runs"][0]["codes"]["OK"] >= 30
+    run = document(tmp_path)["runs"][0]
+    assert run["codes"]["OK"] >= 50
+    assert run["unsent"] > 1_000
 
 
-def test_a_server_that_dies_between_rates(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("when", "error", "runs"),
+    [
+        (30, "Error: no server at", ["rate-300"]),  # between two rates
+        (45, "Error: the server was lost ", ["rate-300", "rate-301"]),
+    ],
+)
+def test_a_server_that_dies_in_a_sweep(
+    loadtest: Callable[..., Result], scripted: Start, tmp_path: Path, when: int, error: str, runs: list[str]
+) -> None:
     def die(server: ScriptedServer, requests: int) -> None:
-        if requests == 30:
+        if requests == when:
             server.die()
 
-    failed = loadtest("sweep", scripted(die).address, "--rates", "100,200", "--num-requests", "30")
+    failed = loadtest("sweep", scripted(die).address, "--rates", "300,301,302", "--num-requests", "30")
     assert failed.exit_code == 1
-    assert error_line(failed).startswith("Error: no server at")
-    assert document(tmp_path)["runs"][0]["codes"]["OK"] >= 20
+    assert error_line(failed).startswith(error)
+    assert [run["label"] for run in document(tmp_path)["runs"]] == runs
+    assert sum(run["codes"]["OK"] for run in document(tmp_path)["runs"]) >= when - 10
 
 
-def test_an_interrupted_run_keeps_what_it_has(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_an_interrupted_run_keeps_what_it_has(
+    loadtest: Callable[..., Result], scripted: Start, tmp_path: Path, signum: signal.Signals, processes: str
+) -> None:
     def interrupt(server: ScriptedServer, requests: int) -> None:
         if requests == 20:
-            os.kill(os.getpid(), signal.SIGINT)
+            for child in multiprocessing.active_children():
+                os.kill(child.pid or 0, signum)  # a terminal and some supervisors send it to all
+            os.kill(os.getpid(), signum)
 
-    failed = loadtest("run", scripted(interrupt).address, "--rate", "100")
-    assert failed.exit_code == 130
+    failed = loadtest("run", scripted(interrupt).address, "--rate", "100", "--duration", "20", "--processes", processes)
+    assert failed.exit_code == 128 + signum
     assert "interrupted; the report holds what was measured until then" in failed.stdout
     run = document(tmp_path)["runs"][0]
     assert run["interrupted"]
     assert run["completed"] >= 10
     assert run["unsent"] > 100
+
+
+class _Refuses(ScriptedServer):
+    """Refuses some requests, by their number, with a code for all."""
+
+    def __init__(self, code: grpc.StatusCode, refused: range) -> None:
+        super().__init__(lambda server, requests: None)
+        self._code, self._refused = code, refused
+
+    def GenerateStream(self, request: GenerateRequest, context: Any) -> Iterator[GenerateResponse]:
+        answers = list(super().GenerateStream(request, context))
+        if len(self.requests) in self._refused:
+            context.abort(self._code, "no")
+        yield from answers
+
+
+@pytest.mark.parametrize(
+    ("code", "refused", "error"),
+    [
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, range(20, 100), ""),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, range(100), "20 requests failed, the first with RESOURCE_EXHAUSTED: no"),
+        (grpc.StatusCode.NOT_FOUND, range(30, 32), "rate-101: requests failed with NOT_FOUND, which no rate explains"),
+    ],
+)
+def test_a_sweep_fails_where_rates_do_not_explain_it(
+    loadtest: Callable[..., Result], code: grpc.StatusCode, refused: range, error: str
+) -> None:
+    server = _Refuses(code, refused)
+    done = loadtest("sweep", server.address, "--rates", "100,101", "--num-requests", "20")
+    server.die()
+    assert done.exit_code == bool(error)
+    assert done.stderr == (f"Error: {error}\n" if error else "")
+
+
+def test_nothing_is_left_of_an_earlier_report(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path) -> None:
+    server, folder = scripted(), tmp_path / "report"
+    loadtest("sweep", server.address, "--rates", "100", "--num-requests", "3")
+    (folder / "mine.txt").touch()
+    assert (folder / "rate-100-first_token.hgrm").exists()
+    loadtest("run", f"127.0.0.1:{free_port()}")
+    assert (folder / "rate-100-first_token.hgrm").exists()  # nothing was measured that could take its place
+    loadtest("run", server.address, "--rate", "100", "--num-requests", "3")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "mine.txt",
+        "report.html",
+        "report.json",
+        "run-end_to_end.hgrm",
+        "run-first_token.hgrm",
+        "run-inter_token.hgrm",
+    ]
+
+
+def test_every_flag_has_an_environment_variable(
+    loadtest: Callable[..., Result], scripted: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NUM_REQUESTS": "7", "RATE": "50", "SLO_FIRST_TOKEN": "3", "WORKLOAD": "burst-4"}.items():
+        monkeypatch.setenv(f"LORAPLEX_LOADTEST_{name}", value)
+    done = loadtest("run", scripted().address, "--rate", "100")
+    assert done.exit_code == 0, done.output
+    written = document(tmp_path)
+    assert written["name"] == "burst-4"
+    assert (written["workload"]["num_requests"], written["workload"]["rate"]) == (7, 100)  # the flag goes over it
+    assert written["runs"][0]["slo"]["first_token"] == 3
+    for command in ("run", "sweep", "null-server"):
+        for parameter in loadtest_command.commands[command].params:
+            envvar = {"--address": "LORAPLEX_ADDRESS", "--ca": "LORAPLEX_CA"}.get(
+                parameter.opts[0], f"LORAPLEX_LOADTEST_{parameter.opts[0][2:].replace('-', '_').upper()}"
+            )
+            assert (parameter.envvar, getattr(parameter, "show_envvar", False)) == (envvar, True)
+
+
+def test_help_names_the_environment_variable_and_the_key() -> None:
+    said = " ".join(CliRunner().invoke(loadtest_command, ["sweep", "--help"], terminal_width=200).stdout.split())
+    assert "YAML key: num_adapters. [env var: LORAPLEX_LOADTEST_NUM_ADAPTERS" in said
+    assert "[env var: LORAPLEX_LOADTEST_BISECTIONS" in said
 
 
 @pytest.mark.parametrize(
@@ -151,13 +249,16 @@ def test_an_interrupted_run_keeps_what_it_has(loadtest: Callable[..., Result], s
         (["--workload", "slora", "--prompt-tokens", "900:2000"], "the server takes 1,024"),
         (["--prompt-tokens", "8"], "'8' is not LOW:HIGH"),
         (["--metrics-url", "http://127.0.0.1:1/metrics"], "--metrics-url http://127.0.0.1:1/metrics: "),
-        (["--output", "/dev/null/report"], "Not a directory"),
+        (["--output", "/dev/null/report"], "--output: cannot write to /dev/null/report: Not a directory"),
+        (["--output", "/proc"], "--output: cannot write to /proc: "),
     ],
 )
 def test_wrong_settings(loadtest: Callable[..., Result], scripted: Start, arguments: list[str], message: str) -> None:
-    failed = loadtest("run", scripted().address, *arguments)
+    server = scripted()
+    failed = loadtest("run", server.address, *arguments)
     assert failed.exit_code == 1
     assert message in error_line(failed)
+    assert not server.requests
 
 
 @pytest.mark.parametrize(
@@ -166,7 +267,7 @@ def test_wrong_settings(loadtest: Callable[..., Result], scripted: Start, argume
         ("rate: [", "workload.yaml is not YAML: "),
         ("- rate", "a workload is a mapping of keys to values"),
         ("speed: 3", "workload.yaml: unknown key 'speed'; keys: like, rate, "),
-        ("like: best", "workload.yaml: like is 'best'; named workloads: slora, "),
+        ("like: best", "workload.yaml: like is 'best', which is no named workload; "),
         ("rate: fast", "workload.yaml: rate is 'fast': it takes a number"),
         ("prompt_tokens: [9, 3]", "workload.yaml: prompt_tokens is 9:3: LOW must be at least 1 and less than HIGH"),
         (None, "cannot read workload "),
@@ -183,11 +284,19 @@ def test_wrong_workload_files(
     assert message in error_line(failed)
 
 
-@pytest.mark.parametrize("rates", ["fast", "1,,2", "0", "inf", "-3"])
-def test_wrong_rates(loadtest: Callable[..., Result], scripted: Start, rates: str) -> None:
-    failed = loadtest("sweep", scripted().address, "--rates", rates)
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        *[(rates, "is not a number of requests per second") for rates in ("fast", "1,,2", "0", "inf", "-3")],
+        ("100,2000000", "rate is 2000000.0: it takes 0 to 1,000,000"),
+    ],
+)
+def test_wrong_rates(loadtest: Callable[..., Result], scripted: Start, rates: str, message: str) -> None:
+    server = scripted()
+    failed = loadtest("sweep", server.address, "--rates", rates)
     assert failed.exit_code == 1
-    assert "is not a number of requests per second" in error_line(failed)
+    assert message in error_line(failed)
+    assert not server.requests
 
 
 def test_a_null_server_on_a_port_in_use() -> None:

@@ -1,5 +1,6 @@
 """Named workloads, workload files, and flags over both."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def test_flags_go_over_a_named_workload() -> None:
 
 
 def test_a_file_starts_from_another_and_flags_go_over_it(write: Any) -> None:
-    path = write('like: burst\nrate: 3\nprompt_tokens: [4, 16]\noutput_tokens: "2:5"\n')
+    path = write('like: burst-4-short\nrate: 3\nprompt_tokens: [4, 16]\noutput_tokens: "2:5"\n')
     name, workload = load_workload(path, {"seed": 7})
     assert (name, workload.cv, workload.rate, workload.seed) == ("mine", 4, 3.0, 7)
     assert (workload.prompt_tokens, workload.output_tokens) == ((4, 16), (2, 5))
@@ -43,7 +44,7 @@ def test_a_file_starts_from_another_and_flags_go_over_it(write: Any) -> None:
         ("rate: [", "is not YAML"),
         ("- rate", "a mapping of keys to values"),
         ("", "a mapping of keys to values"),
-        ("like: nothing", "like is 'nothing'; named workloads: slora"),
+        ("like: nothing", "like is 'nothing', which is no named workload; `loraplex loadtest workloads` lists them"),
         ("ratte: 3", "unknown key 'ratte'; keys: like, rate"),
         ("rate: fast", "rate is 'fast': it takes a number"),
         ("rate: true", "rate is True: it takes a number"),
@@ -63,6 +64,10 @@ def test_a_file_starts_from_another_and_flags_go_over_it(write: Any) -> None:
         ("prompt_tokens: [9, 4]", "LOW must be at least 1 and less than HIGH"),
         ("prompt_tokens: 8:30", "it takes two whole numbers"),
         ("prompt_tokens: a:b", "prompt_tokens: invalid literal"),
+        ("drift_seconds: 9\nconcurrency: 4", "drift_seconds is 9 and concurrency 4: a closed loop has no times"),
+        ("ranks: 8", r"ranks is 8: it takes whole numbers from 1 to 10,000, \[8, 16\] in a file and 8,16 as a flag"),
+        ("ranks: [8, 0]", r"ranks is \(8, 0\): it takes whole numbers from 1"),
+        ("ranks: 8,x", "ranks: invalid literal"),
         ("rate: 1000000\nduration: 1000000", "1 to 10,000,000 can be sent"),
     ],
 )
@@ -75,15 +80,51 @@ def test_a_bad_file_is_refused_by_key(write: Any, text: str, message: str) -> No
 
 
 def test_a_name_that_is_none() -> None:
-    with pytest.raises(WorkloadError, match=r"no workload 'slow': give a \.yaml file or one of slora"):
+    with pytest.raises(WorkloadError, match=r"no workload 'slow': give a \.yaml file or a named workload; `lora"):
         load_workload("slow", {})
     with pytest.raises(WorkloadError, match="cannot read workload"):
         load_workload("nowhere.yaml", {})
 
 
-def test_the_literatures_settings() -> None:
-    slora, punica = WORKLOADS["slora"][1], WORKLOADS["punica-skewed"][1]
-    assert (slora.rate, slora.duration, slora.alpha, slora.cv, slora.num_adapters) == (2, 300, 1, 1, 200)
-    assert (slora.prompt_tokens, slora.output_tokens) == ((8, 512), (8, 512))
-    assert (punica.num_requests, punica.concurrency, punica.seed, punica.max_tokens) == (1024, 32, 0xABCDABCD987, 2048)
-    assert {workload.num_adapters for name, (_, workload) in WORKLOADS.items() if name.startswith("punica")} == {-1}
+SYNTHETIC: dict[str, dict[str, Any]] = {
+    "slora": {},
+    "uniform-1": {"num_adapters": 1},
+    "uniform-5": {"num_adapters": 5},
+    "uniform-20": {"num_adapters": 20},
+    "uniform-100": {"num_adapters": 100},
+    "uniform-200": {},
+    "uniform-1000": {"num_adapters": 1000},
+    "uniform-2000": {"num_adapters": 2000},
+    "skew-0.1": {"alpha": 0.1},
+    "skew-0.3": {"alpha": 0.3},
+    "skew-0.6": {"alpha": 0.6},
+    "skew-1": {},
+    "burst-1": {},
+    "burst-2": {"cv": 2},
+    "burst-4": {"cv": 4},
+    "burst-6": {"cv": 6},
+    "burst-8": {"cv": 8},
+    "ranks-8": {"ranks": (8,)},
+    "ranks-16": {"ranks": (16,)},
+    "ranks-8-16-32-64": {"ranks": (8, 16, 32, 64)},
+    "switch": {"num_adapters": 8, "rate": 4, "num_requests": 400, "alpha": 0.3, "drift_seconds": 12.5},
+}
+SHORT = {"prompt_tokens": (8, 64), "output_tokens": (8, 64)}
+PUNICA = {"num_requests": 1024, "concurrency": 32, "num_adapters": -1, "lengths": "punica", "seed": 0xABCDABCD987}
+OTHERS: dict[str, dict[str, Any]] = {
+    **{f"punica-{kind}": PUNICA | {"popularity": kind} for kind in ("distinct", "identical", "uniform", "skewed")},
+    "churn": SHORT | {"num_adapters": 8, "alpha": 0.3, "duration": 60, "churn_seconds": 0.5},
+    "replay": {"rate": 0, "duration": 0, "trace": "trace.csv"},
+}
+
+
+def test_the_settings_of_the_literature() -> None:
+    default = asdict(Workload())
+    slora = {"rate": 2, "duration": 300, "alpha": 1, "cv": 1, "num_adapters": 200, "seed": 42, "popularity": "power"}
+    assert default.items() >= (slora | {"prompt_tokens": (8, 512), "output_tokens": (8, 512)}).items()
+    differences = {
+        name: {key: value for key, value in asdict(workload).items() if value != default[key]}
+        for name, (_, workload) in WORKLOADS.items()
+    }
+    assert differences == SYNTHETIC | {f"{name}-short": values | SHORT for name, values in SYNTHETIC.items()} | OTHERS
+    assert default["max_tokens"] == 2048  # Punica's

@@ -49,6 +49,7 @@ def write(folder: Path, *runs: Any, attainment: float | None = None) -> tuple[Ch
     report = Report(folder, "slora-short", Workload(), Target(address="localhost:1"), attainment)
     for run in runs:
         report.add(run)
+    report.write()
     page = report.page.read_text()
     checker = Checker(page)
     assert not checker.references
@@ -132,6 +133,7 @@ def test_what_a_sweep_found_at_one_rate_has_one_mark(tmp_path: Path) -> None:
 def test_memory_that_was_not_watched_is_said(tmp_path: Path, metrics_url: str, values: Any, note: str) -> None:
     report = Report(tmp_path, "w", Workload(), Target(address="localhost:1", metrics_url=metrics_url), None)
     report.add(make_measurement(results(), **values))
+    report.write()
     after = report.page.read_text().partition("<h2>Memory</h2>")[2]
     assert note in after.partition("<h2>")[0]
 

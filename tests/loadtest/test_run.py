@@ -15,13 +15,14 @@ from loadtest.processes import Load
 from loadtest.report import summarize
 from loadtest.run import Target, measure
 from loadtest.workload import Workload, WorkloadError
-from tests.server.rpc.conftest import Running
+from tests.conftest import ADAPTERS
+from tests.server.rpc.conftest import Running, Serve
 
 SHORT = replace(WORKLOADS["slora-short"][1], num_adapters=8, prompt_tokens=(2, 8), output_tokens=(2, 8))
 
 
 async def load(server: Running, workload: Workload, **target: Any) -> Measurement:
-    to = Target(address=server.address, **target)
+    to = Target(**{"address": server.address, **target})
     return await measure(to, "run", workload, Slo(), asyncio.Event(), Console(file=StringIO()))
 
 
@@ -85,3 +86,15 @@ async def test_the_time_of_a_run_is_that_of_its_load(running: Running, monkeypat
     measured = await load(running, replace(SHORT, num_requests=4, rate=100))
     ended = max(result.ended for result in measured.results) - measured.start
     assert ended <= measured.wall < ended + 0.4
+
+
+async def test_the_address_of_clients_alone(serve: Serve) -> None:
+    """Where the server has another for administration, adapters are listed by the Open Inference Protocol."""
+    workload = replace(SHORT, num_requests=24, concurrency=4, num_adapters=len(ADAPTERS), popularity="distinct")
+    async with serve(admin_listen="127.0.0.1:0") as server:
+        measured = await load(server, workload)
+        with pytest.raises(WorkloadError, match="churn needs the Adapters service: give the server's --admin-listen"):
+            await load(server, replace(SHORT, churn_seconds=0.02))
+        with pytest.raises(WorkloadError, match="ranks are told by the Adapters service"):
+            await load(server, replace(SHORT, ranks=(8,)))
+    assert {result.adapter for result in measured.results if result.ok} == {*ADAPTERS}

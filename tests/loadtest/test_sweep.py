@@ -5,15 +5,16 @@ from typing import Any
 import pytest
 
 from loadtest.sweep import RateSearch, passes, verdict
+from loadtest.workload import Workload
 
 
 def summary(all_kept: float, kept_up: bool) -> dict[str, Any]:
     return {"attainment": {"all": all_kept}, "balance": {"kept_up": kept_up}}
 
 
-def search(limit: float, first: float, bisections: int) -> list[float]:
+def search(limit: float, first: float, bisections: int, *bounds: float) -> list[float]:
     """Rates that are tried on a server that is good up to a limit."""
-    tried, rates = [], RateSearch(first, bisections)
+    tried, rates = [], RateSearch(first, bisections, *bounds)
     for rate in iter(rates.next, None):
         tried.append(rate)
         rates.book(rate <= limit)
@@ -33,6 +34,15 @@ def test_a_first_rate_that_fails_is_halved() -> None:
 
 def test_a_server_without_limit_ends_the_search() -> None:
     assert len(search(limit=1e9, first=1, bisections=3)) == 13
+
+
+def test_the_search_stays_where_a_workload_can_be_sent() -> None:
+    bounds = Workload(rate=4, duration=2).rate_limits
+    assert bounds == (0.5, 1_000_000)
+    assert search(0.1, 4, 3, *bounds) == [4, 2, 1]
+    assert search(1e9, 400_000, 3, *bounds) == [400_000, 800_000]
+    assert Workload(duration=100_000).rate_limits[1] == 100
+    assert Workload(num_requests=5, duration=100_000).rate_limits == (0, 1_000_000)
 
 
 def test_a_run_passes_if_it_keeps_up_within_the_limits() -> None:
