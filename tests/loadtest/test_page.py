@@ -134,6 +134,7 @@ def test_memory_that_was_not_watched_is_said(tmp_path: Path, metrics_url: str, v
     report = Report(tmp_path, "w", Workload(), Target(address="localhost:1", metrics_url=metrics_url), None)
     report.add(make_measurement(results(), **values))
     report.write()
+    report.write()
     after = report.page.read_text().partition("<h2>Memory</h2>")[2]
     assert note in after.partition("<h2>")[0]
 
