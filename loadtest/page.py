@@ -42,7 +42,8 @@ def render(document: dict[str, Any]) -> str:
         section("Settings", _settings(document)),
     ]
     server = document["server"]
-    subtitle = f"{server.get('model', '')} on {server.get('device', '')} · {document['client']['date']}"
+    where = " on ".join(filter(None, (server.get("model"), server.get("device"))))
+    subtitle = " · ".join(filter(None, (where, document["client"]["date"])))
     if len(runs) > 1:
         subtitle += f" · details below are of {shown['label']}"
     return (
@@ -155,7 +156,8 @@ def _churn(run: dict[str, Any]) -> str:
     kind = "bad" if churn["faults"] else "good"
     text = (
         f"{churn['checked']} requests to adapters that came and went: {len(churn['faults'])} faults, "
-        f"{churn['refused_while_unloaded']} rightly refused while their adapter was unloaded."
+        f"{churn['refused_while_unloaded']} rightly refused while their adapter was unloaded. "
+        f"{churn['bystanders_checked']} answers of other adapters were checked too."
     )
     faults = "".join(f"<li>{escape(fault)}</li>" for fault in churn["faults"][:MOST_ROWS])
     listed = table(
@@ -166,7 +168,8 @@ def _churn(run: dict[str, Any]) -> str:
         ],
     )
     shown = f"<ul>{faults}</ul>" if faults else ""
-    return section("Churn", f'<p class="note {kind}">{escape(text)}</p>{shown}{listed}')
+    warning = f'<p class="note">{escape(churn["warning"])}</p>' if churn["warning"] else ""
+    return section("Churn", f'<p class="note {kind}">{escape(text)}</p>{warning}{shown}{listed}')
 
 
 def _client(runs: Sequence[dict[str, Any]]) -> str:

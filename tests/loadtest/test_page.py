@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from loadtest.churn_review import ChurnReview
 from loadtest.output import Report
 from loadtest.run import Target
 from loadtest.workload import Workload
@@ -148,6 +149,19 @@ def test_faults_are_said_at_the_top(tmp_path: Path) -> None:
     assert "1 of 2 load processes ended early" in before_figures
     for shown in ("the server was lost 3 s", "Measured until then: 1 requests", "interrupted", "sent more than 200 ms"):
         assert shown in before_figures
+
+
+def test_what_a_churn_checked_and_could_not_check(tmp_path: Path) -> None:
+    review = ChurnReview(2, frozenset(), (), (), bystanders=7, warning="stale weights cannot be seen <here>")
+    page, _ = write(tmp_path, make_measurement(results(), churn=review))
+    text = "\n".join(page.texts)
+    for shown in ("2 requests to adapters that came and went: 0 faults", "7 answers of other adapters", "<here>"):
+        assert shown in text
+
+
+def test_a_server_that_tells_little_of_itself(tmp_path: Path) -> None:
+    page, document = write(tmp_path, make_measurement(results(), server={"model": "null", "device": ""}))
+    assert f"null · {document['client']['date']}" in page.texts
 
 
 def test_a_run_without_results_has_a_page(tmp_path: Path) -> None:
