@@ -23,7 +23,7 @@ _PUNICA: dict[str, Any] = {
 _SYNTHETIC: dict[str, tuple[str, Workload]] = {
     "slora": ("S-LoRA synthetic: power law, Gamma gaps, lengths 8 to 511", Workload()),
     **{
-        f"uniform-{count}": (f"S-LoRA synthetic with {count} adapters of equal shares", Workload(num_adapters=count))
+        f"uniform-{count}": (f"S-LoRA synthetic with num_adapters {count}, equal shares", Workload(num_adapters=count))
         for count in (1, 5, 20, 100, 200, 1000, 2000)
     },
     **{

@@ -27,7 +27,8 @@ def option(flag: str, *parameter: str, envvar: str = "", **settings: Any) -> Cal
         envvar: left out: LORAPLEX_LOADTEST_ and the flag.
     """
     twin = envvar or f"LORAPLEX_LOADTEST_{flag.removeprefix('--').replace('-', '_').upper()}"
-    return click.option(flag, *parameter, envvar=twin, show_envvar=True, show_default=True, **settings)
+    shows_default = settings.get("default") != ""  # empty: the help says what that means
+    return click.option(flag, *parameter, envvar=twin, show_envvar=True, show_default=shows_default, **settings)
 
 
 def run_options(command: Command) -> Command:

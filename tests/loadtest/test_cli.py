@@ -1,10 +1,12 @@
 """The command from its flags to its files and exit codes, against servers that are well, gone, or dying."""
 
+import http.server
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,37 @@ def test_a_server_that_dies(loadtest: Callable[..., Result], scripted: Start, tm
     run = document(tmp_path)["runs"][0]
     assert run["codes"]["OK"] >= 50
     assert run["unsent"] > 1_000
+
+
+class _Metrics(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"# TYPE process_resident_memory_bytes gauge\nprocess_resident_memory_bytes 5e6\n")
+
+    def log_message(self, format: str, *values: object) -> None:
+        """Says nothing: stderr is looked at."""
+
+
+def test_a_server_that_dies_with_its_metrics(loadtest: Callable[..., Result], scripted: Start, tmp_path: Path) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), _Metrics) as metrics:
+        serving = threading.Thread(target=metrics.serve_forever, args=(0.01,))
+        serving.start()
+
+        def die(server: ScriptedServer, requests: int) -> None:
+            if requests == 80:
+                metrics.shutdown()
+                metrics.server_close()
+                server.die()
+
+        url = f"http://127.0.0.1:{metrics.server_address[1]}/metrics"
+        flags = ["--rate", "200", "--duration", "20", "--metrics-url", url]
+        failed = loadtest("run", scripted(die).address, *flags)
+        serving.join()
+    assert failed.exit_code == 1
+    assert error_line(failed).startswith("Error: the server was lost ")
+    assert "of the metrics are missing, the last for: --metrics-url" in " ".join(failed.stdout.split())
+    assert {size for _, size in document(tmp_path)["runs"][0]["memory"]} == {5e6}
 
 
 @pytest.mark.parametrize(
