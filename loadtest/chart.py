@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Literal
 
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 20, 46
+_ROW = 17  # height of a line of text
 _SHADES = 6  # CSS variables --shade-0 … of the page, from faint to strong
 
 
@@ -16,7 +18,7 @@ _SHADES = 6  # CSS variables --shade-0 … of the page, from faint to strong
 class Series:
     name: str
     points: Sequence[Point]
-    dots: bool = False
+    style: Literal["line", "steps", "dots"] = "line"  # steps: a value holds until the next point, and is 0 before
     tips: Sequence[str] = ()  # shown when a dot is pointed at
 
 
@@ -26,6 +28,7 @@ class Axis:
     format: Callable[[float], str]
     log: bool = False
     from_zero: bool = False
+    whole: bool = False  # of counts: no ticks between them
 
 
 def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Sequence[tuple[float, str]] = ()) -> str:
@@ -35,11 +38,11 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Sequenc
         return ""
     across = _Scale(x, [point[0] for one in drawn for point in one.points], _LEFT, WIDTH - _RIGHT)
     up = _Scale(y, [point[1] for one in drawn for point in one.points], HEIGHT - _BOTTOM, _TOP)
-    parts = [_grid(across, up)]
-    for index, one in enumerate(drawn):
-        parts.append(_plot(one, across, up, _color(index, len(drawn))))
     shown = sorted((value, text) for value, text in marks if across.low <= value <= across.high)
-    parts += [_mark(across.place(value), text, row) for row, (value, text) in enumerate(shown)]
+    top = -_ROW * len(shown)  # the texts of marks lie above the plot, each in a row of its own
+    parts = [_grid(across, up), f'<text class="label" x="4" y="{_TOP - 8 + top}">{escape(y.label)}</text>']
+    parts += [_mark(across.place(value), text, _TOP - 8 - _ROW * row) for row, (value, text) in enumerate(shown)]
+    parts += [_plot(one, across, up, _color(index, len(drawn))) for index, one in enumerate(drawn)]
     legend = "".join(
         f'<li><i style="background:{_color(index, len(drawn))}"></i>{escape(one.name)}</li>'
         for index, one in enumerate(drawn)
@@ -47,7 +50,8 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Sequenc
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>"
         + (f"<ul>{legend}</ul>" if len(drawn) > 1 else "")
-        + f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+        + f'<svg viewBox="0 {top} {WIDTH} {HEIGHT - top}" role="img" aria-label="{escape(title)}">'
+        + f"{''.join(parts)}</svg></figure>"
     )
 
 
@@ -96,7 +100,8 @@ class _Scale:
         return round(self._start + share * (self._end - self._start), 1)
 
     def ticks(self) -> list[float]:
-        return ticks(self.low, self.high, log=self.axis.log)
+        places = ticks(self.low, self.high, log=self.axis.log)
+        return [place for place in places if not self.axis.whole or place == round(place)]
 
 
 def _drawable(series: Series, x: Axis, y: Axis) -> Series:
@@ -105,7 +110,7 @@ def _drawable(series: Series, x: Axis, y: Axis) -> Series:
         index for index, (across, up) in enumerate(series.points) if (across > 0 or not x.log) and (up > 0 or not y.log)
     ]
     tips = [series.tips[index] for index in kept] if series.tips else ()
-    return Series(series.name, [series.points[index] for index in kept], series.dots, tips)
+    return Series(series.name, [series.points[index] for index in kept], series.style, tips)
 
 
 def _grid(across: _Scale, up: _Scale) -> str:
@@ -126,31 +131,31 @@ def _grid(across: _Scale, up: _Scale) -> str:
     parts.append(
         f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(across.axis.label)}</text>'
     )
-    parts.append(f'<text class="label" x="4" y="{_TOP - 8}">{escape(up.axis.label)}</text>')
     return "".join(parts)
 
 
-def _mark(place: float, text: str, row: int) -> str:
-    """A vertical line with its text beside it, each text in a row of its own, so that none covers another."""
+def _mark(place: float, text: str, baseline: float) -> str:
     anchor, shift = ("end", -5) if place > WIDTH * 0.7 else ("start", 5)
-    baseline = _TOP + 10 + 16 * row
     return (
-        f'<line class="mark" x1="{place}" x2="{place}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
+        f'<line class="mark" x1="{place}" x2="{place}" y1="{baseline - 10}" y2="{HEIGHT - _BOTTOM}"/>'
         f'<text class="mark" x="{place + shift}" y="{baseline}" text-anchor="{anchor}">{escape(text)}</text>'
     )
 
 
 def _plot(series: Series, across: _Scale, up: _Scale, color: str) -> str:
     places = [(across.place(x), up.place(y)) for x, y in series.points]
-    if series.dots:
+    if series.style == "dots":
         tips = series.tips or [""] * len(places)
         return "".join(
             f'<circle cx="{x}" cy="{y}" r="3.5" fill="{color}"><title>{escape(tip)}</title></circle>'
             for (x, y), tip in zip(places, tips, strict=True)
         )
+    if series.style == "steps":
+        levels = [up.place(up.low), *(y for _, y in places)]
+        places = [corner for (x, y), before in zip(places, levels, strict=False) for corner in ((x, before), (x, y))]
     line = " ".join(f"{x},{y}" for x, y in places)
     shown = f'<polyline points="{line}" stroke="{color}"/>'
-    if len(places) <= 20:  # few enough to be seen as the measurements that they are
+    if series.style == "line" and len(places) <= 20:  # few enough to be seen as the measurements that they are
         shown += "".join(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>' for x, y in places)
     return shown
 

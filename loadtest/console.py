@@ -39,9 +39,9 @@ def table(summary: dict[str, Any]) -> Table:
 
 def server_line(server: dict[str, str], settings: dict[str, str]) -> str:
     """What was measured: the server and the settings that shape its speed."""
-    of_server = [server.get("model", ""), server.get("device", ""), f"version {server.get('version', '')}"]
-    commit = [f"commit {server['commit']}"] if server.get("commit") else []
-    return "server: " + ", ".join([*of_server, *commit, *(f"{name} {value}" for name, value in settings.items())])
+    named = [f"{name} {server[name]}" for name in ("version", "commit") if server.get(name)]
+    told = [server.get("model", ""), server.get("device", ""), *named]
+    return "server: " + ", ".join([*filter(None, told), *(f"{name} {value}" for name, value in settings.items())])
 
 
 def fairness_line(summary: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ def server_environment(model: ModelInfo) -> dict[str, str]:
     """What the server says of itself."""
     return {
         "model": f"{model.name} ({model.architecture})" if model.architecture else model.name,
-        "device": f"{model.device}, {model.dtype}",
+        "device": ", ".join(filter(None, (model.device, model.dtype))),
         "max_model_len": f"{model.max_model_len:,}",
         "adapter_slots": f"{model.num_adapter_slots}, rank up to {model.max_lora_rank}",
         "version": model.version,

@@ -6,7 +6,12 @@ from typing import Any
 
 from loadtest.chart import format_seconds
 
-TITLES = {"first_token": "Time to first token", "inter_token": "Inter-token latency", "end_to_end": "End to end"}
+TITLES = {
+    "first_token": "Time to first token",
+    "inter_token": "Inter-token latency",
+    "end_to_end": "End to end",
+    "per_output_token": "End to end per output token",
+}
 
 
 def section(title: str, content: str) -> str:
@@ -40,10 +45,14 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
+def per_second(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def index(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
 def offered(run: dict[str, Any]) -> str:
     """The rate of a run, or its label where it had none."""
-    return f"{run['offered_requests_s']:.3g} /s" if run["offered_requests_s"] else run["label"]
+    return f"{per_second(run['offered_requests_s'])} /s" if run["offered_requests_s"] else run["label"]

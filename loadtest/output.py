@@ -11,7 +11,7 @@ from loadtest.environment import client_environment
 from loadtest.histogram import percentile_distribution
 from loadtest.measurement import Measurement
 from loadtest.page import render
-from loadtest.report import METRICS, histograms, summarize
+from loadtest.report import LATENCIES, histograms, summarize
 from loadtest.run import Target
 from loadtest.sweep import verdict
 from loadtest.workload import Workload
@@ -95,7 +95,7 @@ class Report:
         Raises:
             OSError
         """
-        for name in METRICS:
+        for name in LATENCIES:
             for old in self._folder.glob(f"*-{name}.hgrm"):
                 old.unlink()
         for file, text in self._histograms.items():

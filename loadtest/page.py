@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.histogram import PERCENTILES
-from loadtest.markup import TITLES, facts, offered, percent, seconds, section, table
+from loadtest.markup import TITLES, facts, offered, per_second, percent, seconds, section, table
 from loadtest.page_plots import (
     MOST_ROWS,
     adapters_section,
@@ -42,9 +42,10 @@ def render(document: dict[str, Any]) -> str:
         section("Settings", _settings(document)),
     ]
     server = document["server"]
-    subtitle = f"{server.get('model', '')} on {server.get('device', '')} · {document['client']['date']}"
+    where = " on ".join(filter(None, (server.get("model"), server.get("device"))))
+    subtitle = " · ".join(filter(None, (where, document["client"]["date"])))
     if len(runs) > 1:
-        subtitle += f" · details below are of the run at {offered(shown)}"
+        subtitle += f" · details below are of {shown['label']}"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
@@ -88,8 +89,8 @@ def _tiles(run: dict[str, Any], sweep: dict[str, Any] | None) -> str:
     spreads = run["seconds"]
     tiles = [
         (offered(run), "offered" if run["offered_requests_s"] else "closed loop"),
-        (f"{run['requests_s']:.3g} /s", "requests completed"),
-        (f"{run['output_tokens_s']:,.4g} /s", "output tokens"),
+        (f"{per_second(run['requests_s'])} /s", "requests completed"),
+        (f"{per_second(run['output_tokens_s'])} /s", "output tokens"),
         (_both(spreads["first_token"]), "first token, p50 / p99"),
         (_both(spreads["inter_token"]), "inter-token, p50 / p99"),
         (_both(spreads["end_to_end"]), "end to end, p50 / p99"),
@@ -97,7 +98,7 @@ def _tiles(run: dict[str, Any], sweep: dict[str, Any] | None) -> str:
         (percent(run["satisfaction"]), "satisfaction (S-LoRA)"),
     ]
     if sweep:
-        found = [("knee", "keeps up until"), ("goodput", f"{sweep['attainment']:.0%} within limits until")]
+        found = [("knee", "knee: keeps up until"), ("goodput", f"goodput ({sweep['attainment']:.0%} in limits)")]
         tiles = [(_until(sweep[key], sweep["highest_rate"]), text) for key, text in found] + tiles
     cells = "".join(
         f'<div><b>{escape(value)}</b><span class="soft">{escape(text)}</span></div>' for value, text in tiles
@@ -114,11 +115,15 @@ def _until(rate: float | None, highest_rate: float) -> str:
 def _percentiles(run: dict[str, Any]) -> str:
     keys = ["mean", *(f"p{percent}" for percent in PERCENTILES), "max"]
     rows = [
-        [TITLES[name], *[seconds(run["seconds"][name][key]) for key in keys], percent(run["attainment"][name])]
+        [
+            TITLES[name],
+            *[seconds(run["seconds"][name][key]) for key in keys],
+            f"{percent(run['attainment'][name])} < {seconds(run['slo'][name])}",
+        ]
         for name in METRICS
     ]
-    per_token = run["seconds_per_output_token"]
-    rows.append(["End to end per output token", *[seconds(per_token[key]) for key in keys], ""])
+    per_token = run["seconds"]["per_output_token"]
+    rows.append([TITLES["per_output_token"], *[seconds(per_token[key]) for key in keys], ""])
     if run["mean_queue_s"] is not None:
         rows.append(["In the server's queue", seconds(run["mean_queue_s"]), *[""] * len(keys)])
     return table(["", *keys, "within limit"], rows)
@@ -130,19 +135,18 @@ def _runs_table(runs: Sequence[dict[str, Any]]) -> str:
     rows = [
         [
             run["label"],
-            f"{run['offered_requests_s'] or 0:.3g}",
+            per_second(run["offered_requests_s"] or 0.0),
             str(run["requests"]),
             str(run["failed"]),
-            f"{run['requests_s']:.3g}",
-            f"{run['output_tokens_s']:.4g}",
-            f"{run['goodput_requests_s']:.3g}",
+            *[per_second(run[key]) for key in ("requests_s", "output_tokens_s", "goodput_requests_s")],
             *[seconds(run["seconds"][name][key]) for name in METRICS[:2] for key in ("p50", "p99")],
             percent(run["attainment"]["all"]),
             _balance(run),
         ]
         for run in runs
     ]
-    return table(titles, rows)
+    note = "done / due: completed and due between a lead-in and the last arrival; the knee is told by them."
+    return f'{table(titles, rows)}<p class="soft">{note}</p>'
 
 
 def _churn(run: dict[str, Any]) -> str:
@@ -152,7 +156,8 @@ def _churn(run: dict[str, Any]) -> str:
     kind = "bad" if churn["faults"] else "good"
     text = (
         f"{churn['checked']} requests to adapters that came and went: {len(churn['faults'])} faults, "
-        f"{churn['refused_while_unloaded']} rightly refused while their adapter was unloaded."
+        f"{churn['refused_while_unloaded']} rightly refused while their adapter was unloaded. "
+        f"{churn['bystanders_checked']} answers of other adapters were checked too."
     )
     faults = "".join(f"<li>{escape(fault)}</li>" for fault in churn["faults"][:MOST_ROWS])
     listed = table(
@@ -163,7 +168,8 @@ def _churn(run: dict[str, Any]) -> str:
         ],
     )
     shown = f"<ul>{faults}</ul>" if faults else ""
-    return section("Churn", f'<p class="note {kind}">{escape(text)}</p>{shown}{listed}')
+    warning = f'<p class="note">{escape(churn["warning"])}</p>' if churn["warning"] else ""
+    return section("Churn", f'<p class="note {kind}">{escape(text)}</p>{warning}{shown}{listed}')
 
 
 def _client(runs: Sequence[dict[str, Any]]) -> str:
@@ -183,13 +189,13 @@ def _client(runs: Sequence[dict[str, Any]]) -> str:
 
 def _settings(document: dict[str, Any]) -> str:
     parts = [
-        facts("Load test", document["client"]),
         facts("Server", document["server"]),
         facts("Server's settings", {name: _grouped(value) for name, value in document["settings"].items()}),
+        facts("Load test", document["client"]),
         facts("Workload", document["workload"]),
         facts("Target", document["target"]),
     ]
-    return f'<div class="two">{"".join(parts)}</div>'
+    return f'<div class="columns">{"".join(parts)}</div>'
 
 
 def _grouped(value: str) -> str:

@@ -6,13 +6,13 @@ from typing import Any
 
 from loadtest.chart import Axis, Series, chart, format_seconds
 from loadtest.histogram import PERCENTILES
-from loadtest.markup import TITLES, index, offered, seconds, section, table
-from loadtest.report import METRICS
+from loadtest.markup import TITLES, index, seconds, section, table
+from loadtest.report import LATENCIES, METRICS
 
 MOST_ROWS = 20  # of a list
 _TIERS = {
-    "cold": "cold: read from disk",
-    "host": "host: in memory, written to a slot",
+    "cold": "cold: on disk",
+    "host": "host: in memory",
     "hot": "hot: in a slot",
 }
 _MOST_LINES = 6  # distributions in one chart
@@ -25,7 +25,7 @@ def sweep_section(runs: Sequence[dict[str, Any]], sweep: dict[str, Any]) -> str:
         chart(
             f"{TITLES[name]} against offered rate",
             x,
-            Axis("", format_seconds, log=True),
+            Axis("time, logarithmic", format_seconds, log=True),
             [
                 Series(f"p{percent}", [(rate, run["seconds"][name][f"p{percent}"] or 0.0) for rate, run in ordered])
                 for percent in PERCENTILES
@@ -46,16 +46,16 @@ def sweep_section(runs: Sequence[dict[str, Any]], sweep: dict[str, Any]) -> str:
 def distributions_section(runs: Sequence[dict[str, Any]]) -> str:
     step = max(1, -(-len(runs) // _MOST_LINES))
     picked = sorted(runs, key=lambda run: run["offered_requests_s"] or 0.0)[::step]
-    share = Axis("share of all", "{:.0%}".format, from_zero=True)
+    share, limits = Axis("share of all", "{:.0%}".format, from_zero=True), runs[0]["slo"]
     charts = "".join(
         chart(
             TITLES[name],
-            Axis("seconds, logarithmic", format_seconds, log=True),
+            Axis("time, logarithmic", format_seconds, log=True),
             share,
-            [Series(offered(run), run["cumulative"][name]) for run in picked],
-            [(runs[0]["slo"][name], f"limit {format_seconds(runs[0]['slo'][name])}")],
+            [Series(run["label"], run["cumulative"][name], "steps") for run in picked],
+            [(limits[name], f"limit {format_seconds(limits[name])}")] if name in limits else [],
         )
-        for name in METRICS
+        for name in LATENCIES
     )
     return section("Distributions", f'<div class="charts">{charts}</div>')
 
@@ -69,13 +69,13 @@ def adapters_section(run: dict[str, Any]) -> str:
     dots = Series(
         "adapter",
         [(row["requests"], row["first_token"]["p50"]) for row in known],
-        dots=True,
+        "dots",
         tips=[f"{row['name']}: {row['requests']} requests, p50 {seconds(row['first_token']['p50'])}" for row in known],
     )
     figure = chart(
         "Median first token of every adapter, by its requests",
-        Axis("requests of the adapter", "{:g}".format),
-        Axis("", format_seconds, from_zero=True),
+        Axis("requests of the adapter", "{:,.0f}".format, whole=True),
+        Axis("median first token", format_seconds, from_zero=True),
         [dots],
     )
     listed = table(
@@ -116,9 +116,9 @@ def tiers_section(run: dict[str, Any]) -> str:
         return ""
     figure = chart(
         "Time to first token by where the adapter was",
-        Axis("seconds, logarithmic", format_seconds, log=True),
+        Axis("time, logarithmic", format_seconds, log=True),
         Axis("share of all", "{:.0%}".format, from_zero=True),
-        [Series(_TIERS[tier], spread["cumulative"]) for tier, spread in found.items()],
+        [Series(_TIERS[tier], spread["cumulative"], "steps") for tier, spread in found.items()],
     )
     total = sum(spread["count"] for spread in found.values())
     rows = [
@@ -128,11 +128,13 @@ def tiers_section(run: dict[str, Any]) -> str:
             f"{spread['count'] / total:.1%}",
             *[seconds(spread[key]) for key in ("p50", "p99", "max")],
         ]
-        for tier, spread in found.items()
+        for tier, spread in run["tiers"].items()
     ]
     listed = table(["the adapter was", "requests", "share", "first token p50", "p99", "max"], rows)
-    none = ", ".join(tier for tier in run["tiers"] if tier not in found)
-    text = "The server says of every request where it found the adapter." + (f" No request was {none}." if none else "")
+    text = (
+        "As the server says of every request: cold adapters had to be read from disk, those on the host had to be "
+        "written to a device slot, hot ones sat in a slot. Times hold the wait for room and for other requests."
+    )
     return section(
         "First token by where the adapter was",
         f'<p>{escape(text)}</p><div class="two"><div>{figure}</div><div>{listed}</div></div>',
@@ -147,8 +149,11 @@ def codes_section(runs: Sequence[dict[str, Any]], sweep: dict[str, Any] | None, 
         chart(
             "Failed requests so far, by status code",
             Axis("seconds into the run", "{:g}".format),
-            Axis("requests", "{:,g}".format, from_zero=True),
-            [Series(code, points) for code, points in shown["failures"].items()],
+            Axis("requests", "{:,.0f}".format, from_zero=True, whole=True),
+            [
+                Series(code, [(0.0, 0), *points, (shown["wall_s"], points[-1][1])], "steps")
+                for code, points in shown["failures"].items()
+            ],
         )
     ]
     if sweep:
@@ -157,7 +162,7 @@ def codes_section(runs: Sequence[dict[str, Any]], sweep: dict[str, Any] | None, 
             chart(
                 "Failed requests by status code, against offered rate",
                 _rate_axis(),
-                Axis("share of all requests", "{:.0%}".format, from_zero=True),
+                Axis("share of requests", "{:.0%}".format, from_zero=True),
                 [
                     Series(code, [(rate, run["codes"].get(code, 0) / max(1, run["requests"])) for rate, run in ordered])
                     for code in codes

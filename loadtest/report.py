@@ -15,7 +15,8 @@ from loadtest.measurement import Measurement
 
 LATE = 0.010  # seconds: beyond this at the 99th percentile the client, not the server, makes the latencies
 BUSY = 0.9  # of one core
-METRICS = ("first_token", "inter_token", "end_to_end")
+METRICS = ("first_token", "inter_token", "end_to_end")  # that have limits
+LATENCIES = (*METRICS, "per_output_token")
 TIERS = {"cold": "disk", "host": "host", "hot": "device"}  # series of first-token times, by where the adapter was
 _BEHIND = 0.1  # of the arrivals, not completed in time: a server that falls behind
 _LEAD_IN = 0.25  # of the arrivals, not counted when completions are held against arrivals
@@ -51,10 +52,9 @@ def summarize(run: Measurement) -> dict[str, Any]:
         "requests_s": len(good) / run.wall,
         "output_tokens_s": sum(result.num_tokens for result in good) / run.wall,
         "balance": None if run.workload.concurrency else balance(counted, run.start),
-        "seconds": {name: spread(values[name]) for name in METRICS},
-        "seconds_per_output_token": spread(result.total / result.num_tokens for result in good if result.num_tokens),
+        "seconds": {name: spread(values[name]) for name in LATENCIES},
         "mean_queue_s": run.mean_queue_seconds,
-        "cumulative": {name: cumulative(values[name]) for name in METRICS},
+        "cumulative": {name: cumulative(values[name]) for name in LATENCIES},
         "slo": {name: getattr(run.slo, name) for name in METRICS},
         "attainment": {
             **{name: _share(sum(limits[name] for limits in kept), len(kept)) for name in METRICS},
@@ -79,6 +79,7 @@ def latencies(results: Iterable[CallResult]) -> dict[str, list[float]]:
         "first_token": [result.first_token for result in good if result.first_token is not None],
         "inter_token": [gap for result in good for gap in result.token_gaps],
         "end_to_end": [result.total for result in good],
+        "per_output_token": [result.total / result.num_tokens for result in good if result.num_tokens],
     }
 
 

@@ -245,6 +245,7 @@ def test_nothing_is_left_of_an_earlier_report(loadtest: Callable[..., Result], s
         "run-end_to_end.hgrm",
         "run-first_token.hgrm",
         "run-inter_token.hgrm",
+        "run-per_output_token.hgrm",
     ]
 
 

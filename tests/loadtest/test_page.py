@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.chart import ticks
+from loadtest.churn_review import ChurnReview
 from loadtest.output import Report
 from loadtest.run import Target
 from loadtest.workload import Workload
@@ -84,13 +84,13 @@ def test_a_single_run(tmp_path: Path) -> None:
     text = "\n".join(page.texts)
     for shown in ("tiny <model>", "Time to first token", "a1", "<b>&", "NOT_FOUND", "12.3 ms", "Jain's index over 4"):
         assert shown in text
-    for shown in ("cold: read from disk", "hot: in a slot", "No request was host.", "Resident memory", "processor"):
+    for shown in ("cold: on disk", "host: in memory", "hot: in a slot", "Resident memory", "processor"):
         assert shown in text
     for shown in ("0123456789ab+", "kv-cache-bytes", "2,147,483,648", "prefix-cache"):
         assert shown in text
     for shown in ("1 of them had no success", "The worst 99th percentile of first tokens is 390 ms, of a2."):
         assert shown in text
-    assert page.tags.count("svg") == 7  # three distributions, failures, adapters, tiers, memory
+    assert page.tags.count("svg") == 8  # four distributions, failures, adapters, tiers, memory
     assert document["server"]["commit"] == "0123456789ab+"
     assert document["settings"]["kv-cache-bytes"] == "2147483648"
     assert document["runs"][0]["codes"] == {"OK": 30, "NOT_FOUND": 1}
@@ -135,6 +135,7 @@ def test_memory_that_was_not_watched_is_said(tmp_path: Path, metrics_url: str, v
     report = Report(tmp_path, "w", Workload(), Target(address="localhost:1", metrics_url=metrics_url), None)
     report.add(make_measurement(results(), **values))
     report.write()
+    report.write()
     after = report.page.read_text().partition("<h2>Memory</h2>")[2]
     assert note in after.partition("<h2>")[0]
 
@@ -150,21 +151,20 @@ def test_faults_are_said_at_the_top(tmp_path: Path) -> None:
         assert shown in before_figures
 
 
+def test_what_a_churn_checked_and_could_not_check(tmp_path: Path) -> None:
+    review = ChurnReview(2, frozenset(), (), (), bystanders=7, warning="stale weights cannot be seen <here>")
+    page, _ = write(tmp_path, make_measurement(results(), churn=review))
+    text = "\n".join(page.texts)
+    for shown in ("2 requests to adapters that came and went: 0 faults", "7 answers of other adapters", "<here>"):
+        assert shown in text
+
+
+def test_a_server_that_tells_little_of_itself(tmp_path: Path) -> None:
+    page, document = write(tmp_path, make_measurement(results(), server={"model": "null", "device": ""}))
+    assert f"null · {document['client']['date']}" in page.texts
+
+
 def test_a_run_without_results_has_a_page(tmp_path: Path) -> None:
     page, document = write(tmp_path, make_measurement([], interrupted=True))
     assert document["runs"][0]["requests"] == 0
     assert "interrupted" in "\n".join(page.texts)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "log", "expected"),
-    [
-        (0, 10, False, [0, 2, 4, 6, 8, 10]),
-        (0.3, 1, False, [0.4, 0.6, 0.8, 1]),
-        (0.9, 25, True, [1, 2, 5, 10, 20]),
-        (1.9, 4.2, True, [2, 2.5, 3, 3.5, 4]),
-        (0.23, 37, True, [0.5, 1, 2, 5, 10, 20]),
-    ],
-)
-def test_ticks_are_round(low: float, high: float, log: bool, expected: list[float]) -> None:
-    assert ticks(low, high, log=log) == pytest.approx(expected)

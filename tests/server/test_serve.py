@@ -150,7 +150,7 @@ def test_the_page_of_a_load_test_shows_the_server(server: Server, tmp_path: Path
     assert all(escape(told[key]) in facts for key in ("processor", "memory", "torch", "transformers", "grpcio"))
     assert all(name in facts for name in report["settings"])
     assert told.get("commit", "") in facts
-    assert "cold: read from disk" in page
+    assert "cold: on disk" in page
 
 
 def test_a_load_test_whose_server_is_killed(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
