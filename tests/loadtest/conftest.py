@@ -1,15 +1,20 @@
 """Servers on a free port that do one odd thing each, results made by hand, and the real server with the tiny model."""
 
+import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from click.testing import CliRunner, Result
 
+from loadtest.cli import loadtest_command
 from loadtest.client import CallResult
 from loadtest.generator import Outcome
 from loadtest.measurement import Measurement, Slo
@@ -96,3 +101,29 @@ def scripted() -> Iterator[Callable[..., ScriptedServer]]:
             server.die()
 
         yield lambda on_request=lambda server, count: None: stack.enter_context(started(on_request))
+
+
+@pytest.fixture
+def loadtest(tmp_path: Path) -> Callable[..., Result]:
+    def run(command: str, address: str, *arguments: str) -> Result:
+        given = [command, "--address", address, "--num-adapters", "4", "--output", str(tmp_path / "report")]
+        return CliRunner().invoke(loadtest_command, [*given, *arguments])
+
+    return run
+
+
+def document(tmp_path: Path) -> Any:
+    return json.loads((tmp_path / "report" / "report.json").read_text())
+
+
+def error_line(result: Result) -> str:
+    """The only line of an error."""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
