@@ -32,7 +32,7 @@ class MergeGuard:
     def why_not(self, adapter: Adapter) -> str:
         """The reason why others could not be served while the adapter is merged; empty: they can.
 
-        Takes the factors' norms and no product of theirs, a few milliseconds for a whole adapter.
+        Takes the factors' norms and no product of theirs: some milliseconds for a whole adapter.
         """
         return next(filter(None, (self._fault(*layer) for layer in adapter.weights.items())), "")
 
