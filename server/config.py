@@ -162,7 +162,9 @@ def _read_config_file(context: click.Context, _: click.Parameter, path: Path | N
         if name not in known:
             raise click.BadParameter(f"{path}: unknown setting {key[:80]!r}")
         if not isinstance(value, str | int | float):
-            raise click.BadParameter(f"{path}: {key} is of type {type(value).__name__}; it takes text, a number or a bool")
+            raise click.BadParameter(
+                f"{path}: {key} is of type {type(value).__name__}; it takes text, a number or a bool"
+            )
         values[name] = value
     context.default_map = {**(context.default_map or {}), **values}
 

@@ -6,12 +6,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics
 
 from server.adapter_metrics import BASE, OTHER
 from server.banner import banner, refused_adapters
@@ -29,6 +29,7 @@ from server.lora.publish import remove_leftovers
 from server.lora.store import AdapterStore
 from server.lora.watcher import StoreWatcher
 from server.metrics import Metrics
+from server.metrics_endpoint import metrics_endpoint
 from server.openmp import release_team
 from server.pb.loraplex.v1.inference_pb2 import ModelInfo
 from server.rpc.listener import check_address
@@ -61,7 +62,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     metrics = Metrics(CollectorRegistry(), config.metrics_adapters)
     ProcessCollector(registry=metrics.registry)
     tracer = request_tracer(config.otlp_endpoint, Path(engine_config.model).name)
-    with _metrics_endpoint(config.metrics_listen, metrics):
+    with metrics_endpoint(config.metrics_listen, metrics.registry) as metrics_address:
         parts = await asyncio.to_thread(_build, engine_config)
         async with running_engine(engine_config, config, parts, metrics, tracer) as engine:
             info = model_info(engine_config, parts)
@@ -76,7 +77,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             )
             for ref, why in refused.items():
                 engine.adapters.board.refused(ref, why, lasting=True)
-            for line in banner(engine_config, config, parts, len(folders), refused):
+            for line in banner(engine_config, config, parts, folders, refused, server.addresses, metrics_address):
                 log.info("%s", line)
             throughput = asyncio.create_task(ThroughputLog(metrics, parts.scheduler).run())
             try:
@@ -186,30 +187,12 @@ def _publish_build(metrics: Metrics, info: ModelInfo) -> None:
     build.info({"version": info.version, "model": info.name, "device": info.device, "dtype": info.dtype})
 
 
-@contextlib.contextmanager
-def _metrics_endpoint(listen: str, metrics: Metrics) -> Iterator[None]:
-    if not listen:
-        yield
-        return
-    host, _, port = listen.rpartition(":")
-    try:
-        httpd, thread = start_http_server(int(port), host, metrics.registry)
-    except (OSError, ValueError, OverflowError) as error:
-        raise ConfigError(f"--metrics-listen {listen}: {error}") from error
-    try:
-        yield
-    finally:
-        httpd.shutdown()
-        httpd.server_close()
-        thread.join()
-
-
 async def _until_stopped(server: RpcServer, engine: AsyncEngine, config: ServerConfig) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
-    log.info("ready: listening on port %s", " and ".join(map(str, server.ports)))  # and ready to be stopped
+    log.info("ready: listening on %s", " and ".join(server.addresses))  # and ready to be stopped
     stopped = asyncio.create_task(stop.wait())
     died = asyncio.create_task(engine.died.wait())
     await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)

@@ -177,7 +177,7 @@ def run(document: Path, block: Block, text: str, folder: Path, environment: dict
     if "exec " in text:
         for line in process.stdout:
             output += line
-            if "ready: listening on port" in line:
+            if "ready: listening on" in line:
                 process.terminate()
     output += process.communicate(timeout=120)[0]
     assert process.returncode == 0, f"{document.name}:{block.line}:\n{block.text}\n{output}"

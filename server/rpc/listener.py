@@ -7,6 +7,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from server.addresses import split_address, with_port
 from server.config import ServerConfig
 from server.engine.async_engine import AsyncEngine
 from server.errors import ConfigError
@@ -29,9 +30,9 @@ def check_address(flag: str, address: str) -> None:
     """
     if address.startswith("unix"):
         return
-    host, _, port = address.rpartition(":")
+    host, port = split_address(address)
     try:
-        found = socket.getaddrinfo(host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, sockaddr = found[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC binds
@@ -91,6 +92,7 @@ class Listener:
                 self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError(f"{flag} {address}: the address is in use or cannot be bound") from error
+        self.address = address if address.startswith("unix") else with_port(address, self.port)
 
     async def start(self) -> None:
         await self._server.start()

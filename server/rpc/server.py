@@ -69,6 +69,11 @@ class RpcServer:
         """Of --listen, and of --admin-listen if there is one."""
         return [listener.port for listener in self._listeners]
 
+    @property
+    def addresses(self) -> list[str]:
+        """The same, with the ports that were bound."""
+        return [listener.address for listener in self._listeners]
+
     async def start(self) -> None:
         for listener in self._listeners:
             await listener.start()
