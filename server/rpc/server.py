@@ -15,6 +15,7 @@ from server.rpc.inference import InferenceService
 from server.rpc.interceptors import ErrorInterceptor
 from server.rpc.listener import Listener, Register
 from server.rpc.model_statistics import ModelStatistics
+from server.rpc.models import Models
 from server.rpc.open_inference import OpenInferenceService
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,18 @@ class RpcServer:
         adapters = AdaptersService(
             engine, UploadLimits(config.max_upload_bytes, config.upload_idle_seconds, config.upload_seconds)
         )
-        statistics = ModelStatistics()
+        models = Models(info.name, engine.adapters)
+        statistics = ModelStatistics(models.has)
 
         def services(*, changes_adapters: bool) -> dict[str, Register]:
-            models = OpenInferenceService(engine, info, inference, statistics, changes_adapters=changes_adapters)
+            open_inference = OpenInferenceService(
+                engine, info, inference, models, statistics, changes_adapters=changes_adapters
+            )
             result: dict[str, Register] = {
                 INFERENCE: partial(inference_pb2_grpc.add_InferenceServicer_to_server, inference),
-                OPEN_INFERENCE: partial(grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, models),
+                OPEN_INFERENCE: partial(
+                    grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, open_inference
+                ),
             }
             if changes_adapters:
                 result[ADAPTERS] = partial(adapters_pb2_grpc.add_AdaptersServicer_to_server, adapters)
