@@ -83,6 +83,9 @@ class ServerConfig:
     upload_seconds: int = setting(3600, "How long an upload may take until its last byte is here.", low=1)
     max_waiting: int = setting(1024, "Most requests in the queue; more are answered RESOURCE_EXHAUSTED.", low=0)
     max_message_bytes: int = setting(16 << 20, "Largest gRPC message in bytes.", low=1024)
+    max_connection_age: int = setting(
+        0, "Seconds until a connection takes no new calls, so that clients spread anew over replicas; 0: no end.", low=0
+    )
     drain_seconds: int = setting(30, "How long SIGTERM waits for running requests.", low=0)
     reflection: bool = setting(True, "Serve gRPC reflection.")
     compression: str = setting("none", "Of answers, for clients that accept it.", choices=("none", "gzip"))

@@ -142,9 +142,10 @@ def request_tracer(endpoint: str, base_model: str) -> "RequestTracer | None":
     if not endpoint and not any(os.environ.get(name) for name in _OTLP_VARIABLES):
         return None
     try:
-        from server.tracing import RequestTracer, exporting_provider
+        from server.tracing import RequestTracer, exporting_provider, name_traces_in_logs
     except ImportError as error:
         raise ConfigError("--otlp-endpoint needs OpenTelemetry: pip install 'loraplex[otel]'") from error
+    name_traces_in_logs()
     return RequestTracer(exporting_provider(endpoint), base_model)
 
 

@@ -16,6 +16,7 @@ from server.rpc.tls import server_credentials
 
 MIN_PING_INTERVAL_MS = 10_000
 _MOST_UNREAD_CALLS = 1 << 16  # that have arrived and that the event loop has not taken yet, beside --max-waiting
+_NEVER = (1 << 31) - 1  # milliseconds, to gRPC
 # Levels, not algorithms: an algorithm would be sent to clients that do not accept it. The lowest level is gzip.
 _COMPRESSION_LEVELS = {"none": 0, "gzip": 1}
 
@@ -76,6 +77,8 @@ class Listener:
                 # them. Calls in a burst are read long before that: it is the queue that says RESOURCE_EXHAUSTED.
                 ("grpc.server.max_pending_requests", most_unread),
                 ("grpc.server.max_pending_requests_hard_limit", most_unread),
+                # More or less a tenth; calls that run then have all the time that they need.
+                ("grpc.max_connection_age_ms", 1000 * config.max_connection_age or _NEVER),
             ],
         )
         for register in services.values():

@@ -5,7 +5,7 @@ A façade: generation goes through the Inference service and its checks, adapter
 
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 
 from server.engine.async_engine import AsyncEngine
 from server.errors import AdminOnly, InvalidRequest, ServingError
@@ -166,9 +166,11 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
         _refuse_repository(repository)
 
     async def _streamed(self, request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelInferResponse, None]:
-        async with aclosing(self._responses(request, read_text_request(request))) as responses:
-            async for response in responses:
-                yield response
+        tracer = self._engine.tracer
+        with tracer.refusals() if tracer else nullcontext():
+            async with aclosing(self._responses(request, read_text_request(request))) as responses:
+                async for response in responses:
+                    yield response
 
     async def _responses(
         self, request: pb.ModelInferRequest, asked: TextRequest

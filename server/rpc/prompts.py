@@ -107,7 +107,7 @@ class PromptReader:
             sanitize_control_tokens=True,
             **settings,  # type: ignore[arg-type]
         )
-        return list(encoded)  # type: ignore[arg-type]  # without tensors it is a list
+        return list(encoded)
 
     def _check_chat(self, chat: pb.Chat) -> None:
         """Whether its messages can be rendered."""

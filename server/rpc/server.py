@@ -58,7 +58,7 @@ class RpcServer:
             return result
 
         tracing = [engine.tracer.interceptor()] if engine.tracer else []
-        interceptors = [CallMetricsInterceptor(engine.metrics.registry), *tracing, ErrorInterceptor()]
+        interceptors = [CallMetricsInterceptor(engine.metrics.registry), ErrorInterceptor(), *tracing]
         listen = partial(Listener, config=config, engine=engine, interceptors=interceptors)
         has_admin = bool(config.admin_listen)
         self._listeners = [listen("--listen", config.listen, services=services(changes_adapters=not has_admin))]
