@@ -173,8 +173,8 @@ async def test_a_client_may_ping_while_it_waits_for_a_long_answer(
 
         async def slowly(*arguments: Any) -> AsyncIterator[GenerationOutput]:
             for _ in range(2):
+                await asyncio.sleep(0.8)
                 nums_received.append(len(sizes))
-                await asyncio.sleep(1)
             async for output in generate(*arguments):
                 yield output
 
