@@ -1,6 +1,8 @@
 """The command `serve` as its users run it: a process, its banner, its clients, its end."""
 
+import asyncio
 import json
+import os
 import re
 import shutil
 import signal
@@ -19,11 +21,14 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
+from server import throughput_log
 from server.cli import main
+from server.config import EngineConfig, ServerConfig
 from server.pb.loraplex.v1 import adapters_pb2
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
+from server.serve import serve
 from tests.conftest import ADAPTERS
 
 LORAPLEX = Path(sys.executable).with_name("loraplex")
@@ -246,6 +251,38 @@ def test_the_banner_names_adapters_that_cannot_be_served(model_dir: Path, make_a
     ports = re.findall(r"127\.0\.0\.1:([1-9]\d*)", server.banner)
     assert f"listening gRPC 127.0.0.1:{ports[0]}, for operators 127.0.0.1:{ports[1]}, metrics" in server.banner
     assert f"ready: listening on 127.0.0.1:{ports[0]} and 127.0.0.1:{ports[1]}" in server.banner
+
+
+async def test_a_line_tells_what_was_done_and_none_that_nothing_was(
+    model_dir: Path, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(throughput_log, "INTERVAL", 0.1)
+    caplog.set_level("INFO")
+    engine_config = EngineConfig(model=str(model_dir), device="cpu")
+    config = ServerConfig(adapters_dir=adapters_dir, listen="127.0.0.1:0", metrics_listen="")
+    serving = asyncio.create_task(serve(engine_config, config))
+
+    async def lines(pattern: str) -> list[str]:
+        async with asyncio.timeout(60):
+            while not (found := [text for text in caplog.messages if re.match(pattern, text)]):
+                assert not serving.done()
+                await asyncio.sleep(0.01)
+        return found
+
+    [ready] = await lines("ready: listening on ")
+    async with grpc.aio.insecure_channel(ready.rpartition(" ")[2]) as channel:
+        await asyncio.sleep(0.3)
+        assert not [text for text in caplog.messages if "tokens/s" in text]
+        sampling = pb.SamplingParams(max_tokens=10, ignore_eos=True)
+        await InferenceStub(channel).Generate(pb.GenerateRequest(prompt="x", sampling=sampling))
+    await lines(r"\d running, ")
+    await asyncio.sleep(0.3)  # for what there may be in a second line, but no more
+    rates = re.findall(r"prompt ([\d.]+) and generation ([\d.]+) tokens/s, KV cache \d", "\n".join(caplog.messages))
+    assert len(rates) <= 3
+    assert sum(float(prompt) for prompt, _ in rates) == 10  # one token in 0.1 s
+    assert sum(float(generation) for _, generation in rates) == 100
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await serving == 0
 
 
 def test_a_second_signal_stops_at_once(model_dir: Path, adapters_dir: Path) -> None:
