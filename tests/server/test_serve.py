@@ -278,7 +278,6 @@ async def test_a_line_tells_what_was_done_and_none_that_nothing_was(
     await lines(r"\d running, ")
     await asyncio.sleep(0.3)  # for what there may be in a second line, but no more
     rates = re.findall(r"prompt ([\d.]+) and generation ([\d.]+) tokens/s, KV cache \d", "\n".join(caplog.messages))
-    assert len(rates) <= 3
     assert sum(float(prompt) for prompt, _ in rates) == 10  # one token in 0.1 s
     assert sum(float(generation) for _, generation in rates) == 100
     os.kill(os.getpid(), signal.SIGTERM)
