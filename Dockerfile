@@ -10,7 +10,7 @@ COPY benchmarks benchmarks
 COPY loadtest loadtest
 COPY server server
 RUN python -m venv /venv \
-    && /venv/bin/pip install --no-cache-dir --constraint constraints.txt .
+    && /venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[otel]'
 
 FROM python:3.11-slim
 RUN useradd --create-home --uid 10001 loraplex \

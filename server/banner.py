@@ -1,7 +1,7 @@
 """What the server says of itself when it starts."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -23,10 +23,19 @@ def banner(
     engine_config: EngineConfig,
     config: ServerConfig,
     parts: EngineParts,
-    num_adapters: int,
+    adapters: Collection[AdapterRef],
     refused: Mapping[AdapterRef, str],
+    addresses: Sequence[str],
+    metrics_address: str,
 ) -> list[str]:
-    """Its lines. `refused`: adapters that cannot be served, and why."""
+    """Its lines.
+
+    Args:
+        adapters: every version.
+        refused: those that cannot be served, and why.
+        addresses: of --listen, and of --admin-listen if there is one, with the ports that were bound.
+        metrics_address: empty if there is none.
+    """
     base = parts.base
     lines = [
         f"Loraplex {version('loraplex')}, torch {torch.__version__}, Python {platform.python_version()}",
@@ -35,10 +44,10 @@ def banner(
         f"KV cache  {parts.num_blocks:,} blocks of {parts.runner.cache.block_size} tokens, "
         f"{parts.kv_cache_bytes / 2**20:,.0f} MiB of {parts.kv_cache_dtype}; requests up to {parts.max_model_len:,} "
         "tokens",
-        f"adapters  {num_adapters} in {config.adapters_dir}; {engine_config.adapter_slots} device slots, rank up to "
-        f"{engine_config.max_lora_rank}, kernels: {parts.runner.lora.kernels_name}",
+        f"adapters  {_count(adapters)} in {config.adapters_dir}; {engine_config.adapter_slots} device slots, rank up "
+        f"to {engine_config.max_lora_rank}, kernels: {parts.runner.lora.kernels_name}",
         *(f"refused   {ref.name}@{ref.version}: {why}" for ref, why in list(refused.items())[:MAX_REFUSED_LINES]),
-        f"listening gRPC {_addresses(config)}, metrics {config.metrics_listen or 'off'}, reflection "
+        f"listening gRPC {', for operators '.join(addresses)}, metrics {metrics_address or 'off'}, reflection "
         f"{'on' if config.reflection else 'off'}, {_security(config)}",
     ]
     if len(refused) > MAX_REFUSED_LINES:
@@ -46,8 +55,9 @@ def banner(
     return lines
 
 
-def _addresses(config: ServerConfig) -> str:
-    return f"{config.listen}, for operators {config.admin_listen}" if config.admin_listen else config.listen
+def _count(adapters: Collection[AdapterRef]) -> str:
+    num_names = len({ref.name for ref in adapters})
+    return f"{num_names:,}" if num_names == len(adapters) else f"{num_names:,} of {len(adapters):,} versions"
 
 
 def _security(config: ServerConfig) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 import click
 import grpc
 
-from loadtest.channel import connect, list_adapters
+from loadtest.channel import connect
 from server.chat_answers import Answer, shown, stream
 from server.client_commands import address_option, ca_file
 from server.conversation import BASE, ChatError, Conversation, Turn
-from server.pb.loraplex.v1 import adapters_pb2, inference_pb2
-from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
+from server.pb.inference.grpc_service_pb2 import ModelMetadataRequest, RepositoryIndexRequest, RepositoryIndexResponse
+from server.pb.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from server.pb.loraplex.v1 import inference_pb2
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 
 
@@ -66,7 +67,8 @@ class ChatSession:
         }
         self._channel = runner.run(_connect(address, ca))
         self._inference = InferenceStub(self._channel)
-        self._adapters = AdaptersStub(self._channel)
+        self._models = GRPCInferenceServiceStub(self._channel)
+        self._base_name = ""  # told when it starts
 
     def run(self) -> int:
         """Until the input ends; gives the number of errors.
@@ -78,6 +80,8 @@ class ChatSession:
             model = self._runner.run(self._model())
         except grpc.aio.AioRpcError as error:
             raise click.ClickException(self._failure(error)) from error
+        self._base_name = model.name
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # read on, and complain of the line
         interactive = sys.stdin.isatty()
         if interactive:
             with contextlib.suppress(ImportError):
@@ -101,6 +105,10 @@ class ChatSession:
 
     def _take(self, line: str) -> None:
         """One line: a command or a prompt."""
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            raise ChatError(f"a line is not UTF-8: {ascii(line)[:80]}") from error
         if not line.startswith("/"):
             if line:
                 self._ask(line)
@@ -132,13 +140,24 @@ class ChatSession:
         model: inference_pb2.ModelInfo = await self._inference.GetModelInfo(inference_pb2.GetModelInfoRequest())
         return model
 
-    async def _listed(self) -> list[adapters_pb2.Adapter]:
-        return await list_adapters(self._adapters)
+    async def _is_adapter(self, name: str) -> bool:
+        """The Open Inference Protocol knows: unlike the Adapters service, it is at every address of a server."""
+        try:
+            await self._models.ModelMetadata(ModelMetadataRequest(name=name))
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT):
+                raise
+            return False
+        return name != self._base_name
+
+    async def _index(self) -> list[RepositoryIndexResponse.ModelIndex]:
+        index = await self._models.RepositoryIndex(RepositoryIndexRequest())
+        return [model for model in index.models if model.name != self._base_name]
 
     def _choose(self, names: list[str]) -> None:
-        known = {adapter.name for adapter in self._runner.run(self._listed())} | {BASE}
         for name in names:
-            if name.partition("@")[0] not in known:
+            bare_name = name.partition("@")[0]
+            if bare_name != BASE and not self._runner.run(self._is_adapter(bare_name)):
                 raise ChatError(f"no adapter {name!r} on this server; /adapters lists them")
         self._conversation.adapters = names
 
@@ -157,10 +176,8 @@ class ChatSession:
         self._choose(chosen)
 
     def _list(self, _: str) -> None:
-        for adapter in self._runner.run(self._listed()):
-            state, tier = adapters_pb2.AdapterState.Name(adapter.state), adapters_pb2.AdapterTier.Name(adapter.tier)
-            where = adapter.error if adapter.state == adapters_pb2.FAILED else f"on {tier.lower()}"
-            click.echo(f"{adapter.name}@{adapter.version}  {state}, {where}")
+        for model in self._runner.run(self._index()):
+            click.echo(f"{model.name}@{model.version}  {model.state}{model.reason and ': '}{model.reason}")
 
     def _system(self, text: str) -> None:
         self._conversation.system = text

@@ -10,8 +10,8 @@ import click
 import grpc
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from server.pb.loraplex.v1.inference_pb2 import GenerateRequest
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
@@ -54,7 +54,7 @@ def shown(answers: Mapping[str, Answer]) -> Iterator[None]:
     """Shows answers that the block fills: several in columns on a terminal, elsewhere one after the other."""
     console = Console()
     if len(answers) > 1 and console.is_terminal:
-        with Live(console=console, get_renderable=lambda: _columns(answers), refresh_per_second=12):
+        with Live(console=console, get_renderable=lambda: columns(answers), refresh_per_second=12):
             yield
         return
     yield
@@ -63,10 +63,11 @@ def shown(answers: Mapping[str, Answer]) -> Iterator[None]:
             click.echo(f"[{adapter}] {answer.text}" if len(answers) > 1 else "")  # a single one is there already
 
 
-def _columns(answers: Mapping[str, Answer]) -> Table:
+def columns(answers: Mapping[str, Answer]) -> Table:
+    """Side by side."""
     table = Table(expand=True, show_footer=True)
     for adapter, answer in answers.items():
         figures = f"{answer.num_tokens} tokens in {answer.seconds:.1f} s" if answer.num_tokens else ""
-        table.add_column(escape(adapter), footer=figures, ratio=1)
-    table.add_row(*[escape(answer.text) for answer in answers.values()])
+        table.add_column(Text(adapter), footer=figures, ratio=1)
+    table.add_row(*[Text(answer.text) for answer in answers.values()])  # no markup, no :names: of emoji
     return table

@@ -150,5 +150,20 @@ def throughput(
         )
 
 
+def _give_environment_twins(command: click.Command, prefix: str) -> None:
+    """Flags without a variable of their own get LORAPLEX_COMMAND_FLAG; help and errors name either."""
+    if isinstance(command, click.Group):
+        for name, subcommand in command.commands.items():
+            _give_environment_twins(subcommand, f"{prefix}_{name}")
+        return
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            parameter.envvar = parameter.envvar or f"{prefix}_{parameter.name}".upper()
+            parameter.show_envvar = True
+
+
+_give_environment_twins(main, "LORAPLEX")
+
+
 if __name__ == "__main__":
     main()

@@ -83,6 +83,9 @@ class ServerConfig:
     upload_seconds: int = setting(3600, "How long an upload may take until its last byte is here.", low=1)
     max_waiting: int = setting(1024, "Most requests in the queue; more are answered RESOURCE_EXHAUSTED.", low=0)
     max_message_bytes: int = setting(16 << 20, "Largest gRPC message in bytes.", low=1024)
+    max_connection_age: int = setting(
+        0, "Seconds until a connection takes no new calls, so that clients spread anew over replicas; 0: no end.", low=0
+    )
     drain_seconds: int = setting(30, "How long SIGTERM waits for running requests.", low=0)
     reflection: bool = setting(True, "Serve gRPC reflection.")
     compression: str = setting("none", "Of answers, for clients that accept it.", choices=("none", "gzip"))
@@ -113,6 +116,8 @@ def options(*classes: type) -> Callable[[Command], Command]:
             is_eager=True,
             expose_value=False,
             callback=_read_config_file,
+            envvar="LORAPLEX_CONFIG",
+            show_envvar=True,
             help="YAML file of settings, keys as the flags.",
         )(command)
 
@@ -151,14 +156,32 @@ def _read_config_file(context: click.Context, _: click.Parameter, path: Path | N
     """Makes the file's values the command's defaults, below flags and environment."""
     if path is None:
         return
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise click.BadParameter(f"{path} holds no mapping of settings")
     known = {parameter.name for parameter in context.command.params}
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    if unknown := sorted(values.keys() - known):
-        raise click.BadParameter(f"{path}: unknown setting {unknown[0]!r}")
+    values = {}
+    for key, value in _read_mapping(path).items():
+        if not isinstance(key, str):
+            raise click.BadParameter(f"{path}: {str(key)[:80]} is no name of a setting")
+        name = key.replace("-", "_")
+        if name not in known:
+            raise click.BadParameter(f"{path}: unknown setting {key[:80]!r}")
+        if not isinstance(value, str | int | float):
+            raise click.BadParameter(
+                f"{path}: {key} is of type {type(value).__name__}; it takes text, a number or a bool"
+            )
+        values[name] = value
     context.default_map = {**(context.default_map or {}), **values}
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise click.BadParameter(f"{path} holds an alias; settings are written out")  # a few can be gigabytes
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"cannot read {path}: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
+        raise click.BadParameter(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict | None):
+        raise click.BadParameter(f"{path} holds no mapping of settings")
+    return values or {}

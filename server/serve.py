@@ -6,11 +6,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics
 
 from server.adapter_metrics import BASE, OTHER
 from server.banner import banner, refused_adapters
@@ -27,6 +27,7 @@ from server.lora.publish import remove_leftovers
 from server.lora.store import AdapterStore
 from server.lora.watcher import StoreWatcher
 from server.metrics import Metrics
+from server.metrics_endpoint import metrics_endpoint
 from server.model_info import model_info
 from server.openmp import release_team
 from server.pb.loraplex.v1.inference_pb2 import ModelInfo
@@ -60,7 +61,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     metrics = Metrics(CollectorRegistry(), config.metrics_adapters)
     ProcessCollector(registry=metrics.registry)
     tracer = request_tracer(config.otlp_endpoint, Path(engine_config.model).name)
-    with _metrics_endpoint(config.metrics_listen, metrics):
+    with metrics_endpoint(config.metrics_listen, metrics.registry) as metrics_address:
         parts = await asyncio.to_thread(_build, engine_config)
         async with running_engine(engine_config, config, parts, metrics, tracer) as engine:
             info = model_info(engine_config, config, parts)
@@ -75,7 +76,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             )
             for ref, why in refused.items():
                 engine.adapters.board.refused(ref, why, lasting=True)
-            for line in banner(engine_config, config, parts, len(folders), refused):
+            for line in banner(engine_config, config, parts, folders, refused, server.addresses, metrics_address):
                 log.info("%s", line)
             throughput = asyncio.create_task(ThroughputLog(metrics, parts.scheduler).run())
             try:
@@ -140,9 +141,10 @@ def request_tracer(endpoint: str, base_model: str) -> "RequestTracer | None":
     if not endpoint and not any(os.environ.get(name) for name in _OTLP_VARIABLES):
         return None
     try:
-        from server.tracing import RequestTracer, exporting_provider
+        from server.tracing import RequestTracer, exporting_provider, name_traces_in_logs
     except ImportError as error:
         raise ConfigError("--otlp-endpoint needs OpenTelemetry: pip install 'loraplex[otel]'") from error
+    name_traces_in_logs()
     return RequestTracer(exporting_provider(endpoint), base_model)
 
 
@@ -168,30 +170,12 @@ def _publish_build(metrics: Metrics, info: ModelInfo) -> None:
     build.info({"version": info.version, "model": info.name, "device": info.device, "dtype": info.dtype})
 
 
-@contextlib.contextmanager
-def _metrics_endpoint(listen: str, metrics: Metrics) -> Iterator[None]:
-    if not listen:
-        yield
-        return
-    host, _, port = listen.rpartition(":")
-    try:
-        httpd, thread = start_http_server(int(port), host, metrics.registry)
-    except (OSError, ValueError, OverflowError) as error:
-        raise ConfigError(f"--metrics-listen {listen}: {error}") from error
-    try:
-        yield
-    finally:
-        httpd.shutdown()
-        httpd.server_close()
-        thread.join()
-
-
 async def _until_stopped(server: RpcServer, engine: AsyncEngine, config: ServerConfig) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
-    log.info("ready: listening on port %s", " and ".join(map(str, server.ports)))  # and ready to be stopped
+    log.info("ready: listening on %s", " and ".join(server.addresses))  # and ready to be stopped
     stopped = asyncio.create_task(stop.wait())
     died = asyncio.create_task(engine.died.wait())
     await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)

@@ -22,17 +22,16 @@ class _Totals(NamedTuple):
 class ThroughputLog:
     """Reads the same counts that a scrape does."""
 
-    def __init__(self, metrics: Metrics, scheduler: Scheduler, interval: float = INTERVAL) -> None:
+    def __init__(self, metrics: Metrics, scheduler: Scheduler) -> None:
         self._metrics = metrics
         self._scheduler = scheduler
-        self._interval = interval
         self._last = self._totals()
 
     async def run(self) -> None:
         """Logs until it is cancelled."""
         while True:
-            await asyncio.sleep(self._interval)
-            if line := self.line(self._interval):
+            await asyncio.sleep(INTERVAL)
+            if line := self.line(INTERVAL):
                 log.info("%s", line)
 
     def line(self, seconds: float) -> str:

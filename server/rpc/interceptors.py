@@ -108,6 +108,9 @@ def _status(exception: Exception) -> Any:
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, Overloaded):
-        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=RETRY_AFTER)))
-    return rpc_status.to_status(status)
+    if not isinstance(error, Overloaded):
+        return rpc_status.to_status(status)
+    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=RETRY_AFTER)))
+    told = rpc_status.to_status(status)
+    pushback = ("grpc-retry-pushback-ms", str(1000 * RETRY_AFTER))  # the same for gRPC's own retries
+    return told._replace(trailing_metadata=(*told.trailing_metadata, pushback))

@@ -7,6 +7,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from server.addresses import split_address, with_port
 from server.config import ServerConfig
 from server.engine.async_engine import AsyncEngine
 from server.errors import ConfigError
@@ -15,6 +16,7 @@ from server.rpc.tls import server_credentials
 
 MIN_PING_INTERVAL_MS = 10_000
 _MOST_UNREAD_CALLS = 1 << 16  # that have arrived and that the event loop has not taken yet, beside --max-waiting
+_NEVER = (1 << 31) - 1  # milliseconds, to gRPC
 # Levels, not algorithms: an algorithm would be sent to clients that do not accept it. The lowest level is gzip.
 _COMPRESSION_LEVELS = {"none": 0, "gzip": 1}
 
@@ -29,9 +31,9 @@ def check_address(flag: str, address: str) -> None:
     """
     if address.startswith("unix"):
         return
-    host, _, port = address.rpartition(":")
+    host, port = split_address(address)
     try:
-        found = socket.getaddrinfo(host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, sockaddr = found[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC binds
@@ -75,6 +77,8 @@ class Listener:
                 # them. Calls in a burst are read long before that: it is the queue that says RESOURCE_EXHAUSTED.
                 ("grpc.server.max_pending_requests", most_unread),
                 ("grpc.server.max_pending_requests_hard_limit", most_unread),
+                # More or less a tenth; calls that run then have all the time that they need.
+                ("grpc.max_connection_age_ms", 1000 * config.max_connection_age or _NEVER),
             ],
         )
         for register in services.values():
@@ -91,6 +95,7 @@ class Listener:
                 self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError(f"{flag} {address}: the address is in use or cannot be bound") from error
+        self.address = address if address.startswith("unix") else with_port(address, self.port)
 
     async def start(self) -> None:
         await self._server.start()

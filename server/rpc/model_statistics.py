@@ -1,28 +1,40 @@
 """How often models were asked through the Open Inference Protocol, and how long it took. Event loop only."""
 
 import time
+from collections.abc import Callable
 
 from server.pb.inference import grpc_service_pb2 as pb
+
+_FEW = 100  # models
 
 
 class ModelStatistics:
     """Owns the counts, by model and version. Requests that a client gave up are not counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, exists: Callable[[str, str], bool]) -> None:
+        """`exists`: whether there is such a version of such a model. The counts of others are dropped."""
         self._models: dict[tuple[str, str], pb.ModelStatistics] = {}
+        self._exists = exists
+        self._num_kept = _FEW
 
     def of(self, name: str, version: str) -> pb.ModelStatistics:
         return self._models.get((name, version)) or pb.ModelStatistics(name=name, version=version)
 
     def succeeded(self, name: str, version: str, seconds: float) -> None:
-        counts = self._models.setdefault((name, version), self.of(name, version))
+        counts = self._counts(name, version)
         counts.inference_count += 1
+        counts.execution_count += 1
         counts.last_inference = int(time.time() * 1e3)
         _count(counts.inference_stats.success, seconds)
 
     def failed(self, name: str, version: str, seconds: float) -> None:
-        counts = self._models.setdefault((name, version), self.of(name, version))
-        _count(counts.inference_stats.fail, seconds)
+        _count(self._counts(name, version).inference_stats.fail, seconds)
+
+    def _counts(self, name: str, version: str) -> pb.ModelStatistics:
+        if (name, version) not in self._models and len(self._models) >= 2 * self._num_kept:  # seldom: it looks at all
+            self._models = {model: counts for model, counts in self._models.items() if self._exists(*model)}
+            self._num_kept = max(len(self._models), _FEW)
+        return self._models.setdefault((name, version), self.of(name, version))
 
 
 def _count(duration: pb.StatisticDuration, seconds: float) -> None:

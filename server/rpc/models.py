@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from server.errors import AdapterNotFound, InvalidRequest
 from server.lora.cache import AdapterCache
 from server.lora.events import AdapterStatus
+from server.lora.store import AdapterRef
 
 BASE_VERSION = "1"
 
@@ -25,9 +26,8 @@ class Model:
 
     @property
     def reason(self) -> str:
-        if self.adapter is None or self.adapter.adapter is not None:
-            return ""
-        return self.adapter.error or "on disk; its first request loads it"
+        """Why it does not answer."""
+        return "" if self.adapter is None or self.answers else self.adapter.error
 
 
 class Models:
@@ -66,6 +66,12 @@ class Models:
                 field="lora_name",
             )
         return await self.find(lora_name)
+
+    def has(self, name: str, version: str) -> bool:
+        """Whether requests may name exactly that."""
+        if name == self._base_name:
+            return version == BASE_VERSION
+        return self._adapters.catalog.has(AdapterRef(name, version))
 
     def all(self) -> list[Model]:
         adapters = [

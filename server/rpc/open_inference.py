@@ -5,10 +5,10 @@ A façade: generation goes through the Inference service and its checks, adapter
 
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 
 from server.engine.async_engine import AsyncEngine
-from server.errors import AdapterNotFound, AdminOnly, InvalidRequest
+from server.errors import AdminOnly, InvalidRequest, ServingError
 from server.pb.inference import grpc_service_pb2 as pb
 from server.pb.inference import grpc_service_pb2_grpc as pb_grpc
 from server.pb.loraplex.v1 import inference_pb2
@@ -33,6 +33,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
         engine: AsyncEngine,
         info: inference_pb2.ModelInfo,
         inference: InferenceService,
+        models: Models,
         statistics: ModelStatistics,
         *,
         changes_adapters: bool,
@@ -42,7 +43,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
         self._info = info
         self._inference = inference
         self._changes_adapters = changes_adapters
-        self._models = Models(info.name, engine.adapters)
+        self._models = models
         self._statistics = statistics
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: object) -> pb.ServerLiveResponse:
@@ -54,7 +55,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(self, request: pb.ModelReadyRequest, context: object) -> pb.ModelReadyResponse:
         try:
             model = await self._models.find(request.name, request.version)
-        except (AdapterNotFound, InvalidRequest):
+        except ServingError:  # unknown, or nobody knows which version is meant
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self._engine.ready and model.answers)
 
@@ -165,9 +166,11 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
         _refuse_repository(repository)
 
     async def _streamed(self, request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelInferResponse, None]:
-        async with aclosing(self._responses(request, read_text_request(request))) as responses:
-            async for response in responses:
-                yield response
+        tracer = self._engine.tracer
+        with tracer.refusals() if tracer else nullcontext():
+            async with aclosing(self._responses(request, read_text_request(request))) as responses:
+                async for response in responses:
+                    yield response
 
     async def _responses(
         self, request: pb.ModelInferRequest, asked: TextRequest
@@ -177,15 +180,16 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
             model = await self._models.find_lora(request.model_name, asked.lora_name)
         else:
             model = await self._models.find(request.model_name, request.model_version)
-        started = time.monotonic()
+        started, version = time.monotonic(), model.version
         try:
             async with aclosing(self._generate(request, asked, model)) as responses:
                 async for response in responses:
+                    version = response.model_version  # the one that shares of the traffic gave
                     yield response
         except Exception:
-            self._statistics.failed(model.name, model.version, time.monotonic() - started)
+            self._statistics.failed(model.name, version, time.monotonic() - started)
             raise
-        self._statistics.succeeded(model.name, model.version, time.monotonic() - started)
+        self._statistics.succeeded(model.name, version, time.monotonic() - started)
 
     async def _generate(
         self, request: pb.ModelInferRequest, asked: TextRequest, model: Model

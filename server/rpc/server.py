@@ -15,6 +15,7 @@ from server.rpc.inference import InferenceService
 from server.rpc.interceptors import ErrorInterceptor
 from server.rpc.listener import Listener, Register
 from server.rpc.model_statistics import ModelStatistics
+from server.rpc.models import Models
 from server.rpc.open_inference import OpenInferenceService
 
 log = logging.getLogger(__name__)
@@ -39,20 +40,25 @@ class RpcServer:
         adapters = AdaptersService(
             engine, UploadLimits(config.max_upload_bytes, config.upload_idle_seconds, config.upload_seconds)
         )
-        statistics = ModelStatistics()
+        models = Models(info.name, engine.adapters)
+        statistics = ModelStatistics(models.has)
 
         def services(*, changes_adapters: bool) -> dict[str, Register]:
-            models = OpenInferenceService(engine, info, inference, statistics, changes_adapters=changes_adapters)
+            open_inference = OpenInferenceService(
+                engine, info, inference, models, statistics, changes_adapters=changes_adapters
+            )
             result: dict[str, Register] = {
                 INFERENCE: partial(inference_pb2_grpc.add_InferenceServicer_to_server, inference),
-                OPEN_INFERENCE: partial(grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, models),
+                OPEN_INFERENCE: partial(
+                    grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, open_inference
+                ),
             }
             if changes_adapters:
                 result[ADAPTERS] = partial(adapters_pb2_grpc.add_AdaptersServicer_to_server, adapters)
             return result
 
         tracing = [engine.tracer.interceptor()] if engine.tracer else []
-        interceptors = [CallMetricsInterceptor(engine.metrics.registry), *tracing, ErrorInterceptor()]
+        interceptors = [CallMetricsInterceptor(engine.metrics.registry), ErrorInterceptor(), *tracing]
         listen = partial(Listener, config=config, engine=engine, interceptors=interceptors)
         has_admin = bool(config.admin_listen)
         self._listeners = [listen("--listen", config.listen, services=services(changes_adapters=not has_admin))]
@@ -68,6 +74,11 @@ class RpcServer:
     def ports(self) -> list[int]:
         """Of --listen, and of --admin-listen if there is one."""
         return [listener.port for listener in self._listeners]
+
+    @property
+    def addresses(self) -> list[str]:
+        """The same, with the ports that were bound."""
+        return [listener.address for listener in self._listeners]
 
     async def start(self) -> None:
         for listener in self._listeners:

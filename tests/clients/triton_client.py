@@ -1,4 +1,6 @@
-"""NVIDIA's client of the Open Inference Protocol against a running server: `triton_client.py ADDRESS [CA.pem]`.
+"""NVIDIA's client of the Open Inference Protocol against a running server: `triton_client.py ADDRESS [CA [KEY CHAIN]]`.
+
+With files, which are PEM, over TLS, with a certificate of its own or without.
 
 A process of its own: the client and the server's stubs both register `inference.ModelInferRequest`.
 """
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.grpc.aio
-from tritonclient.grpc import InferInput
+from tritonclient.grpc import InferInput, KeepAliveOptions
 from tritonclient.utils import InferenceServerException
 
 BASE, ADAPTER = "tiny", "plain"
@@ -94,8 +96,22 @@ def check_stream(client: tritonclient.grpc.InferenceServerClient, expected: str)
     client.stop_stream(cancel_requests=True)
 
 
-async def check_asyncio(address: str, expected: str) -> None:
-    async with tritonclient.grpc.aio.InferenceServerClient(address) as client:  # type: ignore[attr-defined]
+def check_cancel(client: tritonclient.grpc.InferenceServerClient) -> None:
+    """A call that is given up ends at once, and the connection goes on."""
+    ended: queue.Queue[tuple[tritonclient.grpc.InferResult | None, Exception | None]] = queue.Queue()
+    call = client.async_infer(
+        ADAPTER, inputs(max_tokens=200), callback=lambda result, error: ended.put((result, error))
+    )
+    call.cancel()
+    result, error = ended.get(timeout=30)
+    assert result is None
+    assert error is not None
+    assert "CANCELLED" in str(error)
+    assert client.is_server_live()
+
+
+async def check_asyncio(address: str, expected: str, **settings: Any) -> None:
+    async with tritonclient.grpc.aio.InferenceServerClient(address, **settings) as client:  # type: ignore[attr-defined]
         answers = await asyncio.gather(*[client.infer(ADAPTER, inputs()) for _ in range(4)])
         assert [text(answer) for answer in answers] == [expected] * 4
 
@@ -121,17 +137,19 @@ async def check_asyncio(address: str, expected: str) -> None:
                 pass
 
 
-def main(address: str, ca_file: str | None = None) -> None:
-    if ca_file:
-        client = tritonclient.grpc.InferenceServerClient(address, ssl=True, root_certificates=ca_file)
-        assert client.is_server_live()
-        assert text(client.infer(ADAPTER, inputs()))
-        return
-    client = tritonclient.grpc.InferenceServerClient(address)
-    check_what_it_says_of_itself(client)
-    expected = check_answers(client)
+def main(address: str, *files: str) -> None:
+    names = ("root_certificates", "private_key", "certificate_chain")
+    tls: dict[str, Any] = {"ssl": True, **dict(zip(names, files, strict=False))} if files else {}
+    keepalive = KeepAliveOptions(keepalive_time_ms=10_000, keepalive_timeout_ms=5_000)
+    client = tritonclient.grpc.InferenceServerClient(address, keepalive_options=keepalive, **tls)
+    if files:
+        expected = text(client.infer(ADAPTER, inputs()))
+    else:
+        check_what_it_says_of_itself(client)
+        expected = check_answers(client)
     check_stream(client, expected)
-    asyncio.run(check_asyncio(address, expected))
+    check_cancel(client)
+    asyncio.run(check_asyncio(address, expected, **tls))
 
 
 if __name__ == "__main__":

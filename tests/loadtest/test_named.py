@@ -53,6 +53,7 @@ def test_a_file_starts_from_another_and_flags_go_over_it(write: Any) -> None:
         ("rate: 1.0e+200\nduration: 1.0e+200", r"rate is 1e\+200: it takes 0 to 1,000,000"),
         (f"rate: {10**400}", "rate is 10{400}: it takes 0 to 1,000,000"),
         ("rate: 2024-99-99", "is not YAML: month must be in"),
+        (f"rate: {'[' * 1000}{']' * 1000}", "is not YAML: maximum recursion depth exceeded"),
         ("duration: .inf", "duration is inf: it takes 0 to 10,000,000"),
         ("cv: 1.0e-200", "cv is 1e-200: it takes 0.001 to 100"),
         ("alpha: 1.0e+300", r"alpha is 1e\+300: it takes 0.001 to 100"),

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import grpc
 import pytest
+from rich.console import Console
 
+from server.chat_answers import Answer, columns
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 from tests.conftest import ADAPTERS
@@ -40,7 +42,13 @@ def server(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPat
 def chat(server: Server, *lines: str, arguments: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
     command = [str(LORAPLEX), "chat", "--address", server.address, "--max-tokens", "12", *arguments]
     return subprocess.run(
-        command, input="".join(f"{line}\n" for line in lines), capture_output=True, text=True, timeout=120, check=False
+        command,
+        input="".join(f"{line}\n" for line in lines),
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=120,
+        check=False,
     )
 
 
@@ -79,7 +87,8 @@ def test_commands(server: Server) -> None:
     assert "max_tokens 3\n" in done.stdout
     assert "seed 7" not in done.stdout
     for name in ADAPTERS:
-        assert re.search(rf"^{name}@1  (AVAILABLE|READY), on \w+$", done.stdout, re.MULTILINE)
+        assert f"\n{name}@1  READY\n" in done.stdout
+    assert "tiny@1" not in done.stdout
     for command in ("/adapter NAME", "/compare NAME NAME", "/system [TEXT]", "/reset"):
         assert command in done.stdout
 
@@ -88,6 +97,9 @@ def test_commands(server: Server) -> None:
     ("line", "reason"),
     [
         ("/adapter nobody", "no adapter 'nobody' on this server; /adapters lists them"),
+        ("/adapter tiny", "no adapter 'tiny' on this server"),
+        ("/adapter ../plain", "no adapter '../plain' on this server"),
+        ("caf\udce9", r"a line is not UTF-8: 'caf\udce9'"),
         ("/adapter", "/adapter takes one NAME"),
         ("/compare plain", "/compare takes two names or more"),
         ("/compare plain nobody", "no adapter 'nobody'"),
@@ -111,6 +123,27 @@ def test_what_the_server_refuses_is_not_part_of_the_conversation(server: Server)
         "Error: NOT_FOUND",
     ]
     assert done.stdout.strip() == answer(server, "", "hello").strip()
+
+
+def test_where_clients_change_no_adapters(model_dir: Path, adapters_dir: Path) -> None:
+    """Also at an address without the Adapters service."""
+    server = Server(model_dir, adapters_dir, "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0")
+    try:
+        server.address = server.address.partition(" and ")[0]
+        done = chat(server, "/adapters", "/adapter plain", "hello", "/compare plain base", "hello")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "plain@1  READY" in done.stdout
+        assert answer(server, "plain", "hello") in done.stdout
+    finally:
+        assert server.stop() == 0
+
+
+def test_answers_in_columns_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = {"[b]one[/b]": Answer(text=":smile: [red]text[/red]")}
+    Console(width=80).print(columns(answers))
+    shown = capsys.readouterr().out
+    assert "[b]one[/b]" in shown
+    assert ":smile: [red]text[/red]" in shown
 
 
 def test_no_server_at_the_start() -> None:

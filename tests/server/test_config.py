@@ -61,16 +61,47 @@ def test_help_names_the_environment_twin_and_the_yaml_key_of_every_flag() -> Non
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("max-num-sequences: 3", "unknown setting 'max_num_sequences'"), ("[1, 2]", "no mapping"), ("a: [", "not YAML"),
-     ("max-num-seqs: many", "'many' is not a valid integer"), ("max-num-seqs: 0", "0 is not in the range")],
-)  # fmt: skip
+    [
+        ("max-num-sequences: 3", "unknown setting 'max-num-sequences'"),
+        ("3: 3", "3 is no name of a setting"),
+        ("[1, 2]", "no mapping"),
+        ("a: [", "not YAML"),
+        ("model: 2024-99-99", "not YAML: month must be in 1..12"),
+        (f"model: {'[' * 1000}{']' * 1000}", "not YAML: maximum recursion depth exceeded"),
+        ("a: &a [x]\nb: *a", "holds an alias"),
+        ("max-num-seqs: many", "'many' is not a valid integer"),
+        ("max-num-seqs: 0", "0 is not in the range"),
+        ("max-num-seqs:", "max-num-seqs is of type NoneType; it takes text"),
+        ("max-num-seqs: [3]", "max-num-seqs is of type list; it takes text"),
+        ("listen:", "listen is of type NoneType; it takes text"),
+        ("listen: 2024-01-01", "listen is of type date; it takes text"),
+    ],
+    ids=lambda text: text[:30],
+)
 def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, reason: str) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(text)
+    result = CliRunner().invoke(command, ["--config", str(file)], terminal_width=1000)
+    assert result.exit_code == 2
+    assert reason in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output
+
+
+def test_a_file_of_aliases_does_not_grow(tmp_path: Path) -> None:
+    """Nine of the one before, ten times over: as a key or merged it would be billions of values."""
+    bomb = "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 11))
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"a0: &a0 {{x: 1}}\n{bomb}")
     result = CliRunner().invoke(command, ["--config", str(file)])
     assert result.exit_code == 2
-    assert reason in result.output
-    assert "Traceback" not in result.output
+    assert "holds an alias" in result.output.replace("\n", " ")
+
+
+def test_the_file_has_an_environment_twin_too(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("max-num-seqs: 3")
+    run(env={"LORAPLEX_CONFIG": str(file)})
+    assert taken["engine"].max_num_seqs == 3
 
 
 def test_values_that_contradict_each_other() -> None:

@@ -1,7 +1,10 @@
 """The command `serve` as its users run it: a process, its banner, its clients, its end."""
 
+import asyncio
 import json
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,11 +22,14 @@ import pytest
 from click.testing import CliRunner
 
 from loadtest.environment import commit
+from server import throughput_log
 from server.cli import main
+from server.config import EngineConfig, ServerConfig
 from server.pb.loraplex.v1 import adapters_pb2
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
+from server.serve import serve
 from tests.conftest import ADAPTERS
 
 LORAPLEX = Path(sys.executable).with_name("loraplex")
@@ -41,14 +47,14 @@ class Server:
 
     def __init__(self, model: Path, adapters: Path, *arguments: str) -> None:
         command = [str(LORAPLEX), "serve", "--model", str(model), "--adapters-dir", str(adapters), "--device", "cpu"]
-        command += ["--listen", "127.0.0.1:0", "--metrics-listen", f"127.0.0.1:{free_port()}", *arguments]
+        command += ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert self.process.stdout is not None
         self.banner = ""
         for line in self.process.stdout:
             self.banner += line
-            if ready := re.search(r"ready: listening on port (\d+)", line):
-                self.address = f"127.0.0.1:{ready.group(1)}"
+            if ready := re.search(r"ready: listening on ([^ \n\"]+)", line):
+                self.address = ready.group(1)
                 return
         raise AssertionError(f"the server ended: {self.banner}")
 
@@ -81,9 +87,26 @@ def server(model_dir: Path, adapters_dir: Path) -> Iterator[Server]:
     assert "Traceback" not in running.banner
 
 
-def test_the_banner_says_what_runs(server: Server) -> None:
-    for text in ("LlamaForCausalLM, float32 on cpu", "answer as the model itself", f"{len(ADAPTERS)} in", "KV cache"):
-        assert text in server.banner
+def test_the_start_says_how_far_it_is_and_then_what_runs(server: Server, model_dir: Path, adapters_dir: Path) -> None:
+    """Every line of it, in order; addresses are those that were bound, not those that were asked for."""
+    lines = [re.sub(r"^\S+ \S+ INFO +", "", line) for line in server.banner.splitlines()]
+    patterns = [
+        rf"loading {model_dir} on cpu",
+        r"loaded in \d+\.\d s; packing the weights for 32 adapter slots",
+        r"fused: .+",
+        r"checking steps against the model's own answers",
+        rf"Loraplex {version('loraplex')}, torch {re.escape(version('torch'))}, Python \d+\.\d+\.\d+",
+        r"model     tiny: LlamaForCausalLM, float32 on cpu, digest [0-9a-f]{12}",
+        r"check     packed and chunked steps answer as the model itself, logits within \d\.\de-\d\d",
+        r"KV cache  [\d,]+ blocks of 16 tokens, [\d,]+ MiB of float32; requests up to 256 tokens",
+        rf"adapters  {len(ADAPTERS)} in {adapters_dir}; 32 device slots, rank up to 64, kernels: \w.*",
+        rf"listening gRPC {server.address}, metrics 127\.0\.0\.1:[1-9]\d*, reflection on, no TLS, no authentication",
+        rf"ready: listening on {server.address}",
+    ]
+    assert len(lines) == len(patterns), server.banner
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.fullmatch(pattern, line), f"{line!r} is not {pattern!r}"
+    assert not server.address.endswith(":0")
 
 
 def test_client_commands(server: Server) -> None:
@@ -219,16 +242,54 @@ def test_sigterm_drains(model_dir: Path, adapters_dir: Path) -> None:
 
 
 def test_the_banner_names_adapters_that_cannot_be_served(model_dir: Path, make_adapter: Callable[..., Path]) -> None:
+    """The first ten of them; a name counts once, however many versions it has."""
     good = make_adapter("good")
+    make_adapter("good/2")
     make_adapter("wide", r=16)
     (make_adapter("broken") / "adapter_config.json").write_text("{")
-    server = Server(model_dir, good.parent, "--max-lora-rank", "8")
+    for number in range(3, 14):
+        shutil.copytree(good.parent / "broken", good.parent / "broken" / str(number))
+    server = Server(model_dir, good.parent, "--max-lora-rank", "8", "--admin-listen", "127.0.0.1:0")
     assert server.stop() == 0
-    assert f"adapters  3 in {good.parent}" in server.banner
-    refused = dict(re.findall(r"refused   (\S+): (.*)", server.banner))
-    assert refused.keys() == {"broken@1", "wide@1"}
+    assert f"adapters  3 of 15 versions in {good.parent}" in server.banner
+    refused = dict(re.findall(r"refused   (\S+@\d+): (.*)", server.banner))
+    assert list(refused) == ["broken@1", *[f"broken@{number}" for number in range(3, 12)]]
     assert "not valid JSON" in refused["broken@1"]
-    assert "--max-lora-rank" in refused["wide@1"]
+    assert "refused   3 more: see 'loraplex adapters list'" in server.banner
+    ports = re.findall(r"127\.0\.0\.1:([1-9]\d*)", server.banner)
+    assert f"listening gRPC 127.0.0.1:{ports[0]}, for operators 127.0.0.1:{ports[1]}, metrics" in server.banner
+    assert f"ready: listening on 127.0.0.1:{ports[0]} and 127.0.0.1:{ports[1]}" in server.banner
+
+
+async def test_a_line_tells_what_was_done_and_none_that_nothing_was(
+    model_dir: Path, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(throughput_log, "INTERVAL", 0.1)
+    caplog.set_level("INFO")
+    engine_config = EngineConfig(model=str(model_dir), device="cpu")
+    config = ServerConfig(adapters_dir=adapters_dir, listen="127.0.0.1:0", metrics_listen="")
+    serving = asyncio.create_task(serve(engine_config, config))
+
+    async def lines(pattern: str) -> list[str]:
+        async with asyncio.timeout(60):
+            while not (found := [text for text in caplog.messages if re.match(pattern, text)]):
+                assert not serving.done()
+                await asyncio.sleep(0.01)
+        return found
+
+    [ready] = await lines("ready: listening on ")
+    async with grpc.aio.insecure_channel(ready.rpartition(" ")[2]) as channel:
+        await asyncio.sleep(0.3)
+        assert not [text for text in caplog.messages if "tokens/s" in text]
+        sampling = pb.SamplingParams(max_tokens=10, ignore_eos=True)
+        await InferenceStub(channel).Generate(pb.GenerateRequest(prompt="x", sampling=sampling))
+    await lines(r"\d running, ")
+    await asyncio.sleep(0.3)  # for what there may be in a second line, but no more
+    rates = re.findall(r"prompt ([\d.]+) and generation ([\d.]+) tokens/s, KV cache \d", "\n".join(caplog.messages))
+    assert sum(float(prompt) for prompt, _ in rates) == 10  # one token in 0.1 s
+    assert sum(float(generation) for _, generation in rates) == 100
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await serving == 0
 
 
 def test_a_second_signal_stops_at_once(model_dir: Path, adapters_dir: Path) -> None:
@@ -264,6 +325,7 @@ def test_a_second_signal_stops_at_once(model_dir: Path, adapters_dir: Path) -> N
         (["--listen", "127.0.0.1:99999"], "--listen 127.0.0.1:99999: "),
         (["--metrics-listen", "127.0.0.1:{taken}"], "--metrics-listen 127.0.0.1:{taken}"),
         (["--metrics-listen", "nonsense"], "--metrics-listen nonsense"),
+        (["--metrics-listen", ":{taken}"], "--metrics-listen :{taken}: [Errno"),
         (["--config", "/nowhere.yaml"], "--config"),
     ],
 )

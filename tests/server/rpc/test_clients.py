@@ -65,7 +65,12 @@ async def test_clients_show_certificates(serve: Serve, authority: trustme.CA, tm
     authority.cert_pem.write_to_path(ca_file)
     client = authority.issue_cert("client@example.org")
     shown = (client.private_key_pem.bytes(), b"".join(blob.bytes() for blob in client.cert_chain_pems))
+    key_file, chain_file = tmp_path / "client-key.pem", tmp_path / "client-chain.pem"
+    for file, data in zip((key_file, chain_file), shown, strict=True):
+        file.write_bytes(data)
     async with serve(**write_certificate(authority, tmp_path), tls_client_ca=str(ca_file)) as server:
+        address = f"localhost:{server.server.port}"
+        await succeeds(sys.executable, CLIENTS / "triton_client.py", address, ca_file, key_file, chain_file)
         for pair, welcome in ((shown, True), ((None, None), False)):
             credentials = grpc.ssl_channel_credentials(ca_file.read_bytes(), *pair)
             async with grpc.aio.secure_channel(f"localhost:{server.server.port}", credentials) as channel:

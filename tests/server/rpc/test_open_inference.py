@@ -10,7 +10,8 @@ import grpc
 import pytest
 
 from server.pb.inference import grpc_service_pb2 as pb
-from server.pb.loraplex.v1 import inference_pb2
+from server.pb.loraplex.v1 import adapters_pb2, inference_pb2
+from server.rpc.model_statistics import ModelStatistics
 from tests.conftest import ADAPTERS, VOCAB_SIZE, byte_tokenizer
 from tests.server.rpc.conftest import Running
 from tests.server.rpc.test_inference import PROMPT, ask, failure, idle
@@ -404,10 +405,9 @@ async def test_the_repository_is_the_adapters_folder(running: Running) -> None:
     client = running.open_inference
     before = await index(running)
     assert set(before) == {BASE, *ADAPTERS}
-    assert (before["plain"].state, before["plain"].reason) == ("READY", "on disk; its first request loads it")
+    assert (before["plain"].state, before["plain"].reason) == ("READY", "")
     await client.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="plain"))
     await client.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="plain"))  # anew
-    assert (await index(running))["plain"].reason == ""
     assert await ready(running, "plain")
 
     dependents = {"unload_dependents": pb.ModelRepositoryParameter(bool_param=False)}
@@ -433,6 +433,13 @@ async def test_an_adapter_that_was_refused_is_not_ready(running: Running) -> Non
 async def test_names_that_are_not_ready(running: Running) -> None:
     assert [await ready(running, name) for name in (BASE, "nobody", "", "../x")] == [True, False, False, False]
     assert [await ready(running, "plain", version) for version in ("1", "7", "x")] == [True, False, False]
+    shutil.copytree(running.adapters_dir / "plain", running.adapters_dir / "new")
+    (running.adapters_dir / "new" / "routing.json").write_text("{")
+    await running.engine.adapters.look("new")
+    assert [await ready(running, "new", version) for version in ("", "1")] == [
+        False,
+        True,
+    ]  # nobody knows which it means
     await running.engine.admission.drain(grace=1)
     assert not (await running.open_inference.ServerReady(pb.ServerReadyRequest())).ready
     assert not await ready(running, BASE)
@@ -462,6 +469,7 @@ async def test_statistics_count_what_was_answered(running: Running) -> None:
     [counts] = answer.model_stats
     assert (counts.name, counts.version, counts.inference_count) == ("plain", "1", 2)
     assert (counts.inference_stats.success.count, counts.inference_stats.fail.count) == (2, 1)
+    assert counts.execution_count == 2
     assert counts.inference_stats.success.ns > 0
     assert counts.last_inference > 0
     everything = (await client.ModelStatistics(pb.ModelStatisticsRequest())).model_stats
@@ -469,6 +477,39 @@ async def test_statistics_count_what_was_answered(running: Running) -> None:
         **dict.fromkeys([BASE, *ADAPTERS], 0),
         "plain": 2,
     }
+
+
+async def test_statistics_count_the_version_that_answered(running: Running) -> None:
+    """Not the one that the name means, where shares of the traffic go elsewhere."""
+    shutil.copytree(running.adapters_dir / "head", running.adapters_dir / "plain" / "2")
+    await running.engine.adapters.look("plain")
+    await running.adapters.PromoteVersion(adapters_pb2.PromoteVersionRequest(name="plain", version="1"))
+    await running.adapters.SetTraffic(adapters_pb2.SetTrafficRequest(name="plain", percent_by_version={"2": 100}))
+    client = running.open_inference
+    assert (await client.ModelInfer(infer(model="plain"))).model_version == "2"
+    await stream(running, infer(flag("stream"), model="plain"))
+    answer = await client.ModelStatistics(pb.ModelStatisticsRequest())
+    asked = {(one.name, one.version): one.inference_count for one in answer.model_stats if one.inference_count}
+    assert asked == {("plain", "2"): 2}
+
+
+def test_statistics_of_models_that_went_are_dropped() -> None:
+    statistics = ModelStatistics(lambda name, _: name == "stays")
+    statistics.succeeded("stays", "1", 0.5)
+    for number in range(1000):
+        statistics.succeeded(f"adapter-{number}", "1", 0.5)
+    counts = [statistics.of(f"adapter-{number}", "1").inference_count for number in range(1000)]
+    assert sum(counts) < 200
+    assert counts[-1] == statistics.of("stays", "1").inference_count == 1
+
+
+async def test_a_model_takes_few_bytes_of_an_index_that_cannot_be_paged(running: Running) -> None:
+    """Clients take 4 MiB by default: here some hundred thousand adapters."""
+    index = await running.open_inference.RepositoryIndex(pb.RepositoryIndexRequest())
+    statistics = await running.open_inference.ModelStatistics(pb.ModelStatisticsRequest())
+    for models in index.models, statistics.model_stats:
+        assert len(models) == 1 + len(ADAPTERS)
+        assert all(model.ByteSize() - len(model.name) <= 16 for model in models)
 
 
 async def test_sampling_is_greedy_unless_asked(running: Running) -> None:
