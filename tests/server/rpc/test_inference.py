@@ -372,7 +372,7 @@ async def test_a_deadline_ends_running_and_waiting_requests(running: Running) ->
 
 
 async def test_a_full_queue_refuses(running: Running) -> None:
-    calls = [asyncio.create_task(failure_or_answer(running, ask(max_tokens=60))) for _ in range(40)]
+    calls = [asyncio.create_task(failure_or_answer(running, ask(max_tokens=240))) for _ in range(40)]
     results = await asyncio.gather(*calls)
     codes = [result.code() for result in results if isinstance(result, grpc.aio.AioRpcError)]
     assert codes == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 16  # 16 run, 8 wait
