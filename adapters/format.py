@@ -1,4 +1,4 @@
-"""PEFT's adapter files, read strictly and written atomically.
+"""PEFT's adapter files, read strictly.
 
 An adapter is untrusted input. Only `adapter_config.json` and `adapter_model.safetensors` are ever opened: no pickle, no
 code, no tokenizer, no template. Every size is capped before it is used, every key of the configuration is either
@@ -8,11 +8,9 @@ understood or refused by name, and every tensor must be one that the configurati
 import contextlib
 import hashlib
 import io
-import json
 import math
 import os
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +20,9 @@ import torch
 from torch import Tensor
 
 from adapters.base_fingerprint import METADATA_KEY
-from adapters.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config, to_peft
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config
 from adapters.errors import AdapterFormatError, WrongBaseError
-from adapters.tensors import PREFIX, LinearShape, Part, known_tensors, largest_file, read_header
+from adapters.tensors import LinearShape, Part, known_tensors, largest_file, read_header
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -116,59 +114,6 @@ def check_config(
     config = parse_config(_read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
     with _naming_bases(config, base_model):
         known_tensors(config, layers, max_rank)
-
-
-def write_adapter(
-    folder: Path, config: AdapterConfig, weights: Mapping[str, LoRAWeights], base_fingerprint: str = ""
-) -> None:
-    """Writes an adapter as PEFT would, whole or not at all: temporary folder, fsync, rename.
-
-    An adapter that is already in `folder` is replaced; any other folder is left alone. A kill leaves the temporary
-    folder beside it, a hidden one; between the two renames that holds both adapters, `old` and `new`.
-
-    Raises:
-        FileExistsError: `folder` exists and holds something that is not an adapter.
-    """
-    check_writable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for module, layer in weights.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = layer.lora_a.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = layer.lora_b.detach().cpu().contiguous()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = Path(scratch) / "new"
-        fresh.mkdir()
-        (fresh / CONFIG_FILE).write_text(json.dumps(to_peft(config), indent=2) + "\n")
-        metadata = {"format": "pt"} | ({METADATA_KEY: base_fingerprint} if base_fingerprint else {})
-        safetensors.torch.save_file(tensors, fresh / WEIGHTS_FILE, metadata=metadata)
-        (fresh / WEIGHTS_FILE).chmod((fresh / CONFIG_FILE).stat().st_mode)  # the library makes it private to its owner
-        for path in (fresh / CONFIG_FILE, fresh / WEIGHTS_FILE, fresh):
-            fsync(path)
-        old = Path(scratch) / "old"
-        try:
-            if folder.exists():
-                folder.rename(old)
-            fresh.rename(folder)
-        except BaseException:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            raise
-        fsync(folder.parent)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises FileExistsError if `folder` holds something that is not an adapter, which `write_adapter` would refuse."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
-        raise FileExistsError(f"{folder} holds something that is not an adapter: choose another folder")
-
-
-def fsync(path: Path) -> None:
-    """Makes a file's content last, or the renames into a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def open_plain(path: str | Path) -> io.BufferedReader:

@@ -4,19 +4,16 @@ scratch folder → files, checked against their digests → fsync → rename to 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.format import fsync
+from adapters.folder import SCRATCH_PREFIX, fsync, remove_abandoned, scratch_folder
 from server.errors import AdapterExists, InvalidRequest, Overloaded, StoreNotWritable
 from server.lora.digests import write_sums
 from server.lora.disk import disk_errors
@@ -75,19 +72,13 @@ class Publication:
         self._cleanup = contextlib.ExitStack()
 
     def open(self) -> None:
-        """Makes the scratch folder, and locks it: the mark by which others see that it is in use.
+        """Makes the scratch folder.
 
         Raises:
             Overloaded, StoreNotWritable.
         """
         with contextlib.ExitStack() as undo, disk_errors():
-            scratch = self._store.scratch()
-            with self._store.lock():
-                self.folder = Path(tempfile.mkdtemp(dir=scratch))
-                undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
-                in_use = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
-                undo.callback(os.close, in_use)
-                fcntl.flock(in_use, fcntl.LOCK_EX)
+            self.folder = undo.enter_context(scratch_folder(self._store.scratch()))
             self.folder.chmod(0o755)
             undo.callback(self._close_files)
             for name in self._declared:
@@ -187,25 +178,14 @@ def version_exists(ref: AdapterRef) -> AdapterExists:
 
 
 def remove_leftovers(store: AdapterStore) -> None:
-    """Removes what publishers left that were killed; those that live keep their scratch folders.
+    """Removes what publishers and trainings left in the store that were killed; those that live keep their scratch.
 
     Raises:
-        OSError: the store cannot be read or written.
+        OSError: the store cannot be read.
         Overloaded: another process keeps its lock.
     """
-    scratch = store.root / ".publish"
-    if not scratch.is_dir():
-        return
-    with store.lock():
-        for path in scratch.iterdir():
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            finally:
-                os.close(handle)
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    if (store.root / ".publish").is_dir():
+        with store.lock():  # under which routings are written there, and carry no mark of their own
+            remove_abandoned((store.root / ".publish").iterdir())
+    for level in ("", "*/"):
+        remove_abandoned(store.root.glob(f"{level}{SCRATCH_PREFIX}*"))

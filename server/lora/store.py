@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.format import fsync, open_plain
+from adapters.folder import fsync
+from adapters.format import open_plain
 from server.errors import InvalidRequest, Overloaded
 from server.lora.disk import disk_errors
 from server.lora.routing import VERSION, Routing

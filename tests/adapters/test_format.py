@@ -13,9 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from adapters.config import AdapterConfig, parse_config
+from adapters.config import parse_config
 from adapters.errors import AdapterFormatError, AdapterIncompatibleError
-from adapters.format import LoRAWeights, read_adapter, write_adapter
+from adapters.format import read_adapter
 from adapters.tensors import LinearShape
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -63,42 +63,6 @@ def test_the_digest_follows_the_content(folder: Path) -> None:
     configure(folder, lora_alpha=9)
     changed = read(folder).digest
     assert changed != digest
-
-
-def test_written_and_read_again(tmp_path: Path) -> None:
-    config = AdapterConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj"), use_rslora=True, base_model="tiny")
-    weights = {module: LoRAWeights(torch.randn(4, shape.in_features), torch.randn(shape.out_features, 4), 4.0)
-               for module, shape in list(LAYERS.items())[:2]}  # fmt: skip
-    for _ in range(2):  # the second replaces the first
-        write_adapter(tmp_path / "out", config, weights)
-        files = read(tmp_path / "out")
-        assert files.config == config
-        assert files.weights[Q].scaling == 8 / math.sqrt(4)
-        assert torch.equal(files.weights[Q].lora_b, weights[Q].lora_b)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_failed_replacement_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = read(folder)
-    rename = Path.rename
-
-    def fail_for_new(path: Path, target: Path) -> Path:
-        if path.name == "new":
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", fail_for_new)
-    with pytest.raises(KeyboardInterrupt):
-        write_adapter(folder, before.config, before.weights)
-    assert read(folder).digest == before.digest
-    assert [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}-")] == []
-
-
-def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError):
-        write_adapter(tmp_path, AdapterConfig(rank=1, alpha=1, target_modules=("q_proj",)), {})
-    assert (tmp_path / "thesis.txt").exists()
 
 
 def _remove(name: str) -> Callable[[Path], None]:

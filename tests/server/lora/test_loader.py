@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.format import read_adapter, write_adapter
+from adapters.folder import write_adapter
+from adapters.format import read_adapter
 from server.errors import AdapterNotFound, IncompatibleAdapter, InvalidAdapter
 from tests.server.lora.conftest import LAYERS, MakeAdapter, make_cache
 
