@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adapters.base_fingerprint import METADATA_KEY
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config
-from adapters.errors import AdapterFormatError, WrongBaseError
+from adapters.errors import AdapterFormatError, WrongBaseError, is_of_the_file, memory_errors
 from adapters.tensors import LinearShape, Part, known_tensors, largest_file, read_header
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -67,6 +67,7 @@ def read_adapter(
         AdapterFormatError: the files are missing, malformed, of wrong shapes or not finite.
         AdapterIncompatibleError: a rank over `max_rank`, or a feature that is not served.
         WrongBaseError: the layers or shapes are another base's.
+        MemoryError, OSError: the system has no memory, or the disk fails; neither says anything of the adapter.
     """
     config_bytes = _read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
     config = parse_config(config_bytes)
@@ -75,7 +76,10 @@ def read_adapter(
         weights_bytes = _read_file(folder / WEIGHTS_FILE, largest_file(known))
         present, metadata = read_header(weights_bytes, known, layers)
     try:
-        tensors = safetensors.torch.load(weights_bytes)
+        with memory_errors():
+            tensors = safetensors.torch.load(weights_bytes)
+    except MemoryError:
+        raise
     except Exception as error:  # the library's errors have no common base but Exception
         raise AdapterFormatError(f"{WEIGHTS_FILE}: {error}", "MALFORMED_WEIGHTS") from error
     parts: dict[str, dict[Part, Tensor]] = {}
@@ -110,6 +114,7 @@ def check_config(
 
     Raises:
         AdapterFormatError, AdapterIncompatibleError, WrongBaseError: those of `read_adapter` that need no weights.
+        OSError: the disk fails.
     """
     config = parse_config(_read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
     with _naming_bases(config, base_model):
@@ -156,6 +161,8 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
                 )
             return data
     except OSError as error:
+        if not is_of_the_file(error):
+            raise
         raise AdapterFormatError(f"{path.name} cannot be read: {error.strerror}", "MISSING_FILE") from error
 
 

@@ -9,6 +9,7 @@ from server.errors import AdapterInUse, AdapterNotFound
 from server.lora.adapter import Adapter
 from server.lora.catalog import AdapterCatalog
 from server.lora.claims import NameClaims
+from server.lora.disk import read_errors
 from server.lora.disk_workers import DiskWorkers
 from server.lora.events import AdapterStatus, EventKind
 from server.lora.host_copy import EvictFromDevice, FreedBytes, RevokeFromRequests
@@ -77,7 +78,7 @@ class AdapterCache:
 
         Raises:
             InvalidRequest, AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged,
-            Overloaded.
+            Overloaded, Unavailable.
         """
         refs = [await self._resolve(reference, label) for reference in references]
         missing = [ref for ref in refs if self.memory.get(ref) is None]
@@ -106,7 +107,7 @@ class AdapterCache:
 
         Raises:
             InvalidRequest, AdapterNotFound, AdapterExists, InvalidAdapter, IncompatibleAdapter, DamagedAdapter,
-            AdapterChanged, Overloaded.
+            AdapterChanged, Overloaded, Unavailable.
         """
         bare_name, version = self.claims.parse(name)
         async with self.claims.changing(bare_name):
@@ -189,8 +190,14 @@ class AdapterCache:
     # For changes of a name, by this class and by `AdapterRouter`, `AdapterUploads` and `StoreWatcher`.
 
     async def look(self, name: str) -> None:
-        """Learns what has appeared on disk under a name."""
-        added = self.catalog.learn(name, await self.disk.run(self.store.look, name))
+        """Learns what has appeared on disk under a name.
+
+        Raises:
+            Overloaded, Unavailable: the disk cannot tell.
+        """
+        with read_errors(f"adapter {name!r}"):
+            stored = await self.disk.run(self.store.look, name)
+        added = self.catalog.learn(name, stored)
         self.board.publish(EventKind.ADDED, *added)
 
     async def named(self, name: str) -> AdapterRef:

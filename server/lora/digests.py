@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from adapters.errors import is_of_the_file
 from adapters.format import open_plain
 from server.errors import DamagedAdapter
 
@@ -28,10 +29,13 @@ def check_sums(folder: Path, known: Mapping[str, str]) -> None:
         known: digests of what was read; other files are read here.
 
     Raises:
-        DamagedAdapter: they differ, or the record itself is unreadable.
+        DamagedAdapter: they differ, or the record itself is none.
+        OSError: the disk fails, which says nothing of them.
     """
     path = folder / SUMS_FILE
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
         return
     try:
         with open_plain(path) as record:
@@ -51,6 +55,8 @@ def check_sums(folder: Path, known: Mapping[str, str]) -> None:
         if unnamed:
             raise DamagedAdapter(f"{SUMS_FILE} has no line for {', '.join(sorted(unnamed))}")
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and not is_of_the_file(error):
+            raise
         raise DamagedAdapter(f"{SUMS_FILE} cannot be checked: {error}") from error
 
 

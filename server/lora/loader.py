@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.errors import AdapterFormatError, AdapterIncompatibleError, WrongBaseError
+from adapters.errors import AdapterFormatError, AdapterIncompatibleError, WrongBaseError, memory_errors
 from adapters.format import AdapterFiles, read_adapter
 from server.errors import AdapterChanged, AdapterNotFound, IncompatibleAdapter, InvalidAdapter, Overloaded, ServingError
 from server.lora.adapter import Adapter, CheckedAdapter
 from server.lora.base_weights import BaseWeights
 from server.lora.digests import SUMS_FILE, check_sums
+from server.lora.disk import read_errors
 from server.lora.disk_workers import DiskWorkers
 from server.lora.host_copy import HostCopy
 from server.lora.host_memory import HostMemory
@@ -84,7 +85,7 @@ class AdapterLoader:
             wait: until there is room.
 
         Raises:
-            AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged, Overloaded.
+            AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged, Overloaded, Unavailable.
             NotAwaited: while it waited.
         """
         checked, source = await self._disk.run(self._read, ref.name, folder)
@@ -127,6 +128,10 @@ class AdapterLoader:
         A folder that changes under the reading is not believed; and if the files of a published adapter fail their
         digests, that is the fault to report, whatever else it led to. Worker thread.
         """
+        with read_errors(f"adapter {name!r}"):
+            return self._read_once(name, folder)
+
+    def _read_once(self, name: str, folder: Path) -> tuple[CheckedAdapter, Fingerprint | None]:
         before = fingerprint(folder)
         if before is None and not folder.is_dir():
             raise AdapterNotFound(name)
@@ -136,7 +141,8 @@ class AdapterLoader:
             files = read_adapter(folder, self._served.weights.shapes, self._served.max_rank, self._served.name)
             digests = files.file_digests
             self._served.check(files)
-            checked = CheckedAdapter.from_files(files, self._served.weights, self._served.lora_dtype)
+            with memory_errors():
+                checked = CheckedAdapter.from_files(files, self._served.weights, self._served.lora_dtype)
         except AdapterFormatError as error:
             fault = error
         except MemoryError as error:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from adapters.folder import fsync
@@ -91,19 +92,39 @@ class AdapterStore:
         """Names in `reserved`, such as the base model's, are nobody's."""
         self.root = root
         self.reserved = reserved
+        self._unreadable: set[str] = set()  # names, at the last scan
 
-    def scan(self) -> dict[str, StoredName]:
+    def scan(self, known: Mapping[str, StoredName] = MappingProxyType({})) -> dict[str, StoredName]:
         """Everything in the folder.
+
+        Args:
+            known: what is told of names that are there and cannot be read at the moment.
 
         Raises:
             OSError: the folder is not there or cannot be read.
         """
         with os.scandir(self.root) as entries:
             names = [entry.name for entry in entries if _NAME.fullmatch(entry.name)]
-        return {name: stored for name in names if (stored := self.look(name)) is not None}
+        found, unreadable = {}, set()
+        for name in names:
+            try:
+                stored = self.look(name)
+            except OSError as error:
+                unreadable.add(name)
+                if name not in self._unreadable:
+                    log.error("%s/%s cannot be read and is what it was: %s", self.root, name, error.strerror)
+                stored = known.get(name)
+            if stored is not None:
+                found[name] = stored
+        self._unreadable = unreadable
+        return found
 
     def look(self, name: str) -> StoredName | None:
-        """What is on disk under a name now."""
+        """What is on disk under a name now.
+
+        Raises:
+            OSError: it cannot be read, and nobody knows.
+        """
         folder = os.path.join(self.root, name)
         versions = {}
         routing: Routing | None = Routing()
@@ -121,7 +142,7 @@ class AdapterStore:
                         found = fingerprint(entry.path)
                         if found is not None:
                             versions[entry.name] = found
-        except OSError:  # gone or unreadable: nothing to be found there
+        except (FileNotFoundError, NotADirectoryError):
             return None
         if flat is not None:
             versions[FLAT_VERSION] = flat
@@ -202,12 +223,16 @@ class AdapterStore:
 
 
 def fingerprint(folder: str | Path) -> Fingerprint | None:
-    """The state of an adapter's files, or None if the folder holds no adapter."""
+    """The state of an adapter's files, or None if the folder holds no adapter.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     result: list[int] = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         try:
             status = os.lstat(os.path.join(folder, name))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             status = None
         if status is not None and stat.S_ISREG(status.st_mode):
             result += (status.st_mtime_ns, status.st_size, status.st_ino)
