@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 
@@ -27,7 +28,7 @@ def print_adapters(found: Sequence[pb.Adapter]) -> None:
             str(adapter.requests_running),
             str(adapter.requests_waiting),
             adapter.digest[:12],
-            adapter.error,
+            Text(adapter.error),
         )
     Console().print(table)
 
@@ -47,7 +48,7 @@ def print_fields(adapter: pb.Adapter) -> None:
         value = getattr(adapter, field.name)
         if field.enum_type is not None:
             value = field.enum_type.values_by_number[value].name
-        table.add_row(field.name, str(value) if isinstance(value, str | int) else ", ".join(value))
+        table.add_row(field.name, Text(str(value) if isinstance(value, str | int) else ", ".join(value)))
     Console().print(table)
 
 

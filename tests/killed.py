@@ -24,8 +24,8 @@ _EVENTS = ("open", "os.", "shutil.", "tempfile.", "fcntl.")
 
 
 def roots_of_killed(work: str, template: Path, roots: Path) -> list[Path]:
-    """What `work`, a `MODULE:FUNCTION`, left in copies of the template: by the step at which it was killed, of which the
-    last came to its end; and then those that were killed in a write.
+    """What `work`, a `MODULE:FUNCTION`, left in copies of the template: by the step at which it was killed, of which
+    the last came to its end; and then those that were killed in a write.
     """
     roots.mkdir()
     command = [sys.executable, "-m", "tests.killed", work, str(template), str(roots)]

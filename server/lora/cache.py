@@ -103,7 +103,7 @@ class AdapterCache:
         """Loads an adapter under a name, from the folder `source` or from the store's own folder of that name.
 
         Everything is checked before the name changes hands. With `expected_generation` exactly that generation is
-        replaced (0: none is loaded), or nothing.
+        replaced (0: none was loaded), or nothing.
 
         Raises:
             InvalidRequest, AdapterNotFound, AdapterExists, InvalidAdapter, IncompatibleAdapter, DamagedAdapter,
@@ -111,11 +111,11 @@ class AdapterCache:
         """
         bare_name, version = self.claims.parse(name)
         async with self.claims.changing(bare_name):
+            await self.look(bare_name)
             if source:
                 folder = await self.disk.run(self.store.source, source)
                 ref = self.catalog.source_ref(bare_name, version)
             else:
-                await self.look(bare_name)
                 ref = self.catalog.find(bare_name, version)
                 folder = self.catalog.stored_path(ref) if self.catalog.is_stored(ref) else self.catalog.path(ref)
             # Another folder under a name that has files is a change of the name, in memory or not.

@@ -47,8 +47,9 @@ class AdapterCatalog:
         except OSError as error:
             raise ConfigError(f"--adapters-dir {store.root}: {error.strerror}") from error
         self._sources: dict[str, dict[str, Path]] = {}  # versions loaded from folders of another name
-        # Names, whole or one version of them, that were taken away: only LoadAdapter brings them back.
-        self._unloaded: set[tuple[str, str | None]] = set()
+        self._unloaded: set[AdapterRef] = (
+            set()
+        )  # stored versions that were taken away: only LoadAdapter brings them back
         self._refs: list[AdapterRef] | None = None  # sorted; None: to be made
 
     def resolve(self, reference: str, label: str = "") -> AdapterRef:
@@ -79,7 +80,7 @@ class AdapterCatalog:
 
     def has(self, ref: AdapterRef) -> bool:
         """Whether requests may name it."""
-        return self.knows(ref) and not self._unloaded & {(ref.name, None), (ref.name, ref.version)}
+        return ref not in self._unloaded and self.knows(ref)
 
     def knows(self, ref: AdapterRef) -> bool:
         """Whether there are files for it, taken away or not."""
@@ -143,10 +144,7 @@ class AdapterCatalog:
 
     def restore(self, ref: AdapterRef, source: Path | None) -> None:
         """Gives one version back that was taken away, or makes one: its files are in the store, or in `source`."""
-        if (ref.name, None) in self._unloaded:
-            self._unloaded.remove((ref.name, None))
-            self._unloaded |= {(ref.name, version) for version in self._stored[ref.name].versions}
-        self._unloaded.discard((ref.name, ref.version))
+        self._unloaded.discard(ref)
         if source is not None:
             self._sources.setdefault(ref.name, {})[ref.version] = source
         else:
@@ -154,12 +152,12 @@ class AdapterCatalog:
         self._refs = None
 
     def take_away(self, name: str, version: str | None) -> None:
-        """Requests find the name, or one version of it, no more."""
+        """Requests find the versions that a name has now, or one of them, no more; one that comes later is another."""
         for ref in self.versions(name):
             if version in (None, ref.version):
                 self._forget_source(ref)
-        if name in self._stored:
-            self._unloaded.add((name, version))
+                if self.is_stored(ref):
+                    self._unloaded.add(ref)
         self._refs = None
 
     def learn(self, name: str, stored: StoredName | None) -> list[AdapterRef]:
@@ -185,12 +183,11 @@ class AdapterCatalog:
                     changes.added.append(ref)
                 elif version not in after:
                     changes.removed.append(ref)
-                    self._unloaded.discard((name, version))
+                    self._unloaded.discard(ref)
                 elif before[version] != after[version]:
                     changes.changed.append(ref)
             if new is None:
                 self._stored.pop(name, None)
-                self._unloaded.discard((name, None))
             else:
                 self._stored[name] = new
                 if old is not None and old.routing != new.routing:

@@ -85,7 +85,8 @@ class AdapterLoader:
             wait: until there is room.
 
         Raises:
-            AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged, Overloaded, Unavailable.
+            AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged, Overloaded,
+            Unavailable.
             NotAwaited: while it waited.
         """
         checked, source = await self._disk.run(self._read, ref.name, folder)

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from server.cli import main
 from tests.conftest import ADAPTERS
-from tests.server.rpc.conftest import Running
+from tests.server.rpc.conftest import Running, edit_config
 from tests.server.rpc.conftest import running as running  # fixtures
 from tests.server.rpc.conftest import serve as serve
 
@@ -70,6 +70,13 @@ async def test_errors_are_one_line(running: Running, tmp_path: Path, words: list
     assert result.exit_code != 0
     assert re.fullmatch(line, result.output.splitlines()[-1]), result.output
     assert "Traceback" not in result.output
+
+
+async def test_what_files_say_is_shown_as_it_is(running: Running) -> None:
+    edit_config(running.adapters_dir / "attention", '"r": 4', '"r": 4, "[/x][bold]": 1')
+    assert (await command(running, "load", "attention")).exit_code == 1
+    for words in (["list"], ["get", "attention"]):
+        assert "'[/x][bold]'" in await said(running, *words)
 
 
 async def test_another_base_and_targets_without_a_layer_are_warned_of(running: Running) -> None:
