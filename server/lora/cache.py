@@ -5,7 +5,7 @@ import contextlib
 import enum
 from collections.abc import AsyncIterator, Sequence
 
-from server.errors import AdapterInUse, AdapterNotFound
+from server.errors import AdapterInUse, AdapterNotFound, DamagedAdapter, IncompatibleAdapter, InvalidAdapter
 from server.lora.adapter import Adapter
 from server.lora.catalog import AdapterCatalog
 from server.lora.claims import NameClaims
@@ -36,23 +36,17 @@ class AdapterCache:
     before finish on them.
     """
 
-    def __init__(
-        self,
-        store: AdapterStore,
-        served: ServedBase,
-        *,
-        max_bytes: int,
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, store: AdapterStore, served: ServedBase, *, max_bytes: int, metrics: Metrics) -> None:
         self.store = store
-        self.catalog = AdapterCatalog(store)
+        self.catalog = AdapterCatalog(store, lambda ref: self.board.refuses(ref))
         self.memory = HostMemory(max_bytes, self._evicted)
-        self.disk = DiskWorkers()
-        self.loader = AdapterLoader(served, self.disk, self.memory)
+        self.disk = DiskWorkers("look")  # at what is there
+        self.changes = DiskWorkers("change")  # of what is there, which wait for clients and for the store's lock
+        self.loader = AdapterLoader(served, self.memory)
         self.claims = NameClaims(store.reserved, self.loader)
         self.board = StatusBoard(self.catalog, self.memory, self.loader)
         self.metrics = metrics
-        self._mixing = asyncio.Lock()  # held while the parts of a mixture come into memory
+        self._mixing = asyncio.Lock()  # held by the mixture whose parts are kept while others of it wait for room
         self.loads = AdapterLoads(self.catalog, self.memory, self.loader, self.board, metrics)
         metrics.adapters.watch("host", self.memory.adapters)
 
@@ -71,7 +65,8 @@ class AdapterCache:
         """Brings the adapters of a request into host memory, as soon as there is room, and keeps them there until
         `held` is closed.
 
-        One that waits holds nothing, but for a mixture whose turn it is; so no two wait for each other.
+        One that waits holds nothing, but for a mixture whose turn it is; so no two wait for each other. A bare name
+        whose newest version is found to be broken means the one before.
 
         Args:
             label: requests with the same one are always part of the same share of a name's traffic.
@@ -80,16 +75,14 @@ class AdapterCache:
             InvalidRequest, AdapterNotFound, InvalidAdapter, IncompatibleAdapter, DamagedAdapter, AdapterChanged,
             Overloaded, Unavailable.
         """
-        refs = [await self._resolve(reference, label) for reference in references]
-        missing = [ref for ref in refs if self.memory.get(ref) is None]
-        for ref in refs:
-            if ref not in missing:
-                self.metrics.adapters.found(ref.name, "host")
-        if not missing or len(refs) == 1:
-            return await self._hold(refs, held)
-        async with self._mixing:
-            with self.memory.keeping({ref: self.loader.num_bytes(ref) for ref in refs}):
+        refs = await self._resolve_all(references, label)
+        while True:
+            try:
                 return await self._hold(refs, held)
+            except (InvalidAdapter, IncompatibleAdapter, DamagedAdapter):
+                refused, refs = refs, await self._resolve_all(references, label)
+                if refs == refused:
+                    raise
 
     async def load(
         self,
@@ -218,9 +211,27 @@ class AdapterCache:
         return self.memory.remove(ref)
 
     async def _hold(self, refs: Sequence[AdapterRef], held: contextlib.ExitStack) -> Sequence[Adapter]:
+        missing = [ref for ref in refs if self.memory.get(ref) is None]
+        for ref in refs:
+            if ref not in missing:
+                self.metrics.adapters.found(ref.name, "host")
+        if len(refs) > 1 and self.memory.has_room(sum(map(self.loader.num_bytes, missing))):
+            for ref in missing:  # each like any other load: none need be kept for the next one
+                await self.loads.copy(ref)
+            missing = [ref for ref in refs if self.memory.get(ref) is None]
+        if not missing or len(refs) == 1:
+            return await self._hold_all(refs, held)
+        async with self._mixing:
+            with self.memory.keeping({ref: self.loader.num_bytes(ref) for ref in refs}):
+                return await self._hold_all(refs, held)
+
+    async def _hold_all(self, refs: Sequence[AdapterRef], held: contextlib.ExitStack) -> Sequence[Adapter]:
         while missing := [ref for ref in refs if self.memory.get(ref) is None]:
             await self.loads.copy(missing[0])  # and with nothing in between, held
         return [held.enter_context(self.memory.using(ref)) for ref in refs]
+
+    async def _resolve_all(self, references: Sequence[str], label: str) -> list[AdapterRef]:
+        return [await self._resolve(reference, label) for reference in references]
 
     async def _resolve(self, reference: str, label: str = "") -> AdapterRef:
         """The version that is meant; a name that is not known may have appeared on disk just now."""

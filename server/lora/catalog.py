@@ -5,21 +5,14 @@ names that were taken away, and the routing of bare names beside it.
 """
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from server.errors import AdapterNotFound, ConfigError, DamagedAdapter
+from server.lora.fingerprint import Fingerprint
 from server.lora.routing import Routing
-from server.lora.store import (
-    FLAT_VERSION,
-    ROUTING_FILE,
-    AdapterRef,
-    AdapterStore,
-    Fingerprint,
-    StoredName,
-    parse_reference,
-)
+from server.lora.store import FLAT_VERSION, ROUTING_FILE, AdapterRef, AdapterStore, StoredName, parse_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +28,17 @@ class StoreChanges:
 class AdapterCatalog:
     """Owns every name that requests may use."""
 
-    def __init__(self, store: AdapterStore) -> None:
+    def __init__(self, store: AdapterStore, refuses: Callable[[AdapterRef], bool] = lambda ref: False) -> None:
         """Reads the whole index once.
+
+        Args:
+            refuses: whether a version is known not to be served; a bare name means one that is, if it has any.
 
         Raises:
             ConfigError: the folder is there and cannot be read.
         """
         self._store = store
+        self._refuses = refuses
         try:
             self._stored: dict[str, StoredName] = store.scan() if store.root.exists() else {}
         except OSError as error:
@@ -63,7 +60,7 @@ class AdapterCatalog:
             if self._lacks_routing(name):
                 raise unreadable_routing(name)
             share = self.routing(name).draw(name, label)
-            version = share if share and self.has(AdapterRef(name, share)) else self.current(name)
+            version = share if share and self._serves(AdapterRef(name, share)) else self.current(name)
         ref = AdapterRef(name, version or "")
         if not self.has(ref):
             raise AdapterNotFound(str(ref))  # with the version that a bare name means
@@ -71,12 +68,16 @@ class AdapterCatalog:
 
     def current(self, name: str) -> str | None:
         """The version that a bare name means, shares aside: the promoted one, or else the newest that requests may
-        name. None if there is no such name, or nobody knows what it means.
+        name and that is not refused, or else just the newest. None if there is no such name, or nobody knows what it
+        means.
         """
         if self._lacks_routing(name):
             return None
-        named = (version for version in self._versions(name) if self.has(AdapterRef(name, version)))
-        return self.routing(name).promoted or max(named, key=int, default=None)
+        if promoted := self.routing(name).promoted:
+            return promoted
+        named = [ref for version in self._versions(name) if self.has(ref := AdapterRef(name, version))]
+        newest = max(named, key=lambda ref: (not self._refuses(ref), int(ref.version)), default=None)
+        return newest and newest.version
 
     def has(self, ref: AdapterRef) -> bool:
         """Whether requests may name it."""
@@ -202,6 +203,9 @@ class AdapterCatalog:
     def _meant(self, name: str) -> str:
         """What a bare name means to who loads it: with all versions taken away the newest. Empty: there is none."""
         return self.current(name) or max(self._versions(name), key=int, default="")
+
+    def _serves(self, ref: AdapterRef) -> bool:
+        return self.has(ref) and not self._refuses(ref)
 
     def _lacks_routing(self, name: str) -> bool:
         return name in self._stored and self._stored[name].routing is None

@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from server.lora.adapter import Adapter
-from server.lora.store import AdapterRef, Fingerprint
+from server.lora.fingerprint import Fingerprint
+from server.lora.store import AdapterRef
 
 # Takes an adapter off the device, to make room in host memory or not; answers with the bytes of the device.
 EvictFromDevice = Callable[[Adapter, bool], Awaitable[int]]
@@ -15,9 +16,11 @@ RevokeFromRequests = Callable[[Adapter], None]
 class HostCopy:
     """An adapter in memory, the state of the files it came from, and how many requests use it."""
 
-    def __init__(self, adapter: Adapter, source: Fingerprint | None) -> None:
+    def __init__(self, adapter: Adapter, source: Fingerprint | None, load_seconds: float) -> None:
+        """`load_seconds`: for reading, checking and copying it, without any wait for room."""
         self.adapter = adapter
         self.source = source
+        self.load_seconds = load_seconds
         self.num_users = 0
         self.unused = asyncio.Event()
         self.unused.set()

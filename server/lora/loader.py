@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from server.lora.base_weights import BaseWeights
 from server.lora.digests import SUMS_FILE, check_sums
 from server.lora.disk import read_errors
 from server.lora.disk_workers import DiskWorkers
+from server.lora.fingerprint import Fingerprint, fingerprint
 from server.lora.host_copy import HostCopy
 from server.lora.host_memory import HostMemory
-from server.lora.store import AdapterRef, Fingerprint, fingerprint
+from server.lora.store import AdapterRef
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +70,13 @@ class AdapterLoader:
     A generation is one content under one name: what was evicted and comes back unchanged is the same generation.
     """
 
-    def __init__(self, served: ServedBase, disk: DiskWorkers, memory: HostMemory) -> None:
+    def __init__(self, served: ServedBase, memory: HostMemory) -> None:
         self._served = served
-        self._disk = disk
+        self._disk = DiskWorkers("load")  # of its own, so that nothing else that waits for the disk holds up a load
         self._memory = memory
         self._num_generations = 0
         self._loaded: dict[AdapterRef, _LastLoad] = {}
+        self._refused: dict[AdapterRef, _Refused] = {}  # as long as the files stay as they are
 
     async def load(self, ref: AdapterRef, folder: Path, *, same_if_unchanged: bool, wait: bool) -> HostCopy:
         """A copy of what is in the folder: a new generation, or the name's last one if the content is still the same.
@@ -82,6 +85,7 @@ class AdapterLoader:
         takes no memory.
 
         Args:
+            same_if_unchanged: and files that were refused are not read again as long as they are the same.
             wait: until there is room.
 
         Raises:
@@ -89,13 +93,13 @@ class AdapterLoader:
             Unavailable.
             NotAwaited: while it waited.
         """
-        checked, source = await self._disk.run(self._read, ref.name, folder)
+        checked, source, seconds = await self._checked(ref, folder, same_if_unchanged)
         size = checked.num_bytes
         if must_wait := wait and not self._memory.has_room(size):
             del checked
         async with self._memory.reserve(size, ref if wait else None):
             if must_wait:
-                checked, source = await self._disk.run(self._read, ref.name, folder)
+                checked, source, seconds = await self._checked(ref, folder, same_if_unchanged)
                 if checked.num_bytes > size:
                     raise AdapterChanged(f"adapter {ref.name!r} grew while it waited for room; try again")
             last = self._loaded.get(ref)
@@ -104,14 +108,18 @@ class AdapterLoader:
             else:
                 self._num_generations += 1
                 generation = self._num_generations
-            return HostCopy(await self._disk.run(self._copied, checked, ref, generation), source)
+            started = time.monotonic()
+            adapter = await self._disk.run(self._copied, checked, ref, generation)
+            return HostCopy(adapter, source, seconds + time.monotonic() - started)
 
     def remember(self, ref: AdapterRef, adapter: Adapter) -> None:
         """This is what the name means now."""
         self._loaded[ref] = _LastLoad(adapter.digest, adapter.generation, adapter.num_bytes)
+        self._refused.pop(ref, None)
 
     def forget(self, ref: AdapterRef) -> None:
         self._loaded.pop(ref, None)
+        self._refused.pop(ref, None)
 
     def generation(self, ref: AdapterRef) -> int:
         """What the name means, in memory or evicted from it; 0: it was never loaded."""
@@ -123,17 +131,38 @@ class AdapterLoader:
         last = self._loaded.get(ref)
         return last.num_bytes if last else 0
 
-    def _read(self, name: str, folder: Path) -> tuple[CheckedAdapter, Fingerprint | None]:
-        """The checked files, and the state of the folder in which they were read.
+    async def _checked(
+        self, ref: AdapterRef, folder: Path, same_if_unchanged: bool
+    ) -> tuple[CheckedAdapter, Fingerprint | None, float]:
+        """What `_read` returns, and how many seconds it took."""
+        started = time.monotonic()
+        known = self._refused.get(ref) if same_if_unchanged else None
+        read = await self._disk.run(self._read, ref.name, folder, known)
+        if isinstance(read, _Refused):
+            if same_if_unchanged:
+                self._refused[ref] = read
+            raise read.error()
+        return *read, time.monotonic() - started
+
+    def _read(
+        self, name: str, folder: Path, known: "_Refused | None"
+    ) -> "tuple[CheckedAdapter, Fingerprint | None] | _Refused":
+        """The checked files, and the state of the folder in which they were read; or why they are refused.
+
+        What is known of a folder that is still in that state is not read again.
 
         A folder that changes under the reading is not believed; and if the files of a published adapter fail their
         digests, that is the fault to report, whatever else it led to. Worker thread.
         """
         with read_errors(f"adapter {name!r}"):
-            return self._read_once(name, folder)
+            before = fingerprint(folder)
+            if known is not None and known.source == before:
+                return known
+            return self._read_as(before, name, folder)
 
-    def _read_once(self, name: str, folder: Path) -> tuple[CheckedAdapter, Fingerprint | None]:
-        before = fingerprint(folder)
+    def _read_as(
+        self, before: Fingerprint | None, name: str, folder: Path
+    ) -> "tuple[CheckedAdapter, Fingerprint | None] | _Refused":
         if before is None and not folder.is_dir():
             raise AdapterNotFound(name)
         fault: AdapterFormatError | None = None
@@ -152,7 +181,7 @@ class AdapterLoader:
             raise AdapterChanged(f"the files of adapter {name!r} changed while they were read; try again")
         check_sums(folder, digests)
         if fault is not None:
-            raise _refusal(name, fault) from fault
+            return _refused(before, name, fault)
         _report(name, folder, checked)
         if other := self._served.other_base(files):
             log.warning("adapter %s: trained on %s, served is %s", name, other, self._served.name)
@@ -171,6 +200,18 @@ class _LastLoad(NamedTuple):
     digest: str
     generation: int
     num_bytes: int
+
+
+class _Refused(NamedTuple):
+    """Files that are wrong, or not for this server, and the state in which they were read."""
+
+    source: Fingerprint | None
+    kind: type[ServingError]
+    message: str
+    reason: str
+
+    def error(self) -> ServingError:
+        return self.kind(self.message, reason=self.reason)
 
 
 def _report(name: str, folder: Path, checked: CheckedAdapter) -> None:
@@ -200,6 +241,6 @@ def _no_memory(name: str) -> Overloaded:
     return Overloaded(f"the system has no memory for adapter {name!r}", reason="ADAPTER_MEMORY")
 
 
-def _refusal(name: str, fault: AdapterFormatError) -> ServingError:
+def _refused(source: Fingerprint | None, name: str, fault: AdapterFormatError) -> _Refused:
     kind = IncompatibleAdapter if isinstance(fault, AdapterIncompatibleError) else InvalidAdapter
-    return kind(f"adapter {name!r}: {fault}", reason=fault.reason)
+    return _Refused(source, kind, f"adapter {name!r}: {fault}", fault.reason)

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from adapters.config import CONFIG_FILE, WEIGHTS_FILE
+from adapters.config import CONFIG_FILE
 from adapters.folder import fsync
 from adapters.format import open_plain
 from server.errors import InvalidRequest, Overloaded
 from server.lora.disk import disk_errors
+from server.lora.fingerprint import Fingerprint, fingerprint
 from server.lora.routing import VERSION, Routing
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,6 @@ ROUTING_FILE = "routing.json"
 _MAX_ROUTING_BYTES = 1 << 16
 _LOCK_SECONDS = 10  # that a change waits for others: a process that hangs must not take the disk threads with it
 _LOCK_POLL_SECONDS = 0.02
-
-# Time, size and inode of each of an adapter's files: equal as long as nobody has changed them.
-Fingerprint = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,30 +218,6 @@ class AdapterStore:
                 os.fsync(handle)
             os.rename(temporary, self.root / name / ROUTING_FILE)
             fsync(self.root / name)
-
-
-def fingerprint(folder: str | Path) -> Fingerprint | None:
-    """The state of an adapter's files, or None if the folder holds no adapter.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    result: list[int] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        try:
-            status = os.lstat(os.path.join(folder, name))
-        except (FileNotFoundError, NotADirectoryError):
-            status = None
-        if status is not None and stat.S_ISREG(status.st_mode):
-            result += (status.st_mtime_ns, status.st_size, status.st_ino)
-        elif not result:
-            return None
-    return tuple(result)
-
-
-def num_bytes(of: Fingerprint | None) -> int:
-    """Of an adapter's files."""
-    return sum(of[1::3]) if of else 0
 
 
 def _is_locked(handle: int) -> bool:
