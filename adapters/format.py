@@ -25,6 +25,7 @@ from adapters.errors import AdapterFormatError, WrongBaseError, is_of_the_file, 
 from adapters.tensors import LinearShape, Part, known_tensors, largest_file, read_header
 
 MAX_CONFIG_BYTES = 1 << 20
+_START_BYTES = 4 << 20  # that are read of a file which is too large
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,11 @@ def read_adapter(
     config = parse_config(config_bytes)
     with _naming_bases(config, base_model):
         known = known_tensors(config, layers, max_rank)
-        weights_bytes = _read_file(folder / WEIGHTS_FILE, largest_file(known))
+        try:
+            weights_bytes = _read_file(folder / WEIGHTS_FILE, largest_file(known))
+        except _FileTooLargeError as error:
+            read_header(error.start, known, layers)  # an adapter of a larger base is refused as that
+            raise
         present, metadata = read_header(weights_bytes, known, layers)
     try:
         with memory_errors():
@@ -126,6 +131,14 @@ def open_plain(path: str | Path) -> io.BufferedReader:
     return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
 
 
+class _FileTooLargeError(AdapterFormatError):
+    """A file is larger than anything that makes sense; `start` is how it begins."""
+
+    def __init__(self, message: str, start: bytes) -> None:
+        super().__init__(message, "FILE_TOO_LARGE")
+        self.start = start
+
+
 @contextlib.contextmanager
 def _naming_bases(config: AdapterConfig, base_model: str) -> Iterator[None]:
     """Within, a refusal that blames the base names both: the adapter's and ours."""
@@ -153,11 +166,11 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise _not_plain(path)
-            data = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
+            data = file.read(max_bytes + 1 if status.st_size <= max_bytes else _START_BYTES)
             if status.st_size > max_bytes or len(data) > max_bytes:
-                raise AdapterFormatError(
+                raise _FileTooLargeError(
                     f"{path.name} has {max(status.st_size, len(data)):,} bytes; at most {max_bytes:,} make sense here",
-                    "FILE_TOO_LARGE",
+                    data,
                 )
             return data
     except OSError as error:

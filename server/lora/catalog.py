@@ -77,7 +77,7 @@ class AdapterCatalog:
             return promoted
         named = [ref for version in self._versions(name) if self.has(ref := AdapterRef(name, version))]
         newest = max(named, key=lambda ref: (not self._refuses(ref), int(ref.version)), default=None)
-        return newest and newest.version
+        return newest.version if newest else None
 
     def has(self, ref: AdapterRef) -> bool:
         """Whether requests may name it."""

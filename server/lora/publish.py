@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from adapters.folder import SCRATCH_PREFIX, fsync, remove_abandoned, scratch_folder
+from adapters.format import MAX_CONFIG_BYTES
 from server.errors import AdapterExists, InvalidRequest, Overloaded, StoreNotWritable
 from server.lora.digests import write_sums
 from server.lora.disk import disk_errors
@@ -37,7 +38,7 @@ def check_declaration(files: Sequence[DeclaredFile], max_bytes: int) -> None:
     """Refuses an upload before its first byte.
 
     Raises:
-        InvalidRequest: other files than an adapter has, or a digest that is none.
+        InvalidRequest: other files than an adapter has, a digest that is none, or a configuration that is too large.
         Overloaded: more bytes than `max_bytes`.
     """
     if sorted(file.name for file in files) != sorted(FILES):
@@ -46,6 +47,10 @@ def check_declaration(files: Sequence[DeclaredFile], max_bytes: int) -> None:
     for file in files:
         if not _SHA256.fullmatch(file.sha256):
             raise InvalidRequest(f"sha256 of {file.name} is not 64 digits of lower-case hex", field="files.sha256")
+        if file.name == CONFIG_FILE and file.size > MAX_CONFIG_BYTES:
+            raise InvalidRequest(
+                f"{CONFIG_FILE} has {file.size:,} bytes; at most {MAX_CONFIG_BYTES:,} make sense", field="files.size"
+            )
     total = sum(file.size for file in files)
     if total > max_bytes:
         raise Overloaded(

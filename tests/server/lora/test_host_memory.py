@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-import server.lora.loader
-from adapters.format import AdapterFiles
+from adapters.format import AdapterFiles, read_adapter
 from server.errors import Overloaded
 from server.lora.adapter import Adapter
 from server.lora.cache import AdapterCache
@@ -150,14 +149,13 @@ async def test_a_mixture_that_is_read_holds_up_no_other(
         make_adapter(name)
     cache, _ = make_cache(tmp_path)
     slow = threading.Event()
-    read = server.lora.loader.read_adapter
 
     def read_slowly(folder: Path, *args: Any) -> AdapterFiles:
         if folder.name == "a":
             slow.wait(10)
-        return read(folder, *args)
+        return read_adapter(folder, *args)
 
-    monkeypatch.setattr(server.lora.loader, "read_adapter", read_slowly)
+    monkeypatch.setattr("server.lora.loader.read_adapter", read_slowly)
     with ExitStack() as held:
         waiting = asyncio.create_task(cache.hold("ab", held))
         await asyncio.sleep(0)

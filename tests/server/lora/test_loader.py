@@ -31,7 +31,7 @@ async def test_a_header_of_three_hundred_thousand_tensors_is_refused_at_once(
     started = time.process_time()
     with pytest.raises(InvalidAdapter):
         await cache.load("a")
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < 0.1
 
 
 async def test_ten_gigabytes_are_not_read(tmp_path: Path, make_adapter: MakeAdapter) -> None:

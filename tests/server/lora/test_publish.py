@@ -154,6 +154,7 @@ def test_chunks_that_are_wrong(tmp_path: Path, chunks: list[tuple[str, int, byte
         (declared({CONFIG: b"", "../" + WEIGHTS: b""}), "each once"),
         ([DeclaredFile(CONFIG, 1, "0" * 64)] * 2, "each once"),
         ([DeclaredFile(CONFIG, 1, "0" * 63), DeclaredFile(WEIGHTS, 1, "0" * 64)], "64 digits"),
+        ([DeclaredFile(CONFIG, (1 << 20) + 1, "0" * 64), DeclaredFile(WEIGHTS, 1, "0" * 64)], "1,048,577 bytes"),
     ],
 )
 def test_declarations_that_are_wrong(files: list[DeclaredFile], reason: str) -> None:
