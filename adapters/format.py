@@ -55,8 +55,13 @@ class AdapterFiles:
 
     @property
     def digest(self) -> str:
-        """One for both files, hex."""
-        return hashlib.sha256("".join(self.file_digests.values()).encode()).hexdigest()
+        """See `digest_of`."""
+        return digest_of(self.file_digests)
+
+
+def digest_of(file_digests: Mapping[str, str]) -> str:
+    """One digest for both files, hex, from each file's own by its name."""
+    return hashlib.sha256("".join(file_digests[name] for name in sorted(file_digests)).encode()).hexdigest()
 
 
 def read_adapter(

@@ -9,13 +9,15 @@ from server.errors import AdapterInUse, AdapterNotFound, DamagedAdapter, Incompa
 from server.lora.adapter import Adapter
 from server.lora.catalog import AdapterCatalog
 from server.lora.claims import NameClaims
+from server.lora.digests import recorded_digest
 from server.lora.disk import read_errors
 from server.lora.disk_workers import DiskWorkers
 from server.lora.events import AdapterStatus, EventKind
 from server.lora.host_copy import EvictFromDevice, FreedBytes, RevokeFromRequests
 from server.lora.host_memory import HostMemory
-from server.lora.loader import AdapterLoader, ServedBase
+from server.lora.loader import AdapterLoader
 from server.lora.loads import AdapterLoads
+from server.lora.served_base import ServedBase
 from server.lora.status_board import StatusBoard
 from server.lora.store import AdapterRef, AdapterStore, parse_reference
 from server.metrics import Metrics
@@ -99,8 +101,7 @@ class AdapterCache:
         replaced (0: none was loaded), or nothing.
 
         Raises:
-            InvalidRequest, AdapterNotFound, AdapterExists, InvalidAdapter, IncompatibleAdapter, DamagedAdapter,
-            AdapterChanged, Overloaded, Unavailable.
+            Those of `hold`; AdapterExists.
         """
         bare_name, version = self.claims.parse(name)
         async with self.claims.changing(bare_name):
@@ -132,11 +133,13 @@ class AdapterCache:
         draining = self.memory.retired.of(bare_name, version) if mode is UnloadMode.FORCE else []
         if not refs and not draining:
             raise AdapterNotFound(name)
-        busy = [status for ref in refs if (status := self.board.status(ref)).num_users or status.num_waiting]
-        if mode is UnloadMode.IF_IDLE and busy:
+        copies = [copy for ref in refs if (copy := self.memory.get(ref)) is not None]
+        num_users = sum(copy.num_users for copy in [*copies, *self.memory.retired.in_use(bare_name, version)])
+        num_waiting = sum(map(self.memory.num_awaiting, refs))
+        if mode is UnloadMode.IF_IDLE and (num_users or num_waiting):
             raise AdapterInUse(
-                f"adapter {busy[0].ref} is used by {busy[0].num_users} requests and awaited by {busy[0].num_waiting}; "
-                "mode IF_IDLE unloads it only with none, DRAIN lets them finish, FORCE ends them"
+                f"adapter {name} is used by {num_users} requests, those on earlier generations too, and awaited by "
+                f"{num_waiting}; mode IF_IDLE unloads it only with none, DRAIN lets them finish, FORCE ends them"
             )
         self.catalog.take_away(bare_name, version)
         tasks = [task for ref in refs if (task := self.forget(ref)) is not None] + draining
@@ -162,8 +165,7 @@ class AdapterCache:
 
     async def unpin(self, name: str) -> AdapterStatus:
         """Raises InvalidRequest, AdapterNotFound."""
-        ref = await self.named(name)
-        self.memory.unpin(ref)
+        self.memory.unpin(ref := await self.named(name))
         self.board.publish(EventKind.UPDATED, ref)
         return self.board.status(ref)
 
@@ -179,6 +181,10 @@ class AdapterCache:
     async def get(self, name: str) -> AdapterStatus:
         """Raises InvalidRequest, AdapterNotFound."""
         return self.board.status(await self.named(name))
+
+    async def recorded_digest(self, ref: AdapterRef) -> str:
+        """Of a published version, without loading it; empty if none is on record, or it cannot be read."""
+        return await self.disk.run(recorded_digest, self.catalog.path(ref))
 
     # For changes of a name, by this class and by `AdapterRouter`, `AdapterUploads` and `StoreWatcher`.
 

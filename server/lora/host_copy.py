@@ -71,6 +71,14 @@ class RetiredCopies:
         """Those that had this name, or one version of it."""
         return [task for task, (ref, _) in self._copies.items() if ref.name == name and version in (None, ref.version)]
 
+    def in_use(self, name: str | None = None, version: str | None = None) -> list[HostCopy]:
+        """Those whose requests still run, all or those that had this name, or one version of it."""
+        return [
+            copy
+            for ref, copy in self._copies.values()
+            if copy.num_users and name in (None, ref.name) and version in (None, ref.version)
+        ]
+
     def revoke(self, task: "asyncio.Task[FreedBytes]") -> None:
         """Ends the requests that still use a copy; without any it may be leaving the device."""
         if task in self._copies and self._revoke is not None and self._copies[task][1].num_users:

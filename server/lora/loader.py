@@ -3,65 +3,39 @@
 import contextlib
 import logging
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.errors import AdapterFormatError, AdapterIncompatibleError, WrongBaseError, memory_errors
-from adapters.format import AdapterFiles, read_adapter
+from adapters.errors import AdapterFormatError, AdapterIncompatibleError, memory_errors
+from adapters.format import read_adapter
 from server.errors import AdapterChanged, AdapterNotFound, IncompatibleAdapter, InvalidAdapter, Overloaded, ServingError
 from server.lora.adapter import Adapter, CheckedAdapter
-from server.lora.base_weights import BaseWeights
 from server.lora.digests import SUMS_FILE, check_sums
 from server.lora.disk import read_errors
 from server.lora.disk_workers import DiskWorkers
 from server.lora.fingerprint import Fingerprint, fingerprint
 from server.lora.host_copy import HostCopy
 from server.lora.host_memory import HostMemory
+from server.lora.served_base import ServedBase
 from server.lora.store import AdapterRef
 
 log = logging.getLogger(__name__)
 
 _MAX_NAMES = 10  # files that one line of the log tells of
-# What a base model is called within a path: the last part, or the repository's name in a cache of the hub.
-_IN_HUB_CACHE = re.compile(r"models--(?:.*--)?(?P<name>[^/]+)/snapshots/")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedBase:
-    """What an adapter must fit to be served here."""
+class LastLoad(NamedTuple):
+    """What a name means, with or without its weights in memory."""
 
-    weights: BaseWeights
-    max_rank: int
-    name: str = ""
-    fingerprint: str = ""  # see `adapters.base_fingerprint`; empty: any base will do whose layers fit
-    lora_dtype: torch.dtype | None = None  # of adapters' factors in memory; None: as they were saved
-
-    def check(self, files: AdapterFiles) -> None:
-        """Raises WrongBaseError for an adapter with the fingerprint of another base."""
-        theirs = files.base_fingerprint
-        if theirs and self.fingerprint and theirs != self.fingerprint:
-            raise WrongBaseError(
-                f"it was trained on {files.config.trained_on} with fingerprint {theirs[:12]!r}; served is "
-                f"{self.name} with fingerprint {self.fingerprint[:12]!r}",
-                "WRONG_BASE",
-            )
-
-    def other_base(self, files: AdapterFiles) -> str:
-        """The base that an adapter says it was trained on, if that is not called as this one and no fingerprint shows
-        that it is this one all the same; else empty.
-
-        A folder may be called anything, so this is to be told and is no reason to refuse.
-        """
-        proven = files.base_fingerprint and files.base_fingerprint == self.fingerprint
-        named = files.config.base_model
-        return "" if proven or not named or _base_name(named) == _base_name(self.name) else files.config.trained_on
+    digest: str
+    generation: int
+    num_bytes: int
+    rank: int
+    target_modules: tuple[str, ...]
+    num_layers: int
 
 
 class AdapterLoader:
@@ -75,7 +49,7 @@ class AdapterLoader:
         self._disk = DiskWorkers("load")  # of its own, so that nothing else that waits for the disk holds up a load
         self._memory = memory
         self._num_generations = 0
-        self._loaded: dict[AdapterRef, _LastLoad] = {}
+        self._loaded: dict[AdapterRef, LastLoad] = {}
         self._refused: dict[AdapterRef, _Refused] = {}  # as long as the files stay as they are
 
     async def load(self, ref: AdapterRef, folder: Path, *, same_if_unchanged: bool, wait: bool) -> HostCopy:
@@ -114,15 +88,26 @@ class AdapterLoader:
 
     def remember(self, ref: AdapterRef, adapter: Adapter) -> None:
         """This is what the name means now."""
-        self._loaded[ref] = _LastLoad(adapter.digest, adapter.generation, adapter.num_bytes)
+        self._loaded[ref] = LastLoad(
+            adapter.digest,
+            adapter.generation,
+            adapter.num_bytes,
+            adapter.rank,
+            adapter.target_modules,
+            len(adapter.weights),
+        )
         self._refused.pop(ref, None)
 
     def forget(self, ref: AdapterRef) -> None:
         self._loaded.pop(ref, None)
         self._refused.pop(ref, None)
 
+    def last(self, ref: AdapterRef) -> "LastLoad | None":
+        """What the name means, in memory or evicted from it; None: it was never loaded."""
+        return self._loaded.get(ref)
+
     def generation(self, ref: AdapterRef) -> int:
-        """What the name means, in memory or evicted from it; 0: it was never loaded."""
+        """Of `last`; 0: it was never loaded."""
         last = self._loaded.get(ref)
         return last.generation if last else 0
 
@@ -196,12 +181,6 @@ class AdapterLoader:
             raise _no_memory(ref.name) from error
 
 
-class _LastLoad(NamedTuple):
-    digest: str
-    generation: int
-    num_bytes: int
-
-
 class _Refused(NamedTuple):
     """Files that are wrong, or not for this server, and the state in which they were read."""
 
@@ -219,18 +198,11 @@ def _report(name: str, folder: Path, checked: CheckedAdapter) -> None:
     log.info("adapter %s: LoRA on %d layers of the base", name, len(checked.layers))
     if checked.unmatched_targets:
         log.warning("adapter %s: target_modules that match no layer: %s", name, _some(checked.unmatched_targets))
-    if not any(layer.lora_b.any() for layer in checked.files.weights.values()):
-        log.warning("adapter %s: every B is zero, so its factors add nothing", name)
+    if checked.adds_nothing:
+        log.warning("adapter %s: every B is zero, so it answers as the base does", name)
     with contextlib.suppress(OSError):
         if ignored := sorted(set(os.listdir(folder)) - {CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE}):
             log.info("adapter %s: never opened: %s", name, _some(ignored))
-
-
-def _base_name(text: str) -> str:
-    """What two names or folders of one base model have in common."""
-    path = text.replace("\\", "/").rstrip("/")
-    cached = _IN_HUB_CACHE.search(path)
-    return (cached["name"] if cached else path.rpartition("/")[2]).lower()
 
 
 def _some(names: Sequence[str]) -> str:

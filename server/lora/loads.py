@@ -63,7 +63,8 @@ class AdapterLoads:
             Those of `AdapterLoader.load`.
         """
         try:
-            copy = await self._loader.load(ref, folder, same_if_unchanged=same_if_unchanged, wait=wait)
+            with self._board.loading(ref):
+                copy = await self._loader.load(ref, folder, same_if_unchanged=same_if_unchanged, wait=wait)
         except ServingError as error:
             log.warning("adapter %s refused: %s", ref, error.message)
             self._metrics.adapter_load_failures.inc()

@@ -1,6 +1,8 @@
 """What the world may know of adapters: listings, and events for those who watch. Event loop."""
 
-from collections.abc import AsyncGenerator
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 
 from server.lora.catalog import AdapterCatalog
 from server.lora.events import AdapterEvent, AdapterEvents, AdapterStatus, EventKind
@@ -20,15 +22,17 @@ class StatusBoard:
         self._loader = loader
         self._refusals: dict[AdapterRef, str] = {}  # why a version's files cannot be loaded
         self._notes: dict[AdapterRef, str] = {}  # or not yet
+        self._loading: Counter[AdapterRef] = Counter()
 
     def status(self, ref: AdapterRef) -> AdapterStatus:
         copy = self._memory.get(ref)
         return AdapterStatus(
             ref,
             copy.adapter if copy else None,
-            generation=self._loader.generation(ref),
+            last=self._loader.last(ref),
             num_users=copy.num_users if copy else 0,
             num_waiting=self._memory.num_awaiting(ref),
+            loading=bool(self._loading[ref]),
             pinned=self._memory.is_pinned(ref),
             current=self._catalog.current(ref.name) == ref.version,
             traffic_percent=self._catalog.routing(ref.name).percent_by_version.get(ref.version, 0),
@@ -39,6 +43,26 @@ class StatusBoard:
     def statuses(self, after: AdapterRef | None = None, limit: int | None = None) -> list[AdapterStatus]:
         """Every version of every adapter that requests may name, in order."""
         return [self.status(ref) for ref in self._catalog.refs(after, limit)]
+
+    def draining(self) -> list[AdapterStatus]:
+        """The copies that have lost their name and whose requests still run, in order of names and generations."""
+        statuses = [
+            AdapterStatus(AdapterRef(of.name, of.version), of, num_users=copy.num_users, draining=True)
+            for copy in self._memory.retired.in_use()
+            for of in [copy.adapter]
+        ]
+        return sorted(statuses, key=lambda status: (*status.ref.sort_key, status.generation))
+
+    @contextmanager
+    def loading(self, ref: AdapterRef) -> Iterator[None]:
+        """A version is on its way into memory, within."""
+        self._loading[ref] += 1
+        try:
+            yield
+        finally:
+            self._loading[ref] -= 1
+            if not self._loading[ref]:
+                del self._loading[ref]
 
     def refuses(self, ref: AdapterRef) -> bool:
         """Whether requests for it are refused, as its files were and nothing of it is in memory."""

@@ -13,7 +13,7 @@ from adapters.tensors import LinearShape
 from server.lora.adapter import Adapter
 from server.lora.base_weights import BaseWeights
 from server.lora.cache import AdapterCache
-from server.lora.loader import ServedBase
+from server.lora.served_base import ServedBase
 from server.lora.store import AdapterStore
 from server.metrics import Metrics
 
