@@ -6,7 +6,6 @@ import shutil
 import weakref
 from collections import Counter
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import grpc

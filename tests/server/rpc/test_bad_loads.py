@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ async def test_configurations(running: Running) -> None:
         ({"target_modules": ["nothing"]}, PRECONDITION),
     ]
     for changes, code in bad:
-        await good.refuses_files(code, str(changes), lambda folder, changes=changes: _configure(folder, changes))
+        await good.refuses_files(code, str(changes), partial(_configure, changes))
 
 
-def _configure(folder: Path, changes: dict[str, Any]) -> None:
+def _configure(changes: dict[str, Any], folder: Path) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
