@@ -152,11 +152,7 @@ class AdapterCache:
         return FreedBytes(sum(part.device for part in freed), sum(part.host for part in freed))
 
     async def pin(self, name: str) -> AdapterStatus:
-        """Loads an adapter, if it is not, and keeps it in host memory until it is unpinned or unloaded.
-
-        Raises:
-            Those of `hold`.
-        """
+        """Loads an adapter, if it is not, and keeps it in host memory until unpinned or unloaded. Raises as `hold`."""
         ref = await self.named(name)
         await self.loads.copy(ref)
         self.memory.pin(ref)
