@@ -173,9 +173,10 @@ BROKEN_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "offsets that are not numbers": (_entries(lambda h: h[A].update(data_offsets=["0", "256"])), "safetensors: "),
     "fewer bytes than the shape": (
         _entries(lambda h: h[A].update(data_offsets=[h[A]["data_offsets"][0], h[A]["data_offsets"][0] + 4])), ": "),
-    "shape that overflows": (_entries(lambda h: h[A].update(shape=[2**63, 2**63])), "shape"),
+    "shape that overflows": (_entries(lambda h: h[A].update(shape=[2**63, h[A]["shape"][1]])), "shape"),
     "zero-size tensors that share an offset": (
-        _entries(lambda h: [h[name].update(shape=[0, 16], data_offsets=[0, 0]) for name in (A, B)]), "shape"),
+        _entries(lambda h: [h[name].update(shape=[0, *h[name]["shape"][1:]], data_offsets=[0, 0])
+                            for name in (A, A.replace(".q_proj", ".v_proj"))]), "shape"),
     "A without B": (_weights(lambda t: t.pop(B)), "1 of [48] tensors are missing"),
     "extra tensor": (_weights(lambda t: t.update({"lm_head.weight": torch.zeros(1)})), "unexpected tensor"),
     "tensor of an untargeted layer": (
