@@ -33,7 +33,7 @@ def train_command(resolve: Callable[[str], str] = str) -> click.Command:
     def command(model: str, data: Path, out: Path, eval_data: Path | None, eval_share: float, **values: Any) -> None:
         """Train a LoRA adapter on a frozen base model and write it in PEFT's format."""
         base = resolve(model)
-        from adapters.format import check_writable
+        from adapters.folder import check_writable
         from adapters.train import TrainingDiverged
 
         try:

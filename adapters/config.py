@@ -10,11 +10,12 @@ from typing import Any
 
 from adapters.config_reader import ConfigReader, parse_json
 from adapters.errors import AdapterFormatError, AdapterIncompatibleError
-from adapters.patterns import by_pattern, check_patterns, layer_index, names_module, unmatched_names
+from adapters.patterns import by_pattern, check_patterns, count_names, layer_index, names_module, unmatched_names
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_RANK = 4096
+MIN_ALPHA = 1e-30  # what is smaller is zero in float32, over any rank
 MAX_ALPHA = 65536.0
 
 # Keys that say how an adapter was made, or nothing at all: they do not change what it computes.
@@ -88,6 +89,13 @@ class AdapterConfig:
             return True
         return layer_index(self.layers_pattern, module) in self.layers_to_transform
 
+    def layers_by_target(self, modules: Iterable[str]) -> dict[str, int]:
+        """How many modules each of `target_modules` puts LoRA on: by name, or by the one pattern."""
+        targeted = [module for module in modules if self.targets(module)]
+        if isinstance(self.target_modules, str):
+            return {self.target_modules: len(targeted)}
+        return count_names(self.target_modules, targeted)
+
     def unmatched_targets(self, modules: Iterable[str]) -> tuple[str, ...]:
         """The names in `target_modules` that no module has; a pattern is none of them."""
         return () if isinstance(self.target_modules, str) else unmatched_names(self.target_modules, modules)
@@ -105,14 +113,14 @@ def parse_config(data: bytes) -> AdapterConfig:
     reader = ConfigReader(raw)
     config = AdapterConfig(
         rank=reader.integer("r", 1, MAX_RANK),
-        alpha=reader.number("lora_alpha", MAX_ALPHA),
+        alpha=reader.number("lora_alpha", MIN_ALPHA, MAX_ALPHA),
         target_modules=reader.names("target_modules", required=True),
         exclude_modules=reader.names("exclude_modules"),
         layers_to_transform=reader.integers("layers_to_transform"),
         layers_pattern=_as_tuple(reader.names("layers_pattern")),
         use_rslora=reader.boolean("use_rslora"),
         rank_pattern=reader.pattern("rank_pattern", lambda r, key: r.integer(key, 1, MAX_RANK)),
-        alpha_pattern=reader.pattern("alpha_pattern", lambda r, key: r.number(key, MAX_ALPHA)),
+        alpha_pattern=reader.pattern("alpha_pattern", lambda r, key: r.number(key, MIN_ALPHA, MAX_ALPHA)),
         dropout=reader.share("lora_dropout"),
         base_model=reader.text("base_model_name_or_path"),
         base_revision=reader.text("revision"),

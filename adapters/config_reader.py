@@ -57,11 +57,10 @@ class ConfigReader:
             raise AdapterFormatError(f"{key} is {value!r}; an integer from {low} to {high} is needed")
         return value
 
-    def number(self, key: str, high: float) -> float:
-        """A finite number over zero: an adapter scaled by zero would silently answer as the base."""
+    def number(self, key: str, low: float, high: float) -> float:
         value = self.get(key)
-        if type(value) not in (int, float) or not 0 < value <= high:
-            raise AdapterFormatError(f"{key} is {value!r}; a number over 0 and up to {high:g} is needed")
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise AdapterFormatError(f"{key} is {value!r}; a number from {low:g} to {high:g} is needed")
         return float(value)
 
     def share(self, key: str) -> float:
@@ -75,7 +74,7 @@ class ConfigReader:
 
     def boolean(self, key: str) -> bool:
         value = self.get(key)
-        if value not in (True, False, None):
+        if value is not None and type(value) is not bool:
             raise AdapterFormatError(f"{key} is {value!r}; true or false is needed")
         return bool(value)
 

@@ -1,6 +1,12 @@
 """Why an adapter is refused."""
 
+import contextlib
+import errno
+from collections.abc import Iterator
+
 MAX_MESSAGE = 2000  # characters
+# What a file is not there for, or is no file for; all else is the disk's or the system's, and of the moment.
+_OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
 def printable(text: str) -> str:
@@ -9,6 +15,22 @@ def printable(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[: MAX_MESSAGE + 1]
     )
     return shown if len(shown) <= MAX_MESSAGE else shown[:MAX_MESSAGE] + "…"
+
+
+def is_of_the_file(error: OSError) -> bool:
+    """Whether the file itself is wrong, and will be when it is asked for again."""
+    return error.errno in _OF_THE_FILE
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Within, memory that the system does not have for a tensor is a MemoryError, as all other memory is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # torch has no type of its own for it
+            raise
+        raise MemoryError(str(error).partition("\n")[0]) from error
 
 
 class AdapterFormatError(ValueError):

@@ -1,4 +1,4 @@
-"""PEFT's adapter files, read strictly and written atomically.
+"""PEFT's adapter files, read strictly.
 
 An adapter is untrusted input. Only `adapter_config.json` and `adapter_model.safetensors` are ever opened: no pickle, no
 code, no tokenizer, no template. Every size is capped before it is used, every key of the configuration is either
@@ -8,11 +8,9 @@ understood or refused by name, and every tensor must be one that the configurati
 import contextlib
 import hashlib
 import io
-import json
 import math
 import os
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +20,12 @@ import torch
 from torch import Tensor
 
 from adapters.base_fingerprint import METADATA_KEY
-from adapters.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config, to_peft
-from adapters.errors import AdapterFormatError, WrongBaseError
-from adapters.tensors import PREFIX, LinearShape, Part, known_tensors, largest_file, read_header
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config
+from adapters.errors import AdapterFormatError, WrongBaseError, is_of_the_file, memory_errors
+from adapters.tensors import LinearShape, Part, known_tensors, largest_file, read_header
 
 MAX_CONFIG_BYTES = 1 << 20
+_START_BYTES = 4 << 20  # that are read of a file which is too large
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +55,13 @@ class AdapterFiles:
 
     @property
     def digest(self) -> str:
-        """One for both files, hex."""
-        return hashlib.sha256("".join(self.file_digests.values()).encode()).hexdigest()
+        """See `digest_of`."""
+        return digest_of(self.file_digests)
+
+
+def digest_of(file_digests: Mapping[str, str]) -> str:
+    """One digest for both files, hex, from each file's own by its name."""
+    return hashlib.sha256("".join(file_digests[name] for name in sorted(file_digests)).encode()).hexdigest()
 
 
 def read_adapter(
@@ -69,15 +73,23 @@ def read_adapter(
         AdapterFormatError: the files are missing, malformed, of wrong shapes or not finite.
         AdapterIncompatibleError: a rank over `max_rank`, or a feature that is not served.
         WrongBaseError: the layers or shapes are another base's.
+        MemoryError, OSError: the system has no memory, or the disk fails; neither says anything of the adapter.
     """
     config_bytes = _read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
     config = parse_config(config_bytes)
     with _naming_bases(config, base_model):
         known = known_tensors(config, layers, max_rank)
-        weights_bytes = _read_file(folder / WEIGHTS_FILE, largest_file(known))
+        try:
+            weights_bytes = _read_file(folder / WEIGHTS_FILE, largest_file(known))
+        except _FileTooLargeError as error:
+            read_header(error.start, known, layers)  # an adapter of a larger base is refused as that
+            raise
         present, metadata = read_header(weights_bytes, known, layers)
     try:
-        tensors = safetensors.torch.load(weights_bytes)
+        with memory_errors():
+            tensors = safetensors.torch.load(weights_bytes)
+    except MemoryError:
+        raise
     except Exception as error:  # the library's errors have no common base but Exception
         raise AdapterFormatError(f"{WEIGHTS_FILE}: {error}", "MALFORMED_WEIGHTS") from error
     parts: dict[str, dict[Part, Tensor]] = {}
@@ -112,68 +124,24 @@ def check_config(
 
     Raises:
         AdapterFormatError, AdapterIncompatibleError, WrongBaseError: those of `read_adapter` that need no weights.
+        OSError: the disk fails.
     """
     config = parse_config(_read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
     with _naming_bases(config, base_model):
         known_tensors(config, layers, max_rank)
 
 
-def write_adapter(
-    folder: Path, config: AdapterConfig, weights: Mapping[str, LoRAWeights], base_fingerprint: str = ""
-) -> None:
-    """Writes an adapter as PEFT would, whole or not at all: temporary folder, fsync, rename.
-
-    An adapter that is already in `folder` is replaced; any other folder is left alone. A kill leaves the temporary
-    folder beside it, a hidden one; between the two renames that holds both adapters, `old` and `new`.
-
-    Raises:
-        FileExistsError: `folder` exists and holds something that is not an adapter.
-    """
-    check_writable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for module, layer in weights.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = layer.lora_a.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = layer.lora_b.detach().cpu().contiguous()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = Path(scratch) / "new"
-        fresh.mkdir()
-        (fresh / CONFIG_FILE).write_text(json.dumps(to_peft(config), indent=2) + "\n")
-        metadata = {"format": "pt"} | ({METADATA_KEY: base_fingerprint} if base_fingerprint else {})
-        safetensors.torch.save_file(tensors, fresh / WEIGHTS_FILE, metadata=metadata)
-        (fresh / WEIGHTS_FILE).chmod((fresh / CONFIG_FILE).stat().st_mode)  # the library makes it private to its owner
-        for path in (fresh / CONFIG_FILE, fresh / WEIGHTS_FILE, fresh):
-            fsync(path)
-        old = Path(scratch) / "old"
-        try:
-            if folder.exists():
-                folder.rename(old)
-            fresh.rename(folder)
-        except BaseException:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            raise
-        fsync(folder.parent)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises FileExistsError if `folder` holds something that is not an adapter, which `write_adapter` would refuse."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
-        raise FileExistsError(f"{folder} holds something that is not an adapter: choose another folder")
-
-
-def fsync(path: Path) -> None:
-    """Makes a file's content last, or the renames into a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def open_plain(path: str | Path) -> io.BufferedReader:
     """Opens a file for reading that strangers may have put there: links are not followed, pipes not waited for."""
     return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
+
+
+class _FileTooLargeError(AdapterFormatError):
+    """A file is larger than anything that makes sense; `start` is how it begins."""
+
+    def __init__(self, message: str, start: bytes) -> None:
+        super().__init__(message, "FILE_TOO_LARGE")
+        self.start = start
 
 
 @contextlib.contextmanager
@@ -203,14 +171,16 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise _not_plain(path)
-            data = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
+            data = file.read(max_bytes + 1 if status.st_size <= max_bytes else _START_BYTES)
             if status.st_size > max_bytes or len(data) > max_bytes:
-                raise AdapterFormatError(
+                raise _FileTooLargeError(
                     f"{path.name} has {max(status.st_size, len(data)):,} bytes; at most {max_bytes:,} make sense here",
-                    "FILE_TOO_LARGE",
+                    data,
                 )
             return data
     except OSError as error:
+        if not is_of_the_file(error):
+            raise
         raise AdapterFormatError(f"{path.name} cannot be read: {error.strerror}", "MISSING_FILE") from error
 
 

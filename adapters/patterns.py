@@ -3,6 +3,7 @@
 Patterns come from untrusted files; RE2 matches them in linear time.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -29,6 +30,12 @@ def unmatched_names(names: Iterable[str], modules: Iterable[str]) -> tuple[str, 
     """The names that are neither a module's path nor its end."""
     known = {end for module in modules for end in _ends(module)}
     return tuple(name for name in names if name not in known)
+
+
+def count_names(names: Iterable[str], modules: Iterable[str]) -> dict[str, int]:
+    """How many modules have each name as their path or its end; names that none has are left out."""
+    counts = Counter(end for module in modules for end in _ends(module))
+    return {name: counts[name] for name in names if name in counts}
 
 
 def by_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:

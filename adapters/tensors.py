@@ -2,7 +2,7 @@
 
 import math
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ from adapters.config_reader import parse_json
 from adapters.errors import AdapterFormatError, AdapterIncompatibleError, WrongBaseError
 
 PREFIX = "base_model.model."
-MAX_HEADER_BYTES = 4 << 20
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 LayerKind = Literal["linear", "embedding", "head", "tied head"]
@@ -21,6 +20,8 @@ Part = Literal["lora_a", "lora_b", "lora_bias", "magnitude", "weight", "bias"]
 
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_embedding_A", ".lora_embedding_B",
              ".lora_magnitude_vector")  # fmt: skip
+_HEADER_BYTES = 1 << 20  # of any header, so that an adapter of a larger base can say so
+_ENTRY_BYTES = 256  # of a tensor in a header, beside its name: dtype, shape, offsets, blanks
 _NAMED = 3  # tensors that a message names
 
 
@@ -91,13 +92,13 @@ def read_header(
     if len(data) < 8:
         raise AdapterFormatError(f"{WEIGHTS_FILE}: truncated: {len(data)} bytes", "MALFORMED_WEIGHTS")
     (length,) = struct.unpack("<Q", data[:8])
-    if length > min(MAX_HEADER_BYTES, len(data) - 8):
+    if length > min(largest_header(known), len(data) - 8):
         raise AdapterFormatError(f"{WEIGHTS_FILE}: header of {length} bytes does not fit", "MALFORMED_WEIGHTS")
     header = parse_json(data[8 : 8 + length], WEIGHTS_FILE)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise AdapterFormatError(f"{WEIGHTS_FILE}: __metadata__ is not an object", "MALFORMED_WEIGHTS")
-    _check_names(header, known, layers)
+    _check_names(header.keys(), known, layers)
     dtypes = set()
     for name, entry in header.items():
         spec = known[name]
@@ -115,9 +116,14 @@ def read_header(
     return {name: known[name] for name in header}, metadata
 
 
+def largest_header(known: Mapping[str, TensorSpec]) -> int:
+    """Bytes of a header that names every known tensor."""
+    return _HEADER_BYTES + sum(len(name) + _ENTRY_BYTES for name in known)
+
+
 def largest_file(known: Mapping[str, TensorSpec]) -> int:
     """Bytes of a weights file that holds every known tensor in float32."""
-    return 8 + MAX_HEADER_BYTES + sum(4 * math.prod(spec.shape) for spec in known.values())
+    return 8 + largest_header(known) + sum(4 * math.prod(spec.shape) for spec in known.values())
 
 
 def _wrong_shape(name: str, spec: TensorSpec, shape: Any) -> AdapterFormatError:
@@ -188,8 +194,7 @@ def _check_saved_modules(config: AdapterConfig, layers: Mapping[str, LinearShape
             )
 
 
-def _check_names(header: Iterable[str], known: Mapping[str, TensorSpec], layers: Collection[str]) -> None:
-    names = set(header)
+def _check_names(names: Set[str], known: Mapping[str, TensorSpec], layers: Collection[str]) -> None:
     if unknown := sorted(names - known.keys()):
         message = f"{WEIGHTS_FILE}: unexpected tensor {_some(unknown)}"
         module = _module(unknown[0])
@@ -202,10 +207,11 @@ def _check_names(header: Iterable[str], known: Mapping[str, TensorSpec], layers:
         raise AdapterFormatError(message, "UNEXPECTED_TENSOR")
     required = [name for name, spec in known.items() if spec.required]
     if missing := [name for name in required if name not in names]:
-        raise AdapterFormatError(
-            f"{WEIGHTS_FILE}: {len(missing)} of {len(required)} tensors are missing: {_some(missing)}",
-            "MISSING_TENSOR",
-        )
+        message = f"{WEIGHTS_FILE}: {len(missing)} of {len(required)} tensors are missing: {_some(missing)}"
+        begun = {known[name].module for name in names if known[name].is_factor}
+        if begun and begun.isdisjoint(known[name].module for name in missing):
+            raise WrongBaseError(f"{message}: it has nothing for layers of this base model", "MISSING_TENSOR")
+        raise AdapterFormatError(message, "MISSING_TENSOR")
 
 
 def _module(name: str) -> str | None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters.config import AdapterConfig
 from adapters.data import IGNORED, Batch, Example, batches
-from adapters.format import write_adapter
+from adapters.folder import write_adapter
 from adapters.lora import LoRALinear, inject_lora, target_modules
 from adapters.train_config import TrainConfig
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters.config import CONFIG_FILE, AdapterConfig
-from adapters.format import LoRAWeights, write_adapter
+from adapters.folder import write_adapter
+from adapters.format import LoRAWeights
 from benchmarks import gguf_export
 from server.errors import ConfigError
 

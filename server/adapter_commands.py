@@ -37,13 +37,14 @@ def list_adapters(address: str) -> None:
         request = pb.ListAdaptersRequest()
         while True:
             answer = AdaptersStub(channel).ListAdapters(request)
-            found += answer.adapters
+            found += [*answer.adapters, *answer.draining]
             request.page_token = answer.next_page_token
             if not request.page_token:
                 break
     print_adapters(found)
     click.echo(
-        f"{len(found)} versions; host memory {mib(answer.bytes_host)} of {mib(answer.bytes_host_limit)} MiB, "
+        f"{len(found) - len(answer.draining)} versions; "
+        f"host memory {mib(answer.bytes_host)} of {mib(answer.bytes_host_limit)} MiB, "
         f"{mib(answer.bytes_host_pinned)} pinned; {mib(answer.bytes_merged)} MiB more for the merged one"
     )
 

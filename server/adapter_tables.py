@@ -1,33 +1,34 @@
 """Adapters as the commands show them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from server.pb.loraplex.v1 import adapters_pb2 as pb
+
+_NUMBERS = ("traffic", "rank", "disk MiB", "host MiB", "device MiB", "running", "waiting")
+_COLUMNS = ("name", "version", "traffic", "state", *_NUMBERS[1:], "digest", "error")
 
 
 def print_adapters(found: Sequence[pb.Adapter]) -> None:
     table = Table()
-    for title in ("name", "version", "traffic", "state", "rank", "MiB", "running", "waiting", "digest", "error"):
-        table.add_column(
-            title, justify="right" if title in ("traffic", "rank", "MiB", "running", "waiting") else "left"
-        )
+    for title in _COLUMNS:
+        table.add_column(title, justify="right" if title in _NUMBERS else "left")
     for adapter in found:
-        loaded = adapter.state == pb.READY
         table.add_row(
             adapter.name,
             adapter.version + (" *" if adapter.current else ""),
             f"{adapter.traffic_percent} %" if adapter.traffic_percent else "",
             state_of(adapter),
-            str(adapter.rank) if loaded else "",
-            mib(adapter.bytes_host) if loaded else "",
+            str(adapter.rank or ""),
+            *(mib(size) if size else "" for size in (adapter.bytes_disk, adapter.bytes_host, adapter.bytes_device)),
             str(adapter.requests_running),
             str(adapter.requests_waiting),
             adapter.digest[:12],
-            adapter.error,
+            Text(adapter.error),
         )
     Console().print(table)
 
@@ -47,7 +48,9 @@ def print_fields(adapter: pb.Adapter) -> None:
         value = getattr(adapter, field.name)
         if field.enum_type is not None:
             value = field.enum_type.values_by_number[value].name
-        table.add_row(field.name, str(value) if isinstance(value, str | int) else ", ".join(value))
+        if isinstance(value, Mapping):
+            value = [f"{key}: {count}" for key, count in value.items()]
+        table.add_row(field.name, Text(str(value) if isinstance(value, str | int) else ", ".join(value)))
     Console().print(table)
 
 
@@ -59,6 +62,8 @@ def say_loaded(adapter: pb.Adapter) -> None:
     )
     if adapter.unmatched_targets:
         click.echo(f"warning: target_modules that match no layer: {', '.join(adapter.unmatched_targets)}", err=True)
+    if adapter.adds_nothing:
+        click.echo("warning: every B is zero, so it answers as the base does", err=True)
     if adapter.other_base:
         click.echo(f"warning: trained on {adapter.other_base}, which is not how the served base is called", err=True)
 

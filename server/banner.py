@@ -79,4 +79,6 @@ def refused_adapters(
             check_config(folder, layers, max_rank, base_model)
         except AdapterFormatError as error:
             refused[ref] = str(error)
+        except OSError:  # of the moment: its first request will try again
+            continue
     return refused

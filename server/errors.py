@@ -15,7 +15,7 @@ ServingError
 ├── DamagedAdapter          DATA_LOSS             a published adapter is not what was published
 ├── StoreNotWritable        FAILED_PRECONDITION
 ├── Overloaded              RESOURCE_EXHAUSTED
-├── Unavailable             UNAVAILABLE           draining, or the engine is down
+├── Unavailable             UNAVAILABLE           draining, the engine is down, or the disk fails
 └── InternalFailure         INTERNAL              the client sees only the incident id
 ConfigError                                       at start-up, before there is a client
 """

@@ -22,8 +22,8 @@ from server.engine.core import EngineCore
 from server.engine.model import load_tokenizer
 from server.errors import ConfigError, Overloaded
 from server.lora.cache import AdapterCache
-from server.lora.loader import ServedBase
 from server.lora.publish import remove_leftovers
+from server.lora.served_base import ServedBase
 from server.lora.store import AdapterStore
 from server.lora.watcher import StoreWatcher
 from server.metrics import Metrics

@@ -41,7 +41,7 @@ def test_the_server_knows_of_adapters_only_their_format() -> None:
     for package in LAYERS:
         for path in files(package):
             foreign = {name for name in imports(path) if name.startswith("adapters")}
-            known = ("base_fingerprint", "config", "errors", "format", "tensors")
+            known = ("base_fingerprint", "config", "errors", "folder", "format", "tensors")
             assert foreign <= {f"adapters.{module}" for module in known}, path
 
 

@@ -21,7 +21,7 @@ from server.engine.request import FinishReason, Request, SamplingParams, TokenLo
 from server.engine.shared_hold import SharedHold
 from server.errors import AdapterUnloaded, InvalidRequest
 from server.lora.adapter import Adapter, AdapterIdentity, WeightedAdapter
-from server.lora.cache import AdapterCache
+from server.lora.cache import AdapterCache, Found
 from server.lora.host_copy import FreedBytes
 from server.lora.tier import AdapterTier
 from server.metrics import Metrics, RequestTimer
@@ -143,7 +143,7 @@ class AsyncEngine:
         if not adapters:
             return []
 
-        async def hold(held: ExitStack) -> Sequence[tuple[Adapter, AdapterTier]]:
+        async def hold(held: ExitStack) -> Found:
             return await self.adapters.hold(list(adapters), held, label)
 
         with self.metrics.awaiting(adapters):

@@ -1,14 +1,11 @@
 """One request's adapters for all of its answers. Event loop."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from types import TracebackType
 
-from server.lora.adapter import Adapter
-from server.lora.tier import AdapterTier
-
-Found = Sequence[tuple[Adapter, AdapterTier]]
+from server.lora.cache import Found
 
 
 class SharedHold:

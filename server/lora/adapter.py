@@ -23,6 +23,7 @@ class CheckedAdapter:
     layers: Mapping[str, LayerWeights]  # by module path
     dtype: torch.dtype | None  # of the factors in a copy; None: the files'
     unmatched_targets: tuple[str, ...]  # names in its `target_modules` that no layer of the base has
+    layers_by_target: Mapping[str, int]  # how many layers each of `target_modules` adapts, by name or by pattern
 
     @classmethod
     def from_files(cls, files: AdapterFiles, base: BaseWeights, dtype: torch.dtype | None = None) -> "CheckedAdapter":
@@ -42,7 +43,14 @@ class CheckedAdapter:
             if (layer := _layer(files, module, base)) is not None
         }
         unmatched = files.config.unmatched_targets(base.shapes)
-        return cls(files, layers, dtype, tuple(map(printable, unmatched)))
+        counts = {printable(name): count for name, count in files.config.layers_by_target(base.shapes).items()}
+        return cls(files, layers, dtype, tuple(map(printable, unmatched)), counts)
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether it answers as the base does: every B is zero, and it has neither gains nor biases."""
+        layers = self.layers.values()
+        return not any(of.lora_b.any() or of.gain is not None or of.bias is not None for of in layers)
 
     @property
     def num_bytes(self) -> int:
@@ -69,6 +77,8 @@ class Adapter:
     num_bytes_disk: int
     no_mix: str = ""  # why it takes no factor and no other adapter beside it; empty: it does
     unmatched_targets: tuple[str, ...] = ()  # names in its configuration that no layer of the base has
+    layers_by_target: Mapping[str, int] = field(default_factory=dict, repr=False)  # see `CheckedAdapter`
+    adds_nothing: bool = False  # see `CheckedAdapter`
     other_base: str = ""  # that it says it was trained on, and nothing shows that it is ours; empty: there is none
     invocation_tokens: tuple[int, ...] = ()  # aLoRA: it works from their last occurrence in a prompt on
 
@@ -109,6 +119,8 @@ class Adapter:
             no_mix=_why_no_mix(files, weights),
             invocation_tokens=files.config.invocation_tokens,
             unmatched_targets=checked.unmatched_targets,
+            layers_by_target=checked.layers_by_target,
+            adds_nothing=checked.adds_nothing,
             other_base=other_base,
         )
 

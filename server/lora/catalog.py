@@ -5,21 +5,14 @@ names that were taken away, and the routing of bare names beside it.
 """
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from server.errors import AdapterNotFound, ConfigError, DamagedAdapter
+from server.lora.fingerprint import Fingerprint
 from server.lora.routing import Routing
-from server.lora.store import (
-    FLAT_VERSION,
-    ROUTING_FILE,
-    AdapterRef,
-    AdapterStore,
-    Fingerprint,
-    StoredName,
-    parse_reference,
-)
+from server.lora.store import FLAT_VERSION, ROUTING_FILE, AdapterRef, AdapterStore, StoredName, parse_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +28,25 @@ class StoreChanges:
 class AdapterCatalog:
     """Owns every name that requests may use."""
 
-    def __init__(self, store: AdapterStore) -> None:
+    def __init__(self, store: AdapterStore, refuses: Callable[[AdapterRef], bool] = lambda ref: False) -> None:
         """Reads the whole index once.
+
+        Args:
+            refuses: whether a version is known not to be served; a bare name means one that is, if it has any.
 
         Raises:
             ConfigError: the folder is there and cannot be read.
         """
         self._store = store
+        self._refuses = refuses
         try:
             self._stored: dict[str, StoredName] = store.scan() if store.root.exists() else {}
         except OSError as error:
             raise ConfigError(f"--adapters-dir {store.root}: {error.strerror}") from error
         self._sources: dict[str, dict[str, Path]] = {}  # versions loaded from folders of another name
-        # Names, whole or one version of them, that were taken away: only LoadAdapter brings them back.
-        self._unloaded: set[tuple[str, str | None]] = set()
+        self._unloaded: set[AdapterRef] = (
+            set()
+        )  # stored versions that were taken away: only LoadAdapter brings them back
         self._refs: list[AdapterRef] | None = None  # sorted; None: to be made
 
     def resolve(self, reference: str, label: str = "") -> AdapterRef:
@@ -62,7 +60,7 @@ class AdapterCatalog:
             if self._lacks_routing(name):
                 raise unreadable_routing(name)
             share = self.routing(name).draw(name, label)
-            version = share if share and self.has(AdapterRef(name, share)) else self.current(name)
+            version = share if share and self._serves(AdapterRef(name, share)) else self.current(name)
         ref = AdapterRef(name, version or "")
         if not self.has(ref):
             raise AdapterNotFound(str(ref))  # with the version that a bare name means
@@ -70,16 +68,20 @@ class AdapterCatalog:
 
     def current(self, name: str) -> str | None:
         """The version that a bare name means, shares aside: the promoted one, or else the newest that requests may
-        name. None if there is no such name, or nobody knows what it means.
+        name and that is not refused, or else just the newest. None if there is no such name, or nobody knows what it
+        means.
         """
         if self._lacks_routing(name):
             return None
-        named = (version for version in self._versions(name) if self.has(AdapterRef(name, version)))
-        return self.routing(name).promoted or max(named, key=int, default=None)
+        if promoted := self.routing(name).promoted:
+            return promoted
+        named = [ref for version in self._versions(name) if self.has(ref := AdapterRef(name, version))]
+        newest = max(named, key=lambda ref: (not self._refuses(ref), int(ref.version)), default=None)
+        return newest.version if newest else None
 
     def has(self, ref: AdapterRef) -> bool:
         """Whether requests may name it."""
-        return self.knows(ref) and not self._unloaded & {(ref.name, None), (ref.name, ref.version)}
+        return ref not in self._unloaded and self.knows(ref)
 
     def knows(self, ref: AdapterRef) -> bool:
         """Whether there are files for it, taken away or not."""
@@ -143,10 +145,7 @@ class AdapterCatalog:
 
     def restore(self, ref: AdapterRef, source: Path | None) -> None:
         """Gives one version back that was taken away, or makes one: its files are in the store, or in `source`."""
-        if (ref.name, None) in self._unloaded:
-            self._unloaded.remove((ref.name, None))
-            self._unloaded |= {(ref.name, version) for version in self._stored[ref.name].versions}
-        self._unloaded.discard((ref.name, ref.version))
+        self._unloaded.discard(ref)
         if source is not None:
             self._sources.setdefault(ref.name, {})[ref.version] = source
         else:
@@ -154,12 +153,12 @@ class AdapterCatalog:
         self._refs = None
 
     def take_away(self, name: str, version: str | None) -> None:
-        """Requests find the name, or one version of it, no more."""
+        """Requests find the versions that a name has now, or one of them, no more; one that comes later is another."""
         for ref in self.versions(name):
             if version in (None, ref.version):
                 self._forget_source(ref)
-        if name in self._stored:
-            self._unloaded.add((name, version))
+                if self.is_stored(ref):
+                    self._unloaded.add(ref)
         self._refs = None
 
     def learn(self, name: str, stored: StoredName | None) -> list[AdapterRef]:
@@ -185,12 +184,11 @@ class AdapterCatalog:
                     changes.added.append(ref)
                 elif version not in after:
                     changes.removed.append(ref)
-                    self._unloaded.discard((name, version))
+                    self._unloaded.discard(ref)
                 elif before[version] != after[version]:
                     changes.changed.append(ref)
             if new is None:
                 self._stored.pop(name, None)
-                self._unloaded.discard((name, None))
             else:
                 self._stored[name] = new
                 if old is not None and old.routing != new.routing:
@@ -205,6 +203,9 @@ class AdapterCatalog:
     def _meant(self, name: str) -> str:
         """What a bare name means to who loads it: with all versions taken away the newest. Empty: there is none."""
         return self.current(name) or max(self._versions(name), key=int, default="")
+
+    def _serves(self, ref: AdapterRef) -> bool:
+        return self.has(ref) and not self._refuses(ref)
 
     def _lacks_routing(self, name: str) -> bool:
         return name in self._stored and self._stored[name].routing is None

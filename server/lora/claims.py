@@ -28,15 +28,20 @@ class NameClaims:
         return bare_name, version
 
     def check(self, ref: AdapterRef, *, taken: bool, replace: bool, expected_generation: int | None) -> None:
-        """Raises AdapterExists or AdapterChanged unless the claimant may have the name."""
+        """Whether the claimant may have the name: if it is free, to be replaced, or at the generation that is expected.
+
+        Generation 0 is none to replace.
+
+        Raises:
+            AdapterExists, AdapterChanged.
+        """
         generation = self._loader.generation(ref)
-        if expected_generation is not None:
-            if generation != expected_generation:
-                raise AdapterChanged(
-                    f"adapter {ref.name!r} is at generation {generation}, not {expected_generation}: somebody else "
-                    "changed it",
-                    field="expected_generation",
-                    reason="GENERATION_MISMATCH",
-                )
-        elif taken and not replace:
+        if expected_generation is not None and generation != expected_generation:
+            raise AdapterChanged(
+                f"adapter {ref.name!r} is at generation {generation}, not {expected_generation}: somebody else "
+                "changed it",
+                field="expected_generation",
+                reason="GENERATION_MISMATCH",
+            )
+        if taken and not replace and not expected_generation:
             raise AdapterExists(f"adapter {ref.name!r} is there already; set replace to take its place", field="name")

@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from adapters.format import open_plain
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE
+from adapters.errors import is_of_the_file
+from adapters.format import digest_of, open_plain
 from server.errors import DamagedAdapter
 
 SUMS_FILE = "SHA256SUMS"
@@ -28,10 +30,13 @@ def check_sums(folder: Path, known: Mapping[str, str]) -> None:
         known: digests of what was read; other files are read here.
 
     Raises:
-        DamagedAdapter: they differ, or the record itself is unreadable.
+        DamagedAdapter: they differ, or the record itself is none.
+        OSError: the disk fails, which says nothing of them.
     """
     path = folder / SUMS_FILE
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
         return
     try:
         with open_plain(path) as record:
@@ -51,7 +56,20 @@ def check_sums(folder: Path, known: Mapping[str, str]) -> None:
         if unnamed:
             raise DamagedAdapter(f"{SUMS_FILE} has no line for {', '.join(sorted(unnamed))}")
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and not is_of_the_file(error):
+            raise
         raise DamagedAdapter(f"{SUMS_FILE} cannot be checked: {error}") from error
+
+
+def recorded_digest(folder: Path) -> str:
+    """The one digest of a published adapter, as its record has it; empty if there is none that can be read."""
+    try:
+        with open_plain(folder / SUMS_FILE) as record:
+            lines = record.read(_MAX_BYTES).decode().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    recorded = {match[2]: match[1] for line in lines if (match := _LINE.fullmatch(line))}
+    return digest_of(recorded) if recorded.keys() == {CONFIG_FILE, WEIGHTS_FILE} else ""
 
 
 def _digest(path: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from server.openmp import work_alone
 
-_THREADS = 2  # more would only take turns with the engine at the cores
+_THREADS = 2  # for each kind of work; more would only take turns with the engine at the cores
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -18,9 +18,10 @@ Result = TypeVar("Result")
 class DiskWorkers:
     """Owns the threads; they end with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: str) -> None:
+        """`work`: what they do, for their name."""
         self._threads = ThreadPoolExecutor(
-            _THREADS, thread_name_prefix="loraplex-disk", initializer=_leave_the_cores_to_the_engine
+            _THREADS, thread_name_prefix=f"loraplex-{work}", initializer=_leave_the_cores_to_the_engine
         )
 
     async def run(

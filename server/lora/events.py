@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from server.errors import Overloaded, ServingError, Unavailable
 from server.lora.adapter import Adapter
+from server.lora.loader import LastLoad
 from server.lora.store import AdapterRef
 
 MAX_WATCHERS = 100
@@ -20,14 +21,22 @@ class AdapterStatus:
 
     ref: AdapterRef
     adapter: Adapter | None  # None: on disk only
-    generation: int = 0  # of the last load; 0: none yet
+    last: LastLoad | None = None  # None: it was never loaded
     num_users: int = 0
     num_waiting: int = 0  # requests that wait for its load
+    loading: bool = False  # it is being read, or waits for room
+    draining: bool = False  # the name means something else by now, or nothing
     pinned: bool = False
     current: bool = False  # what the bare name means
     traffic_percent: int = 0
     error: str = ""
     num_bytes_disk: int = 0  # of its files in the store
+
+    @property
+    def generation(self) -> int:
+        """Of the weights in memory or of the last load; 0: there was none yet."""
+        known = self.adapter or self.last
+        return known.generation if known else 0
 
     @property
     def answers(self) -> bool:

@@ -5,15 +5,18 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from server.lora.adapter import Adapter
-from server.lora.store import AdapterRef, Fingerprint
+from server.lora.fingerprint import Fingerprint
+from server.lora.store import AdapterRef
 
 
 class HostCopy:
     """An adapter in memory, the state of the files it came from, and how many requests use it."""
 
-    def __init__(self, adapter: Adapter, source: Fingerprint | None) -> None:
+    def __init__(self, adapter: Adapter, source: Fingerprint | None, load_seconds: float) -> None:
+        """`load_seconds`: for reading, checking and copying it, without any wait for room."""
         self.adapter = adapter
         self.source = source
+        self.load_seconds = load_seconds
         self.num_users = 0
         self.unused = asyncio.Event()
         self.unused.set()
@@ -68,6 +71,14 @@ class RetiredCopies:
     def of(self, name: str, version: str | None) -> "list[asyncio.Task[FreedBytes]]":
         """Those that had this name, or one version of it."""
         return [task for task, (ref, _) in self._copies.items() if ref.name == name and version in (None, ref.version)]
+
+    def in_use(self, name: str | None = None, version: str | None = None) -> list[HostCopy]:
+        """Those whose requests still run, all or those that had this name, or one version of it."""
+        return [
+            copy
+            for ref, copy in self._copies.values()
+            if copy.num_users and name in (None, ref.name) and version in (None, ref.version)
+        ]
 
     def revoke(self, task: "asyncio.Task[FreedBytes]") -> None:
         """Ends the requests that still use a copy; without any it may be leaving the device."""

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import time
 from pathlib import Path
 
 from server.errors import AdapterNotFound, DamagedAdapter, IncompatibleAdapter, InvalidAdapter, ServingError
@@ -63,16 +62,16 @@ class AdapterLoads:
         Raises:
             Those of `AdapterLoader.load`.
         """
-        started = time.monotonic()
         try:
-            copy = await self._loader.load(ref, folder, same_if_unchanged=same_if_unchanged, wait=wait)
+            with self._board.loading(ref):
+                copy = await self._loader.load(ref, folder, same_if_unchanged=same_if_unchanged, wait=wait)
         except ServingError as error:
             log.warning("adapter %s refused: %s", ref, error.message)
             self._metrics.adapter_load_failures.inc()
             lasting = isinstance(error, _OF_THE_FILES) and folder == self._catalog.path(ref)
             self._board.refused(ref, error.message, lasting=lasting)
             raise
-        self._metrics.adapter_loaded(ref.name, time.monotonic() - started)
+        self._metrics.adapter_loaded(ref.name, copy.load_seconds)
         return copy
 
     def put(self, ref: AdapterRef, copy: HostCopy, kind: EventKind, *, pin: bool = False) -> None:

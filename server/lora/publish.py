@@ -4,19 +4,17 @@ scratch folder → files, checked against their digests → fsync → rename to 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.format import fsync
+from adapters.folder import SCRATCH_PREFIX, fsync, remove_abandoned, scratch_folder
+from adapters.format import MAX_CONFIG_BYTES
 from server.errors import AdapterExists, InvalidRequest, Overloaded, StoreNotWritable
 from server.lora.digests import write_sums
 from server.lora.disk import disk_errors
@@ -40,7 +38,7 @@ def check_declaration(files: Sequence[DeclaredFile], max_bytes: int) -> None:
     """Refuses an upload before its first byte.
 
     Raises:
-        InvalidRequest: other files than an adapter has, or a digest that is none.
+        InvalidRequest: other files than an adapter has, a digest that is none, or a configuration that is too large.
         Overloaded: more bytes than `max_bytes`.
     """
     if sorted(file.name for file in files) != sorted(FILES):
@@ -49,6 +47,10 @@ def check_declaration(files: Sequence[DeclaredFile], max_bytes: int) -> None:
     for file in files:
         if not _SHA256.fullmatch(file.sha256):
             raise InvalidRequest(f"sha256 of {file.name} is not 64 digits of lower-case hex", field="files.sha256")
+        if file.name == CONFIG_FILE and file.size > MAX_CONFIG_BYTES:
+            raise InvalidRequest(
+                f"{CONFIG_FILE} has {file.size:,} bytes; at most {MAX_CONFIG_BYTES:,} make sense", field="files.size"
+            )
     total = sum(file.size for file in files)
     if total > max_bytes:
         raise Overloaded(
@@ -75,19 +77,13 @@ class Publication:
         self._cleanup = contextlib.ExitStack()
 
     def open(self) -> None:
-        """Makes the scratch folder, and locks it: the mark by which others see that it is in use.
+        """Makes the scratch folder.
 
         Raises:
             Overloaded, StoreNotWritable.
         """
         with contextlib.ExitStack() as undo, disk_errors():
-            scratch = self._store.scratch()
-            with self._store.lock():
-                self.folder = Path(tempfile.mkdtemp(dir=scratch))
-                undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
-                in_use = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
-                undo.callback(os.close, in_use)
-                fcntl.flock(in_use, fcntl.LOCK_EX)
+            self.folder = undo.enter_context(scratch_folder(self._store.scratch()))
             self.folder.chmod(0o755)
             undo.callback(self._close_files)
             for name in self._declared:
@@ -187,25 +183,14 @@ def version_exists(ref: AdapterRef) -> AdapterExists:
 
 
 def remove_leftovers(store: AdapterStore) -> None:
-    """Removes what publishers left that were killed; those that live keep their scratch folders.
+    """Removes what publishers and trainings left in the store that were killed; those that live keep their scratch.
 
     Raises:
-        OSError: the store cannot be read or written.
+        OSError: the store cannot be read.
         Overloaded: another process keeps its lock.
     """
-    scratch = store.root / ".publish"
-    if not scratch.is_dir():
-        return
-    with store.lock():
-        for path in scratch.iterdir():
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            finally:
-                os.close(handle)
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    if (store.root / ".publish").is_dir():
+        with store.lock():  # under which routings are written there, and carry no mark of their own
+            remove_abandoned((store.root / ".publish").iterdir())
+    for level in ("", "*/"):
+        remove_abandoned(store.root.glob(f"{level}{SCRATCH_PREFIX}*"))

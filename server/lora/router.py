@@ -38,10 +38,10 @@ class AdapterRouter:
     async def set_traffic(self, name: str, percent_by_version: Mapping[str, int]) -> list[AdapterStatus]:
         """Sends shares of a bare name's requests to some versions; the rest goes to the promoted or newest one.
 
-        Returns the name's versions.
+        Versions that get a share are loaded first, as `promote` does. Returns the name's versions.
 
         Raises:
-            InvalidRequest, AdapterNotFound, DamagedAdapter, Overloaded, StoreNotWritable.
+            Those of `AdapterCache.hold`; StoreNotWritable.
         """
         adapters, name = self._adapters, _bare(name)
         if (total := sum(percent_by_version.values())) > 100:
@@ -49,6 +49,9 @@ class AdapterRouter:
             raise InvalidRequest(
                 f"the shares come to {total} per cent, more than 100 per cent: {shares}", field="percent_by_version"
             )
+        for version, percent in percent_by_version.items():
+            if percent:
+                await adapters.loads.copy(await self._stored(name, version))
         async with adapters.claims.changing(name):
             for version in percent_by_version:
                 await self._stored(name, version)
@@ -66,7 +69,7 @@ class AdapterRouter:
         await adapters.look(name)
         if not any(map(adapters.catalog.is_stored, adapters.catalog.versions(name))):
             raise AdapterNotFound(name)
-        await adapters.disk.run(adapters.store.change_routing, name, change)
+        await adapters.changes.run(adapters.store.change_routing, name, change)
         await adapters.look(name)
         adapters.board.publish(EventKind.UPDATED, *adapters.catalog.versions(name))
 

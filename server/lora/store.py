@@ -18,11 +18,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from adapters.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.format import fsync, open_plain
+from adapters.config import CONFIG_FILE
+from adapters.folder import fsync
+from adapters.format import open_plain
 from server.errors import InvalidRequest, Overloaded
 from server.lora.disk import disk_errors
+from server.lora.fingerprint import Fingerprint, fingerprint
 from server.lora.routing import VERSION, Routing
 
 log = logging.getLogger(__name__)
@@ -34,9 +37,6 @@ ROUTING_FILE = "routing.json"
 _MAX_ROUTING_BYTES = 1 << 16
 _LOCK_SECONDS = 10  # that a change waits for others: a process that hangs must not take the disk threads with it
 _LOCK_POLL_SECONDS = 0.02
-
-# Time, size and inode of each of an adapter's files: equal as long as nobody has changed them.
-Fingerprint = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +90,39 @@ class AdapterStore:
         """Names in `reserved`, such as the base model's, are nobody's."""
         self.root = root
         self.reserved = reserved
+        self._unreadable: set[str] = set()  # names, at the last scan
 
-    def scan(self) -> dict[str, StoredName]:
+    def scan(self, known: Mapping[str, StoredName] = MappingProxyType({})) -> dict[str, StoredName]:
         """Everything in the folder.
+
+        Args:
+            known: what is told of names that are there and cannot be read at the moment.
 
         Raises:
             OSError: the folder is not there or cannot be read.
         """
         with os.scandir(self.root) as entries:
             names = [entry.name for entry in entries if _NAME.fullmatch(entry.name)]
-        return {name: stored for name in names if (stored := self.look(name)) is not None}
+        found, unreadable = {}, set()
+        for name in names:
+            try:
+                stored = self.look(name)
+            except OSError as error:
+                unreadable.add(name)
+                if name not in self._unreadable:
+                    log.error("%s/%s cannot be read and is what it was: %s", self.root, name, error.strerror)
+                stored = known.get(name)
+            if stored is not None:
+                found[name] = stored
+        self._unreadable = unreadable
+        return found
 
     def look(self, name: str) -> StoredName | None:
-        """What is on disk under a name now."""
+        """What is on disk under a name now.
+
+        Raises:
+            OSError: it cannot be read, and nobody knows.
+        """
         folder = os.path.join(self.root, name)
         versions = {}
         routing: Routing | None = Routing()
@@ -120,7 +140,7 @@ class AdapterStore:
                         found = fingerprint(entry.path)
                         if found is not None:
                             versions[entry.name] = found
-        except OSError:  # gone or unreadable: nothing to be found there
+        except (FileNotFoundError, NotADirectoryError):
             return None
         if flat is not None:
             versions[FLAT_VERSION] = flat
@@ -198,26 +218,6 @@ class AdapterStore:
                 os.fsync(handle)
             os.rename(temporary, self.root / name / ROUTING_FILE)
             fsync(self.root / name)
-
-
-def fingerprint(folder: str | Path) -> Fingerprint | None:
-    """The state of an adapter's files, or None if the folder holds no adapter."""
-    result: list[int] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        try:
-            status = os.lstat(os.path.join(folder, name))
-        except OSError:
-            status = None
-        if status is not None and stat.S_ISREG(status.st_mode):
-            result += (status.st_mtime_ns, status.st_size, status.st_ino)
-        elif not result:
-            return None
-    return tuple(result)
-
-
-def num_bytes(of: Fingerprint | None) -> int:
-    """Of an adapter's files."""
-    return sum(of[1::3]) if of else 0
 
 
 def _is_locked(handle: int) -> bool:

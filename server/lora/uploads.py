@@ -69,7 +69,7 @@ class Upload:
 
     async def write(self, file: str, offset: int, data: bytes) -> None:
         """Raises InvalidRequest for bytes that are not the next ones, Overloaded when the disk is full."""
-        await self._adapters.disk.run(self._publication.write, file, offset, data)
+        await self._adapters.changes.run(self._publication.write, file, offset, data)
 
     async def publish(self, *, pin: bool) -> AdapterStatus:
         """Checks what came, gives it its place in the store, and loads it: all of it or nothing.
@@ -81,11 +81,11 @@ class Upload:
         name, version = adapters.claims.parse(self._claim.name)
         async with adapters.claims.changing(name):
             await self.check_claim()
-            await adapters.disk.run(publication.complete)
+            await adapters.changes.run(publication.complete)
             copy = await adapters.loads.read(AdapterRef(name, ""), publication.folder, same_if_unchanged=False)
             await self.check_claim()  # again: a request may have loaded the current one meanwhile
             async with adapters.memory.reserve(copy.adapter.num_bytes):
-                ref = await adapters.disk.run(publication.publish, name, version)
+                ref = await adapters.changes.run(publication.publish, name, version)
                 await adapters.look(name)
             copy.adapter = replaced(copy.adapter, version=ref.version)
             adapters.catalog.restore(ref, None)
@@ -136,8 +136,8 @@ class AdapterUploads:
             raise Overloaded(f"{MAX_UPLOADS} uploads are on their way already", reason="TOO_MANY_UPLOADS")
         self._num_uploads += 1
         try:
-            await self._adapters.disk.run(publication.open)
+            await self._adapters.changes.run(publication.open)
             yield upload
         finally:
             self._num_uploads -= 1
-            await self._adapters.disk.run(publication.close)
+            await self._adapters.changes.run(publication.close)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Mapping
 
-from server.errors import Overloaded, ServingError
+from server.errors import Overloaded, ServingError, Unavailable
 from server.lora.cache import AdapterCache
 from server.lora.events import EventKind
 from server.lora.store import AdapterRef, StoredName
@@ -33,7 +33,7 @@ class StoreWatcher:
         self._adapters = adapters
         self._interval = interval
         self._last: Names = {}
-        self._outdated: set[AdapterRef] = set()  # changed on disk, and there was no room yet for the new content
+        self._outdated: set[AdapterRef] = set()  # changed on disk, and the new content could not be taken yet
         self._failed = False
         self._scan_seconds = 0.0
 
@@ -70,7 +70,7 @@ class StoreWatcher:
         """Takes what is on disk now: new names appear, vanished ones go, changed ones become a new generation.
 
         What changed to something that cannot be served is reported, and the copy in memory stays; so does one whose
-        new content finds no room, until a later call finds some.
+        new content finds no room or a disk that fails, until a later call can take it.
         """
         adapters = self._adapters
         changes = adapters.catalog.update(names)
@@ -97,7 +97,7 @@ class StoreWatcher:
                 return
             try:
                 fresh = await adapters.loads.read(ref, adapters.catalog.stored_path(ref), same_if_unchanged=True)
-            except Overloaded as error:
+            except (Overloaded, Unavailable) as error:
                 self._outdated.add(ref)
                 adapters.board.note(ref, error.message)
                 return
@@ -114,7 +114,7 @@ class StoreWatcher:
 
     def _settled(self, known: Names) -> dict[str, StoredName | None]:
         """What has settled and is not known yet. Worker thread."""
-        found = self._adapters.store.scan()
+        found = self._adapters.store.scan(known)
         last, self._last = self._last, found
         return {
             name: found.get(name)

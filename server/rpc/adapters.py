@@ -36,7 +36,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: object) -> pb.Adapter:
         """Errors: INVALID_ARGUMENT, FAILED_PRECONDITION, NOT_FOUND, ALREADY_EXISTS, ABORTED, DATA_LOSS,
-        RESOURCE_EXHAUSTED.
+        RESOURCE_EXHAUSTED, UNAVAILABLE.
         """
         adapter = await self._adapters.load(
             request.name,
@@ -84,10 +84,12 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             name, version = parse_reference(request.page_token, "page_token")
             after = AdapterRef(name, version or "0")
         statuses = self._adapters.statuses(after, size + 1)
+        draining = [] if len(statuses) > size else self._adapters.board.draining()
         memory = self._adapters.memory
         return pb.ListAdaptersResponse(
-            adapters=[self._message(status) for status in statuses[:size]],
+            adapters=[self._message(status, listed=True) for status in statuses[:size]],
             next_page_token=str(statuses[size - 1].ref) if len(statuses) > size else "",
+            draining=[self._message(status, listed=True) for status in draining],
             bytes_host=memory.num_bytes,
             bytes_host_pinned=memory.num_pinned_bytes,
             bytes_host_limit=memory.max_bytes,
@@ -96,7 +98,10 @@ class AdaptersService(pb_grpc.AdaptersServicer):
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: object) -> pb.Adapter:
         """Errors: INVALID_ARGUMENT, NOT_FOUND."""
-        return self._message(await self._adapters.get(request.name))
+        status = await self._adapters.get(request.name)
+        message = self._message(status)
+        message.digest = message.digest or await self._adapters.recorded_digest(status.ref)
+        return message
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: object) -> pb.Adapter:
         """Errors: those of LoadAdapter."""
@@ -107,7 +112,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         return self._message(await self._adapters.unpin(request.name))
 
     async def SetTraffic(self, request: pb.SetTrafficRequest, context: object) -> pb.SetTrafficResponse:
-        """Errors: INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, FAILED_PRECONDITION."""
+        """Errors: those of LoadAdapter."""
         statuses = await self._router.set_traffic(request.name, dict(request.percent_by_version))
         return pb.SetTrafficResponse(adapters=[self._message(status) for status in statuses])
 
@@ -132,17 +137,18 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         """Errors: RESOURCE_EXHAUSTED, UNAVAILABLE."""
         async with aclosing(self._adapters.board.watch()) as events:
             async for event in events:
-                adapter = self._message(self._adapters.board.status(event.ref)) if event.ref else None
+                adapter = self._message(self._adapters.board.status(event.ref), listed=True) if event.ref else None
                 if adapter is not None and event.error:
                     adapter.error = event.error
                 yield pb.AdapterEvent(type=event.kind.name, adapter=adapter)
 
-    def _message(self, status: AdapterStatus) -> pb.Adapter:
+    def _message(self, status: AdapterStatus, *, listed: bool = False) -> pb.Adapter:
+        """`listed`: one of many, which leave out what may be long."""
         message = pb.Adapter(
             name=status.ref.name,
             version=status.ref.version,
             generation=status.generation,
-            state=pb.FAILED if status.error else pb.AVAILABLE,
+            state=_state(status),
             tier=pb.DISK,
             error=status.error,
             pinned=status.pinned,
@@ -151,18 +157,28 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             bytes_disk=status.num_bytes_disk,
             traffic_percent=status.traffic_percent,
         )
-        adapter = status.adapter
+        adapter, last = status.adapter, status.last
+        if adapter is None and last is not None:
+            message.MergeFrom(
+                pb.Adapter(
+                    digest=last.digest,
+                    rank=last.rank,
+                    target_modules=last.target_modules,
+                    num_layers=last.num_layers,
+                )
+            )
         if adapter is None:
             return message
         on_device = self._engine.is_on_device(adapter)
         message.MergeFrom(
             pb.Adapter(
                 digest=adapter.digest,
-                state=pb.READY,
                 rank=adapter.rank,
                 target_modules=adapter.target_modules,
                 num_layers=len(adapter.weights),
                 unmatched_targets=adapter.unmatched_targets,
+                layers_by_target={} if listed else adapter.layers_by_target,
+                adds_nothing=adapter.adds_nothing,
                 other_base=adapter.other_base,
                 bytes_disk=adapter.num_bytes_disk,  # of one from elsewhere than the store, too
                 bytes_host=adapter.num_bytes,
@@ -173,6 +189,16 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             )
         )
         return message
+
+
+def _state(status: AdapterStatus) -> pb.AdapterState:
+    if status.draining:
+        return pb.DRAINING
+    if status.adapter is not None:
+        return pb.READY
+    if status.loading:
+        return pb.LOADING
+    return pb.FAILED if status.error else pb.AVAILABLE
 
 
 def _expected_generation(request: pb.LoadAdapterRequest | pb.UploadHeader) -> int | None:

@@ -6,13 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from click.testing import CliRunner, Result
 
 from server.cli import main
 from tests.conftest import ADAPTERS
-from tests.server.rpc.conftest import Running
+from tests.server.rpc.conftest import Running, edit_config
 from tests.server.rpc.conftest import running as running  # fixtures
 from tests.server.rpc.conftest import serve as serve
+from tests.server.rpc.test_inference import ask
 
 
 async def command(running: Running, name: str, *arguments: str) -> Result:
@@ -72,6 +74,13 @@ async def test_errors_are_one_line(running: Running, tmp_path: Path, words: list
     assert "Traceback" not in result.output
 
 
+async def test_what_files_say_is_shown_as_it_is(running: Running) -> None:
+    edit_config(running.adapters_dir / "attention", '"r": 4', '"r": 4, "[/x][bold]": 1')
+    assert (await command(running, "load", "attention")).exit_code == 1
+    for words in (["list"], ["get", "attention"]):
+        assert "'[/x][bold]'" in await said(running, *words)
+
+
 async def test_another_base_and_targets_without_a_layer_are_warned_of(running: Running) -> None:
     path = running.adapters_dir / "attention" / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -81,6 +90,23 @@ async def test_another_base_and_targets_without_a_layer_are_warned_of(running: R
     assert "warning: trained on someone/large, which is not how the served base is called" in loaded
     assert "warning: target_modules that match no layer: nonsense" in loaded
     assert re.search(r"other_base +│ someone/large ", await said(running, "get", "attention"))
+
+
+async def test_the_table_has_the_bytes_of_every_tier(running: Running) -> None:
+    await running.inference.Generate(ask(adapter="head"))
+    listed = await said(running, "list")
+    assert re.search(r"disk MiB ┃ +host MiB ┃ +device MiB", listed)
+    assert re.search(r"head +│ 1 \* +│ +│ READY \(device\) +│ +6 │ +0\.0 │ +0\.0 │ +│", listed)
+    assert re.search(
+        r"layers_by_target +│ (lm_head: 1, k_proj: 2|k_proj: 2, lm_head: 1) ", await said(running, "get", "head")
+    )
+
+
+async def test_an_adapter_without_an_effect_is_warned_of(running: Running) -> None:
+    path = running.adapters_dir / "attention" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({name: 0 * tensor for name, tensor in tensors.items()}, path)
+    assert "warning: every B is zero" in await said(running, "load", "attention")
 
 
 async def test_watch_prints_until_the_server_stops(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

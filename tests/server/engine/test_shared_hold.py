@@ -5,9 +5,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from server.engine.shared_hold import Found, SharedHold
+from server.engine.shared_hold import SharedHold
 from server.errors import AdapterNotFound
 from server.lora.adapter import Adapter
+from server.lora.cache import Found
 from server.lora.tier import AdapterTier
 
 

@@ -1,8 +1,11 @@
-"""A cache over a folder, with a device that only remembers what left it."""
+"""A cache over a folder, with a device that only remembers what left it; and disks that fail."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
@@ -11,7 +14,7 @@ from server.lora.adapter import Adapter
 from server.lora.base_weights import BaseWeights
 from server.lora.cache import AdapterCache
 from server.lora.host_copy import FreedBytes
-from server.lora.loader import ServedBase
+from server.lora.served_base import ServedBase
 from server.lora.store import AdapterStore
 from server.metrics import Metrics
 
@@ -43,3 +46,18 @@ def make_cache(
 
     cache.connect(evict, revoke)
     return cache, evicted
+
+
+def fail_disk(monkeypatch: pytest.MonkeyPatch, path: Path, code: int) -> None:
+    """Until it is undone, the system answers with an error whenever this path is opened or looked at."""
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(of: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(of, int) and os.fspath(of) == str(path):
+                raise OSError(code, os.strerror(code), str(path))
+            return real(of, *args, **kwargs)
+
+        return call
+
+    for name in ("open", "lstat", "stat", "scandir"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))

@@ -171,6 +171,28 @@ async def test_loading_one_version_brings_back_no_other(tmp_path: Path, make_ada
         assert adapter.version == "1"
 
 
+async def test_a_version_that_comes_after_an_unload_is_served(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    make_adapter("1", root=tmp_path / "a")
+    cache, _ = make_cache(tmp_path)
+    await cache.unload("a")
+    make_adapter("2", root=tmp_path / "a")
+    async with cache.acquire("a") as adapter:
+        assert adapter.version == "2"
+    assert [str(status.ref) for status in cache.statuses()] == ["a@2"]
+
+
+async def test_another_folder_does_not_take_a_name_that_has_just_appeared(
+    tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
+    make_adapter("b")
+    cache, _ = make_cache(tmp_path)
+    make_adapter("a")
+    for expected_generation in (None, 0):
+        with pytest.raises(AdapterExists):
+            await cache.load("a", "b", expected_generation=expected_generation)
+    await cache.load("a", "b", replace=True, expected_generation=0)
+
+
 async def test_a_compare_and_swap_against_a_requests_load(
     tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

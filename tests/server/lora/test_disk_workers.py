@@ -9,7 +9,7 @@ from server.lora.disk_workers import DiskWorkers
 
 
 async def test_two_work_at_a_time() -> None:
-    workers = DiskWorkers()
+    workers = DiskWorkers("test")
     both, release = threading.Barrier(3), threading.Event()
 
     def work() -> str:
@@ -22,12 +22,12 @@ async def test_two_work_at_a_time() -> None:
     await asyncio.to_thread(both.wait, 5)
     assert not third.done()
     release.set()
-    assert {name.rpartition("_")[0] for name in await asyncio.gather(*first)} == {"loraplex-disk"}
+    assert {name.rpartition("_")[0] for name in await asyncio.gather(*first)} == {"loraplex-test"}
     assert await third == "third"
 
 
 async def test_who_is_cancelled_gets_back_when_the_work_is_done() -> None:
-    workers = DiskWorkers()
+    workers = DiskWorkers("test")
     begun, release, done = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:

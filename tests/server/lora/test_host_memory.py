@@ -3,14 +3,18 @@
 import asyncio
 import errno
 import os
+import threading
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from adapters.format import AdapterFiles, read_adapter
 from server.errors import Overloaded
 from server.lora.adapter import Adapter
 from server.lora.cache import AdapterCache
+from server.lora.store import AdapterRef
 from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
 
@@ -136,6 +140,57 @@ async def test_the_parts_of_a_mixture_wait_for_room_together(tmp_path: Path, mak
     work = [use(*names) for names in ("ab", "cd", "ac", "bd", "da", "cb", "a", "d") * 3]
     await asyncio.wait_for(asyncio.gather(*work), 20)
     assert all(not status.num_users and not status.num_waiting for status in cache.statuses())
+
+
+async def test_a_mixture_that_is_read_holds_up_no_other(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abcd":
+        make_adapter(name)
+    cache, _ = make_cache(tmp_path)
+    slow = threading.Event()
+
+    def read_slowly(folder: Path, *args: Any) -> AdapterFiles:
+        if folder.name == "a":
+            slow.wait(10)
+        return read_adapter(folder, *args)
+
+    monkeypatch.setattr("server.lora.loader.read_adapter", read_slowly)
+    with ExitStack() as held:
+        waiting = asyncio.create_task(cache.hold("ab", held))
+        await asyncio.sleep(0)
+        await asyncio.wait_for(cache.hold("cd", held), 5)
+        assert not waiting.done()
+        slow.set()
+        await waiting
+
+
+async def test_loads_share_no_thread_with_what_else_waits_for_the_disk(
+    tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
+    make_adapter("a")
+    cache, _ = make_cache(tmp_path)
+    done = threading.Event()
+    others = [asyncio.create_task(workers.run(done.wait, 10)) for workers in (cache.disk, cache.changes) * 3]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5), cache.acquire("a"):
+        assert not any(other.done() for other in others)
+    done.set()
+    await asyncio.gather(*others)
+
+
+async def test_the_seconds_of_a_load_are_without_the_wait_for_room(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for name in "ab":
+        make_adapter(name)
+    cache, _ = make_cache(tmp_path, max_bytes=ADAPTER_BYTES)
+    async with cache.acquire("a"):
+        waiting = _use(cache, "b")
+        await _until_waiting(cache, "b")
+        await asyncio.sleep(0.5)
+    await waiting
+    copy = cache.memory.get(AdapterRef("b", "1"))
+    assert copy is not None
+    assert 0 < copy.load_seconds < 0.5
 
 
 async def test_a_mixture_that_can_never_fit_is_refused(tmp_path: Path, make_adapter: MakeAdapter) -> None:

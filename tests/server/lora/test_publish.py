@@ -15,11 +15,12 @@ import pytest
 from server.errors import AdapterExists, DamagedAdapter, InvalidRequest, Overloaded, StoreNotWritable
 from server.lora.digests import SUMS_FILE, check_sums
 from server.lora.publish import DeclaredFile, Publication, check_declaration, remove_leftovers
+from server.lora.routing import Routing
 from server.lora.store import AdapterRef, AdapterStore
+from tests.killed import roots_of_killed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONTENT = {CONFIG: b'{"peft_type": "LORA"}', WEIGHTS: bytes(range(256)) * 8}
-ROOT = Path(__file__).parents[3]
 
 
 def declared(content: dict[str, bytes]) -> list[DeclaredFile]:
@@ -153,6 +154,7 @@ def test_chunks_that_are_wrong(tmp_path: Path, chunks: list[tuple[str, int, byte
         (declared({CONFIG: b"", "../" + WEIGHTS: b""}), "each once"),
         ([DeclaredFile(CONFIG, 1, "0" * 64)] * 2, "each once"),
         ([DeclaredFile(CONFIG, 1, "0" * 63), DeclaredFile(WEIGHTS, 1, "0" * 64)], "64 digits"),
+        ([DeclaredFile(CONFIG, (1 << 20) + 1, "0" * 64), DeclaredFile(WEIGHTS, 1, "0" * 64)], "1,048,577 bytes"),
     ],
 )
 def test_declarations_that_are_wrong(files: list[DeclaredFile], reason: str) -> None:
@@ -197,57 +199,39 @@ def test_a_name_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     assert list((tmp_path / "outside").iterdir()) == []
 
 
-# Publishes version 2 over and over, and is killed at its first, second, … call of the system. A child each.
-KILLED = """
-import os, shutil, signal, sys
-from pathlib import Path
-from server.lora.store import AdapterStore
-from tests.server.lora.test_publish import publish
-
-root, template = Path(sys.argv[1]), Path(sys.argv[2])
-
-def deadly(name, calls_left):
-    real = getattr(os, name)
-    def call(*args, **kwargs):
-        calls_left[0] -= 1
-        if calls_left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    setattr(os, name, call)
-
-step = killed = 1
-while killed:
-    shutil.copytree(template, root / str(step))
-    child = os.fork()
-    if not child:
-        calls_left = [step]
-        for name in ("open", "close", "mkdir", "chmod", "fsync", "rename", "rmdir", "unlink"):
-            deadly(name, calls_left)
-        publish(AdapterStore(root / str(step)), "a")
-        os._exit(0)
-    killed = os.waitpid(child, 0)[1] == signal.SIGKILL
-    step += 1
-"""
+def publish_and_route(root: Path) -> None:
+    """Publishes a version, and makes the one before it what the name means."""
+    store = AdapterStore(root)
+    publish(store, "a")
+    store.change_routing("a", lambda _: Routing("1"))
 
 
 def test_killed_at_every_step(tmp_path: Path) -> None:
-    """Before the rename there is version 1, after it there are both; either is whole, and what is left is removed."""
+    """Before the first rename there is version 1, after it there are both, after the second the old one is promoted.
+
+    All of them are whole, and what is left is removed.
+    """
     publish(AdapterStore(tmp_path / "template"), "a")
-    (tmp_path / "killed").mkdir()
-    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed", tmp_path / "template"], cwd=ROOT, check=True)
-    outcomes = []
-    for root in sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name)):
-        store = AdapterStore(root)
-        versions = sorted(store.scan()["a"].versions)
-        for version in versions:
-            assert_whole(root / "a" / version)
-        remove_leftovers(store)
-        assert not (root / ".publish").exists() or scratch(store) == []
-        assert publish(store, "a").version == str(len(versions) + 1)
-        outcomes.append(len(versions))
-    assert len(outcomes) > 10
-    assert outcomes == sorted(outcomes)
-    assert set(outcomes) == {1, 2}
+    roots = roots_of_killed(f"{__name__}:publish_and_route", tmp_path / "template", tmp_path / "killed")
+    outcomes = {root.name: _outcome(root) for root in roots}
+    steps = [outcome for name, outcome in outcomes.items() if name.startswith("step")]
+    assert len(steps) > 20
+    assert steps == sorted(steps)
+    assert set(steps) == {(1, ""), (2, ""), (2, "1")} == {*steps, *outcomes.values()}
+    assert outcomes["write-1000"] == (1, ""), "killed in the middle of the weights"
+
+
+def _outcome(root: Path) -> tuple[int, str]:
+    """How many versions there are after a restart, and which one is promoted."""
+    store = AdapterStore(root)
+    remove_leftovers(store)
+    assert not (root / ".publish").exists() or scratch(store) == []
+    stored = store.scan()["a"]
+    assert stored.routing is not None
+    for version in stored.versions:
+        assert_whole(root / "a" / version)
+    assert publish(store, "a").version == str(len(stored.versions) + 1)
+    return len(stored.versions), stored.routing.promoted
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:

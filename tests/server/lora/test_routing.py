@@ -1,6 +1,7 @@
 """Which version a bare name means."""
 
 import asyncio
+import contextlib
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from server.errors import AdapterNotFound, DamagedAdapter, IncompatibleAdapter, 
 from server.lora.catalog import AdapterCatalog
 from server.lora.router import AdapterRouter
 from server.lora.routing import Routing
-from server.lora.store import AdapterStore
+from server.lora.store import AdapterRef, AdapterStore
+from server.lora.watcher import StoreWatcher
 from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
 
@@ -121,3 +123,79 @@ async def test_a_share_of_the_traffic(tmp_path: Path, make_adapter: MakeAdapter)
             await router.set_traffic("a", percents)
     with pytest.raises(AdapterNotFound):
         await router.set_traffic("a", {"7": 1})
+
+
+async def test_a_broken_newest_version_takes_no_name_down(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    """It is refused, and told as that; the name means the version before, until the files are others."""
+    make_adapter("1", root=tmp_path / "a")
+    cache, _ = make_cache(tmp_path)
+    good = await cache.load("a")
+    make_adapter("2", root=tmp_path / "a", r=16)
+    await cache.look("a")
+    assert cache.catalog.current("a") == "2"
+    stream = cache.board.watch()
+    while (await anext(stream)).ref is not None:
+        pass
+    for _ in range(2):
+        async with cache.acquire("a") as adapter:
+            assert adapter is good
+    told = [await anext(stream) for _ in range(2)]
+    assert [(event.kind.name, str(event.ref)) for event in told] == [("FAILED", "a@2"), ("UPDATED", "a@1")]
+    first, second = cache.statuses()
+    assert (first.current, first.error, second.current, "--max-lora-rank" in second.error) == (True, "", False, True)
+    with pytest.raises(IncompatibleAdapter):
+        async with cache.acquire("a@2"):
+            pass
+    make_adapter("2", root=tmp_path / "a")
+    await StoreWatcher(cache, interval=1).apply(cache.store.scan())
+    async with cache.acquire("a") as adapter:
+        assert adapter.version == "2"
+
+
+async def test_with_all_versions_broken_the_newest_says_why(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for version, rank in (("1", 9), ("2", 16)):
+        make_adapter(version, root=tmp_path / "a", r=rank)
+    cache, _ = make_cache(tmp_path)
+    for _ in range(2):
+        with pytest.raises(IncompatibleAdapter, match="--max-lora-rank 16"):
+            async with cache.acquire("a"):
+                pass
+
+
+async def test_files_that_were_refused_are_not_read_again(
+    tmp_path: Path, make_adapter: MakeAdapter, opened: list[str]
+) -> None:
+    folder = make_adapter("a", r=16)
+    cache, _ = make_cache(tmp_path)
+
+    async def is_read(refused: bool = True) -> bool:
+        opened.clear()
+        with pytest.raises(IncompatibleAdapter) if refused else contextlib.nullcontext():
+            async with cache.acquire("a"):
+                pass
+        return str(folder / "adapter_config.json") in opened
+
+    assert await is_read()
+    assert not await is_read()
+    (folder / "adapter_config.json").touch()
+    assert await is_read()
+    make_adapter("a")
+    assert await is_read(refused=False)
+
+
+async def test_a_share_goes_only_to_versions_that_are_served(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    for version, rank in (("1", 4), ("2", 16), ("3", 4)):
+        make_adapter(version, root=tmp_path / "a", r=rank)
+    cache, _ = make_cache(tmp_path, max_bytes=ADAPTER_BYTES + 5000)
+    router = AdapterRouter(cache)
+    await router.promote("a", "1")
+    with pytest.raises(IncompatibleAdapter, match="--max-lora-rank"):
+        await router.set_traffic("a", {"3": 10, "2": 10})
+    assert cache.catalog.routing("a").percent_by_version == {}
+    await router.set_traffic("a", {"3": 100})
+    async with cache.acquire("a", label="x") as adapter:
+        assert adapter.version == "3"
+    await cache.loads.copy(AdapterRef("a", "1"))
+    (tmp_path / "a" / "3" / "adapter_config.json").write_text("{")
+    async with cache.acquire("a", label="x") as adapter:
+        assert adapter.version == "1", "a share whose version broke since is the rest's"

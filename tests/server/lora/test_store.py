@@ -7,8 +7,9 @@ import pytest
 
 from server.errors import AdapterNotFound, DamagedAdapter, InvalidRequest
 from server.lora.catalog import AdapterCatalog
+from server.lora.fingerprint import fingerprint
 from server.lora.routing import Routing
-from server.lora.store import AdapterRef, AdapterStore, fingerprint, parse_reference
+from server.lora.store import AdapterRef, AdapterStore, parse_reference
 
 MANY = 10_000
 

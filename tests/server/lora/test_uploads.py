@@ -78,6 +78,7 @@ async def test_an_upload_needs_its_room_once(tmp_path: Path, make_adapter: MakeA
     [
         ({"name": "a"}, AdapterExists),
         ({"name": "a@1", "replace": True}, AdapterExists),
+        ({"name": "a", "expected_generation": 0}, AdapterExists),
         ({"name": "a", "expected_generation": 7}, AdapterChanged),
         ({"name": "../a"}, InvalidRequest),
         ({"name": "base"}, AdapterExists),

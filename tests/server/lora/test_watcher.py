@@ -1,10 +1,11 @@
 """Changes on disk count without a restart, once they are complete."""
 
 import asyncio
+import errno
 import shutil
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from server.lora.events import AdapterEvent, EventKind
 from server.lora.router import AdapterRouter
 from server.lora.store import StoredName
 from server.lora.watcher import StoreWatcher
-from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
+from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, fail_disk, make_cache
 
 
 @asynccontextmanager
@@ -113,8 +114,8 @@ async def test_a_look_does_not_undo_what_happened_meanwhile(
     scan = cache.store.scan
     scanned, promoted = threading.Event(), threading.Event()
 
-    def slow_scan() -> dict[str, StoredName]:
-        found = scan()
+    def slow_scan(known: Mapping[str, StoredName]) -> dict[str, StoredName]:
+        found = scan(known)
         scanned.set()
         promoted.wait(10)
         return found
@@ -133,7 +134,7 @@ async def test_a_bug_does_not_end_the_watch(
 ) -> None:
     async with watched(tmp_path) as cache:
         with monkeypatch.context() as broken:
-            broken.setattr(cache.store, "scan", lambda: 1 / 0)
+            broken.setattr(cache.store, "scan", lambda known: 1 / 0)
             await eventually(lambda: "was not taken" in caplog.text)
         make_adapter("a")
         await eventually(lambda: names(cache) == ["a@1"])
@@ -259,3 +260,44 @@ async def test_a_change_waits_for_room(tmp_path: Path, make_adapter: MakeAdapter
             assert old is not None
             assert new is not None
             assert new.digest != old.digest
+
+
+async def test_a_folder_that_cannot_be_read_has_not_vanished(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_adapter("a")
+    make_adapter("b")
+    cache, _ = make_cache(tmp_path)
+    good = await cache.load("a", pin=True)
+    watcher = StoreWatcher(cache, interval=1)
+    with monkeypatch.context() as failing:
+        fail_disk(failing, folder, errno.ESTALE)
+        for _ in range(3):
+            await watcher.look()
+        assert names(cache) == ["a@1", "b@1"]
+        assert (await cache.get("a")).pinned
+        async with cache.acquire("a") as adapter:
+            assert adapter is good
+        with pytest.raises(Unavailable, match="cannot be read now"):
+            await make_cache(tmp_path)[0].get("a")
+    assert caplog.text.count("cannot be read and is what it was") == 2, "once by each server"
+    assert names(make_cache(tmp_path)[0]) == ["a@1", "b@1"]
+
+
+async def test_a_change_waits_for_a_disk_that_fails(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter("a", seed=1)
+    cache, _ = make_cache(tmp_path)
+    old = await cache.load("a")
+    watcher = StoreWatcher(cache, interval=1)
+    make_adapter("a", seed=2)
+    with monkeypatch.context() as failing:
+        fail_disk(failing, folder / "SHA256SUMS", errno.EIO)
+        await watcher.look()
+        await watcher.look()
+    assert cache.statuses()[0].adapter is old
+    await watcher.look()
+    now = cache.statuses()[0].adapter
+    assert now is not None
+    assert now.digest != old.digest

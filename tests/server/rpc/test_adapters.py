@@ -2,12 +2,10 @@
 
 import asyncio
 import gc
-import resource
 import shutil
 import weakref
 from collections import Counter
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,8 +21,6 @@ from tests.conftest import ADAPTERS
 from tests.server.rpc.conftest import Running, edit_config, listed
 from tests.server.rpc.test_inference import ask, failure, idle, mix
 from tests.server.rpc.test_uploads import WEIGHTS, upload
-
-STORM_ROUNDS = 1000
 
 
 async def test_the_life_of_an_adapter(running: Running) -> None:
@@ -340,40 +336,3 @@ def loaded_weights(running: Running, name: str) -> "weakref.ref[Tensor]":
     copy = running.engine.adapters.memory.get(AdapterRef(name, "1"))
     assert copy is not None
     return weakref.ref(next(iter(copy.adapter.weights.values())).lora_a)
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-async def test_a_storm_of_loads_leaves_nothing(running: Running) -> None:
-    """Rounds of load, use and unload beside good traffic: names, slots and memory are what they were."""
-    expected = list((await running.inference.Generate(ask(adapter="attention"))).token_ids)
-    stop = asyncio.Event()
-
-    async def good_traffic() -> int:
-        rounds = 0
-        while not stop.is_set():
-            assert list((await running.inference.Generate(ask(adapter="attention"))).token_ids) == expected
-            rounds += 1
-        return rounds
-
-    async def storm(name: str, rounds: int) -> None:
-        for number in range(rounds // 4):
-            await running.adapters.LoadAdapter(pb.LoadAdapterRequest(name=name, source="plain"))
-            if number % 10 == 0:
-                await running.inference.Generate(ask(adapter=name, max_tokens=1))
-            await running.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name=name))
-
-    await asyncio.gather(*[storm(f"warm-{index}", STORM_ROUNDS // 10) for index in range(4)])
-    gc.collect()
-    before = resident_bytes()
-    traffic = asyncio.create_task(good_traffic())
-    await asyncio.gather(*[storm(f"storm-{index}", STORM_ROUNDS) for index in range(4)])
-    stop.set()
-    assert await traffic > 0
-    gc.collect()
-    assert resident_bytes() - before < 20 << 20  # less than the weights of half of the loads
-    assert set(await listed(running)) == set(ADAPTERS)
-    assert {adapter.name for adapter in running.parts.scheduler.slots.adapters()} == {"attention"}
-    assert running.engine.adapters.num_bytes == (await listed(running))["attention"].bytes_host

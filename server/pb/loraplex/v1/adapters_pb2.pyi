@@ -20,6 +20,8 @@ class AdapterState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     AVAILABLE: _ClassVar[AdapterState]
     READY: _ClassVar[AdapterState]
     FAILED: _ClassVar[AdapterState]
+    LOADING: _ClassVar[AdapterState]
+    DRAINING: _ClassVar[AdapterState]
 
 class AdapterTier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -35,6 +37,8 @@ ADAPTER_STATE_UNSPECIFIED: AdapterState
 AVAILABLE: AdapterState
 READY: AdapterState
 FAILED: AdapterState
+LOADING: AdapterState
+DRAINING: AdapterState
 ADAPTER_TIER_UNSPECIFIED: AdapterTier
 DISK: AdapterTier
 HOST: AdapterTier
@@ -121,20 +125,22 @@ class ListAdaptersRequest(_message.Message):
     def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListAdaptersResponse(_message.Message):
-    __slots__ = ("adapters", "next_page_token", "bytes_host", "bytes_host_pinned", "bytes_host_limit", "bytes_merged")
+    __slots__ = ("adapters", "next_page_token", "bytes_host", "bytes_host_pinned", "bytes_host_limit", "bytes_merged", "draining")
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BYTES_HOST_FIELD_NUMBER: _ClassVar[int]
     BYTES_HOST_PINNED_FIELD_NUMBER: _ClassVar[int]
     BYTES_HOST_LIMIT_FIELD_NUMBER: _ClassVar[int]
     BYTES_MERGED_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
     next_page_token: str
     bytes_host: int
     bytes_host_pinned: int
     bytes_host_limit: int
     bytes_merged: int
-    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., bytes_host: _Optional[int] = ..., bytes_host_pinned: _Optional[int] = ..., bytes_host_limit: _Optional[int] = ..., bytes_merged: _Optional[int] = ...) -> None: ...
+    draining: _containers.RepeatedCompositeFieldContainer[Adapter]
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., bytes_host: _Optional[int] = ..., bytes_host_pinned: _Optional[int] = ..., bytes_host_limit: _Optional[int] = ..., bytes_merged: _Optional[int] = ..., draining: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
 
 class GetAdapterRequest(_message.Message):
     __slots__ = ("name",)
@@ -248,7 +254,14 @@ class UnmergeAdapterResponse(_message.Message):
     def __init__(self, seconds: _Optional[float] = ..., freed_bytes: _Optional[int] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "generation", "digest", "state", "rank", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "tier", "requests_running", "error", "merged", "pinned", "requests_waiting", "current", "traffic_percent", "num_layers", "unmatched_targets", "other_base")
+    __slots__ = ("name", "version", "generation", "digest", "state", "rank", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "tier", "requests_running", "error", "merged", "pinned", "requests_waiting", "current", "traffic_percent", "num_layers", "unmatched_targets", "other_base", "adds_nothing", "layers_by_target")
+    class LayersByTargetEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -270,6 +283,8 @@ class Adapter(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     UNMATCHED_TARGETS_FIELD_NUMBER: _ClassVar[int]
     OTHER_BASE_FIELD_NUMBER: _ClassVar[int]
+    ADDS_NOTHING_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_BY_TARGET_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     generation: int
@@ -291,4 +306,6 @@ class Adapter(_message.Message):
     num_layers: int
     unmatched_targets: _containers.RepeatedScalarFieldContainer[str]
     other_base: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes_disk: _Optional[int] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., requests_running: _Optional[int] = ..., error: _Optional[str] = ..., merged: _Optional[bool] = ..., pinned: _Optional[bool] = ..., requests_waiting: _Optional[int] = ..., current: _Optional[bool] = ..., traffic_percent: _Optional[int] = ..., num_layers: _Optional[int] = ..., unmatched_targets: _Optional[_Iterable[str]] = ..., other_base: _Optional[str] = ...) -> None: ...
+    adds_nothing: bool
+    layers_by_target: _containers.ScalarMap[str, int]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes_disk: _Optional[int] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., requests_running: _Optional[int] = ..., error: _Optional[str] = ..., merged: _Optional[bool] = ..., pinned: _Optional[bool] = ..., requests_waiting: _Optional[int] = ..., current: _Optional[bool] = ..., traffic_percent: _Optional[int] = ..., num_layers: _Optional[int] = ..., unmatched_targets: _Optional[_Iterable[str]] = ..., other_base: _Optional[str] = ..., adds_nothing: _Optional[bool] = ..., layers_by_target: _Optional[_Mapping[str, int]] = ...) -> None: ...

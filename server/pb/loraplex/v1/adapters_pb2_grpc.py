@@ -113,7 +113,8 @@ class AdaptersServicer:
         Errors: INVALID_ARGUMENT for broken files, FAILED_PRECONDITION for files that do not fit this server, NOT_FOUND,
         ALREADY_EXISTS when the name is taken and replace is not set, ABORTED when another generation than the expected one
         has the name or the files change while they are read, DATA_LOSS for a published adapter that is not what was
-        published, RESOURCE_EXHAUSTED when host memory has no room.
+        published, RESOURCE_EXHAUSTED when host memory has no room or the system is short of something, UNAVAILABLE when the
+        disk cannot be read now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,7 +193,9 @@ class AdaptersServicer:
         """Sends shares of a bare name's requests to some of its versions; the rest goes to the promoted or newest version.
         Requests with the same request_id always go to the same version; those without draw by chance. Kept in the store.
 
-        Errors: INVALID_ARGUMENT for more than 100 per cent, NOT_FOUND.
+        The versions are loaded first, as by PromoteVersion.
+
+        Errors: those of LoadAdapter, INVALID_ARGUMENT for more than 100 per cent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
