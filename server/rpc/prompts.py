@@ -1,7 +1,8 @@
 """From a request's input to token ids. Short inputs are read on the event loop, long ones on a thread of their own.
 
-Text is text: a special token that a prompt or a message spells is tokenized like any other words, so that nobody ends a
-turn, or speaks as the system, from within a message. Special tokens are those that tokenizer and chat template add.
+A message is text: a special token that it spells is tokenized like any other words, so that nobody ends a turn, or
+speaks as the system, from within a message. A prompt is the client's own, who may have formatted a chat in it: there they
+count.
 """
 
 import asyncio
@@ -17,14 +18,13 @@ from server.pb.loraplex.v1 import inference_pb2 as pb
 
 LONG = 4096  # characters from which an input leaves the event loop
 ROLES = ("system", "user", "assistant")
-_PROMPT_ALONE = "{{ messages[0].content }}"  # a chat template
 
 
 class PromptReader:
     """Owns the limits of inputs, and the thread that reads long ones: one, so that a burst leaves the engine its cores.
 
-    What can never fit in the context is refused by its size, before it is rendered or tokenized. So is text that spells
-    special tokens read on the thread: it takes the tokenizer longer.
+    What can never fit in the context is refused by its size, before it is rendered or tokenized. Messages that spell
+    special tokens are read on the thread too: they take the tokenizer longer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_model_len: int) -> None:
@@ -33,7 +33,6 @@ class PromptReader:
         self._max_model_len = max_model_len
         self._max_characters = max_model_len * max(map(len, tokenizer.get_vocab()))
         self._control_tokens = _control_tokens(tokenizer)
-        self._before_prompt, self._after_prompt = _added_around(tokenizer)
         self._thread = ThreadPoolExecutor(1, "loraplex-prompts")
 
     async def read(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
@@ -49,11 +48,12 @@ class PromptReader:
             token_ids = list(request.prompt_token_ids.ids)
         elif kind == "prompt":
             self._check_size(kind, len(request.prompt))
-            token_ids = await self._run(partial(self._encode_prompt, request.prompt), request.prompt)
+            token_ids = await self._run(partial(self._encode_prompt, request.prompt), len(request.prompt) >= LONG)
         elif kind == "chat":
             self._check_chat(request.chat)
-            said = "\0".join(part for message in request.chat.messages for part in (message.role, message.content))
-            token_ids = await self._run(partial(self._encode_chat, request.chat), said)
+            size = sum(len(message.role) + len(message.content) for message in request.chat.messages)
+            slow = size >= LONG or self._spells_control(request.chat)
+            token_ids = await self._run(partial(self._encode_chat, request.chat), slow)
         else:
             raise InvalidRequest("no input: set prompt, prompt_token_ids or chat", field="input")
         if not token_ids:
@@ -65,49 +65,28 @@ class PromptReader:
         self._check_length(kind, len(token_ids))
         return token_ids
 
-    async def _run(self, encode: Callable[[bool], list[int]], text: str) -> list[int]:
-        """Encodes on the loop or on the thread; `encode` is told whether the text spells special tokens."""
-        if len(text) < LONG and not self._spells_control(text):
-            return encode(False)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, lambda: encode(self._spells_control(text)))
+    async def _run(self, encode: Callable[[], list[int]], slow: bool) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, encode) if slow else encode()
 
-    def _spells_control(self, text: str) -> bool:
-        return any(token in text for token in self._control_tokens)
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        return list(self._tokenizer(prompt)["input_ids"])
 
-    def _encode_prompt(self, prompt: str, spells_control: bool) -> list[int]:
-        if not spells_control:
-            return list(self._tokenizer(prompt)["input_ids"])
-        try:
-            token_ids = self._encode_as_text([{"role": "user", "content": prompt}], chat_template=_PROMPT_ALONE)
-        except ValueError as error:
-            raise InvalidRequest(f"prompt cannot be taken as text: {error}", field="prompt") from error
-        return [*self._before_prompt, *token_ids, *self._after_prompt]
-
-    def _encode_chat(self, chat: pb.Chat, spells_control: bool) -> list[int]:
+    def _encode_chat(self, chat: pb.Chat) -> list[int]:
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         try:
-            if spells_control:
-                return self._encode_as_text(messages, add_generation_prompt=True)
+            if self._spells_control(chat):
+                encoded = self._tokenizer.apply_chat_template(
+                    messages, return_dict=False, add_generation_prompt=True, sanitize_control_tokens=True
+                )
+                return list(encoded)
             text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except (jinja2.TemplateError, ValueError) as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}", field="chat.messages") from error
         self._check_size("chat", len(text))  # with what the template added
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _encode_as_text(self, messages: list[dict[str, str]], **settings: object) -> list[int]:
-        """The messages through a template whose own special tokens are the only ones.
-
-        Raises:
-            ValueError: the tokenizer makes a special token even of plain text.
-        """
-        encoded = self._tokenizer.apply_chat_template(
-            messages,
-            return_dict=False,
-            sanitize_control_tokens=True,
-            **settings,  # type: ignore[arg-type]
-        )
-        return list(encoded)
+    def _spells_control(self, chat: pb.Chat) -> bool:
+        return any(token in message.content for message in chat.messages for token in self._control_tokens)
 
     def _check_chat(self, chat: pb.Chat) -> None:
         """Whether its messages can be rendered."""
@@ -145,15 +124,7 @@ class PromptReader:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What no text may become: special tokens, and what the chat template writes of the other added ones."""
+    """What no message may become: special tokens, and what the chat template writes of the other added ones."""
     template = str(tokenizer.chat_template)
     added = tokenizer.added_tokens_decoder.values()
     return [str(token) for token in added if token.special or (str(token) in template and not str(token).isspace())]
-
-
-def _added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens that every prompt gets before and after its own."""
-    alone = tokenizer("x", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("x")["input_ids"]
-    start = next(index for index in range(len(whole)) if whole[index : index + len(alone)] == alone)
-    return whole[:start], whole[start + len(alone) :]
