@@ -1,8 +1,8 @@
 """From a request's input to token ids. Short inputs are read on the event loop, long ones on a thread of their own.
 
 A message is text: a special token that it spells is tokenized like any other words, so that nobody ends a turn, or
-speaks as the system, from within a message. A prompt is the client's own, who may have formatted a chat in it: there they
-count.
+speaks as the system, from within a message. A prompt is the client's own, who may have formatted a chat in it: there
+they count.
 """
 
 import asyncio
