@@ -38,7 +38,7 @@ def test_help_tells_the_environment_twin_of_every_flag(name: str) -> None:
             {"LORAPLEX_CHAT_TEMPERATURE": "hot"},
             "'--temperature' (env var: 'LORAPLEX_CHAT_TEMPERATURE'): 'hot'",
         ),
-        (["loadtest", "run"], {"LORAPLEX_LOADTEST_RUN_RATE": "x"}, "'--rate' (env var: 'LORAPLEX_LOADTEST_RUN_RATE')"),
+        (["loadtest", "run"], {"LORAPLEX_LOADTEST_RATE": "x"}, "'--rate' (env var: 'LORAPLEX_LOADTEST_RATE')"),
         (
             ["train", "--model", "x"],
             {"LORAPLEX_TRAIN_DATA": "/nowhere"},

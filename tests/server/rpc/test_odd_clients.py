@@ -3,7 +3,7 @@
 import asyncio
 import struct
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 import pytest
@@ -76,15 +76,24 @@ def raw_call(method: str, *messages: Message, **more_headers: str) -> bytes:
     return preface + frame(1, 4, 1, block) + frame(0, 1, 1, body)
 
 
+@asynccontextmanager
+async def connected(running: Running) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.server.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
 @pytest.mark.parametrize("timeout", ["1S", "", "S", "-1S", "1.5S", "1x", "99999999H", "9" * 100 + "S"])
 async def test_odd_timeouts(running: Running, timeout: str) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", running.server.port)
-    writer.write(raw_call("/loraplex.v1.Inference/Generate", ask(), grpc_timeout=timeout))
     received = b""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(10), connected(running) as (reader, writer):
+        writer.write(raw_call("/loraplex.v1.Inference/Generate", ask(), grpc_timeout=timeout))
         while not (b"grpc-status" in received or reader.at_eof()):
             received += await reader.read(65_536)
-    writer.close()
     assert b"grpc-status" in received
     assert (await running.inference.Generate(ask())).token_ids
     await idle(running)
@@ -97,20 +106,19 @@ async def test_a_reader_that_does_not_read(running: Running) -> None:
     """
     sampling = {"max_tokens": 100, "logprobs": 20}
     requests = [infer(flag("stream"), flag("return_logprobs"), sampling=sampling)] * (16 + 8)
-    reader, writer = await asyncio.open_connection("127.0.0.1", running.server.port)
     alone = await running.inference.Generate(ask(adapter="plain"))
-    writer.write(raw_call("/inference.GRPCInferenceService/ModelStreamInfer", *requests))
-    async with asyncio.timeout(20):
-        while not running.parts.scheduler.has_work:
-            await asyncio.sleep(0.005)
-    await idle(running)
-    assert await running.inference.Generate(ask(adapter="plain")) == alone
-    received = 0
-    with suppress(TimeoutError):
-        while data := await asyncio.wait_for(reader.read(1 << 20), 0.3):
-            received += len(data)
-    assert (1 << 16) - 1 <= received < 1 << 17  # of about four million bytes
-    writer.close()
+    async with connected(running) as (reader, writer):
+        writer.write(raw_call("/inference.GRPCInferenceService/ModelStreamInfer", *requests))
+        async with asyncio.timeout(20):
+            while not running.parts.scheduler.has_work:
+                await asyncio.sleep(0.005)
+        await idle(running)
+        assert (await running.inference.Generate(ask(adapter="plain"))).token_ids == alone.token_ids
+        received = 0
+        with suppress(TimeoutError):
+            while data := await asyncio.wait_for(reader.read(1 << 20), 0.3):
+                received += len(data)
+        assert (1 << 16) - 1 <= received < 1 << 17  # of about four million bytes
     async with asyncio.timeout(5):  # its call ends
         while value(running, "started") > value(running, "handled"):
             await asyncio.sleep(0.01)
