@@ -78,7 +78,7 @@ class InferenceService(pb_grpc.InferenceServicer):
                 engine.generate(prompt, _nth(params, index), adapters, request.cache_salt, request.request_id, hold)
                 for index in range(num_answers)
             ]
-            async with aclosing(_alone(*streams) if num_answers == 1 else _merge(streams)) as outputs:
+            async with aclosing(_merge(streams)) as outputs:
                 async for index, output in outputs:
                     yield _response(engine, index, output, len(prompt))
 
@@ -117,13 +117,6 @@ def _weight(value: float, field: str) -> float:
 def _nth(params: SamplingParams, index: int) -> SamplingParams:
     """The same parameters for the n-th answer: a seed gives n different answers, always the same n."""
     return params if params.seed is None else replace(params, seed=params.seed + index)
-
-
-async def _alone(stream: AsyncGenerator[GenerationOutput, None]) -> AsyncGenerator[tuple[int, GenerationOutput], None]:
-    """The outputs of the only request, without a task and a queue on their way."""
-    async with aclosing(stream) as outputs:
-        async for output in outputs:
-            yield 0, output
 
 
 async def _merge(
