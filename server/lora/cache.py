@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import enum
 from collections.abc import AsyncIterator, Sequence
 
 from server.errors import AdapterInUse, AdapterNotFound, DamagedAdapter, IncompatibleAdapter, InvalidAdapter
@@ -21,17 +20,10 @@ from server.lora.served_base import ServedBase
 from server.lora.status_board import StatusBoard
 from server.lora.store import AdapterRef, AdapterStore, parse_reference
 from server.lora.tier import AdapterTier
+from server.lora.unload_mode import UnloadMode
 from server.metrics import Metrics
 
 Found = Sequence[tuple[Adapter, AdapterTier]]  # what a request holds, and where it was
-
-
-class UnloadMode(enum.Enum):
-    """What happens to the requests that use an adapter when its name is taken away."""
-
-    DRAIN = enum.auto()  # they finish
-    FORCE = enum.auto()  # they end ABORTED
-    IF_IDLE = enum.auto()  # with any, nothing is unloaded
 
 
 class AdapterCache:

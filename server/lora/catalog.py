@@ -44,9 +44,7 @@ class AdapterCatalog:
         except OSError as error:
             raise ConfigError(f"--adapters-dir {store.root}: {error.strerror}") from error
         self._sources: dict[str, dict[str, Path]] = {}  # versions loaded from folders of another name
-        self._unloaded: set[AdapterRef] = (
-            set()
-        )  # stored versions that were taken away: only LoadAdapter brings them back
+        self._unloaded: set[AdapterRef] = set()  # stored, and taken away: only LoadAdapter brings them back
         self._refs: list[AdapterRef] | None = None  # sorted; None: to be made
 
     def resolve(self, reference: str, label: str = "") -> AdapterRef:

@@ -7,12 +7,12 @@ from contextlib import aclosing
 
 from server.engine.async_engine import AsyncEngine
 from server.errors import InvalidRequest, ServingError
-from server.lora.cache import UnloadMode
 from server.lora.events import AdapterStatus
 from server.lora.layers import bytes_on_device
 from server.lora.publish import DeclaredFile
 from server.lora.router import AdapterRouter
 from server.lora.store import AdapterRef, parse_reference
+from server.lora.unload_mode import UnloadMode
 from server.lora.uploads import AdapterUploads, UploadClaim, UploadLimits
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from server.pb.loraplex.v1 import adapters_pb2_grpc as pb_grpc

@@ -29,7 +29,7 @@ from server.engine.build import build_engine
 from server.engine.request import SamplingParams
 from server.errors import AdapterExists, AdapterInUse, AdapterNotFound, AdapterUnloaded, InvalidAdapter
 from server.lora.adapter import Adapter
-from server.lora.cache import UnloadMode
+from server.lora.unload_mode import UnloadMode
 from server.metrics import Metrics
 from server.serve import running_engine
 from tests.conftest import save_adapter, tiny_llama

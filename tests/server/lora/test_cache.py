@@ -18,8 +18,8 @@ from server.errors import (
     InvalidAdapter,
 )
 from server.lora.adapter import Adapter
-from server.lora.cache import UnloadMode
 from server.lora.host_copy import FreedBytes, HostCopy
+from server.lora.unload_mode import UnloadMode
 from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, make_cache
 
 

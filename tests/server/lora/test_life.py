@@ -25,8 +25,8 @@ from hypothesis.stateful import (
 from adapters.format import read_adapter
 from server.errors import AdapterExists, AdapterInUse, AdapterNotFound, InvalidAdapter, Overloaded
 from server.lora.adapter import Adapter
-from server.lora.cache import UnloadMode
 from server.lora.store import AdapterRef
+from server.lora.unload_mode import UnloadMode
 from server.lora.watcher import StoreWatcher
 from tests.conftest import save_adapter, tiny_llama
 from tests.server.lora.conftest import ADAPTER_BYTES, LAYERS, make_cache
