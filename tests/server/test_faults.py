@@ -11,7 +11,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+from click.testing import CliRunner
 
+from loadtest import channel
+from server.cli import main
 from server.metrics_endpoint import MAX_CONNECTIONS
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1.adapters_pb2 import ListAdaptersRequest
@@ -66,8 +69,8 @@ def standing_still(server: Server) -> Iterator[None]:
 
 def test_a_server_that_stood_still_drops_what_expired_meanwhile(server: Server) -> None:
     """Clients do not wait for it beyond their deadlines; it does none of their work, and is as it was before."""
-    with grpc.insecure_channel(server.address) as channel:
-        stub = InferenceStub(channel)
+    with grpc.insecure_channel(server.address) as connection:
+        stub = InferenceStub(connection)
         expected = stub.Generate(request()).token_ids
         done = metric(server, "loraplex_generation_tokens_total")
         early = [stub.GenerateStream(request(), timeout=1) for _ in range(20)]
@@ -84,18 +87,28 @@ def test_a_server_that_stood_still_drops_what_expired_meanwhile(server: Server) 
         for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio"):
             wait_until(lambda gauge=gauge: metric(server, f"loraplex_{gauge}") == 0)  # type: ignore[misc]
         [plain] = [
-            one for one in AdaptersStub(channel).ListAdapters(ListAdaptersRequest()).adapters if one.name == "plain"
+            one for one in AdaptersStub(connection).ListAdapters(ListAdaptersRequest()).adapters if one.name == "plain"
         ]
         assert (plain.requests_running, plain.requests_waiting) == (0, 0)
     assert metric(server, "loraplex_generation_tokens_total") - done < 12 * TOKENS
     assert metric(server, "loraplex_failed_requests_total") == 0
 
 
+def test_a_command_gives_up_a_server_that_stands_still(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "_PING_TIMEOUT_MS", 200)
+    with standing_still(server):
+        started = time.monotonic()
+        done = CliRunner().invoke(main, ["generate", "--address", server.address, "x"])
+        assert time.monotonic() - started < 10, "gRPC's own patience is 20 s"
+    assert done.exit_code == 1
+    assert done.output.startswith(f"Error: UNAVAILABLE from {server.address}: ")
+
+
 def test_scrapers_that_stall_hold_up_nobody(server: Server) -> None:
     """Neither a client nor an honest scraper, and what they take is bounded."""
     host, _, port = server.metrics_address.rpartition(":")
-    with grpc.insecure_channel(server.address) as channel, ExitStack() as stack:
-        stub = InferenceStub(channel)
+    with grpc.insecure_channel(server.address) as connection, ExitStack() as stack:
+        stub = InferenceStub(connection)
         expected = stub.Generate(request()).token_ids
         answered = metric(server, "loraplex_requests_total")
         threads, memory = status(server, "Threads"), status(server, "VmRSS")
