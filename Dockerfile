@@ -24,6 +24,9 @@ ENV PATH=/venv/bin:$PATH \
     LORAPLEX_ADAPTERS_DIR=/data/adapters \
     LORAPLEX_LISTEN=0.0.0.0:50051 \
     LORAPLEX_METRICS_LISTEN=0.0.0.0:9090
+# What is built, for `loraplex env` and load tests: the image has no checkout to ask.
+ARG COMMIT=""
+ENV LORAPLEX_COMMIT=$COMMIT
 VOLUME /data
 EXPOSE 50051 9090
 HEALTHCHECK --start-period=60s --interval=10s --timeout=5s CMD ["loraplex", "health"]

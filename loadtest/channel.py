@@ -25,18 +25,20 @@ def endpoint(address: str, ca: Path | None = None) -> tuple[str, grpc.ChannelCre
     return address.removeprefix("https://"), grpc.ssl_channel_credentials(ca.read_bytes() if ca else None)
 
 
-def connect(address: str, ca: Path | None = None) -> grpc.aio.Channel:
-    """A channel to an `endpoint`, on the running event loop.
-
-    Calls end UNAVAILABLE soon after the server stopped answering pings: one that hangs is as good as gone.
-    """
-    target, credentials = endpoint(address, ca)
-    options = [
+def channel_options() -> list[tuple[str, int]]:
+    """Calls end UNAVAILABLE soon after the server stopped answering pings: one that hangs is as good as gone."""
+    return [
         ("grpc.keepalive_time_ms", _PING_MS),
         ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),  # keepalive_timeout_ms alone leaves it at a minute
         ("grpc.http2.max_pings_without_data", 0),  # any number: an answer may take long to begin
         ("grpc.min_reconnect_backoff_ms", _PING_TIMEOUT_MS),  # also the time to connect anew: it may hang then too
     ]
+
+
+def connect(address: str, ca: Path | None = None) -> grpc.aio.Channel:
+    """A channel to an `endpoint`, on the running event loop."""
+    target, credentials = endpoint(address, ca)
+    options = channel_options()
     if credentials:
         return grpc.aio.secure_channel(target, credentials, options)
     return grpc.aio.insecure_channel(target, options)

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from loadtest.histogram import PERCENTILES
-from loadtest.report import METRICS
+from loadtest.report import METRICS, NORMALIZED
 
 _COLUMNS = ("mean", *(f"p{percent}" for percent in PERCENTILES), "max")
 
@@ -32,9 +32,19 @@ def table(summary: dict[str, Any]) -> Table:
             for tier, spread in summary["tiers"].items():
                 if spread["count"]:
                     made.add_row(f"  {tier} ({spread['count']:,})", *_cells(spread))
+    for name in NORMALIZED:
+        made.add_row(name.replace("_", " "), *_cells(summary["seconds"][name]))
     codes = ", ".join(f"{code} {count}" for code, count in summary["codes"].items())
-    made.caption = f"status codes: {codes or 'none'}"
+    made.caption = f"status codes: {codes or 'none'}{_slora(summary)}"
     return made
+
+
+def _slora(summary: dict[str, Any]) -> str:
+    """S-LoRA's measures, but for its attainment, which is the share of first tokens within their limit."""
+    satisfaction, strip = summary["satisfaction"], summary["strip_requests_s"]
+    told = [] if satisfaction is None else [f"satisfaction {satisfaction:.3f}"]
+    told += [] if strip is None else [f"strip throughput {strip:.2f}/s"]
+    return f"\nS-LoRA: {', '.join(told)}" if told else ""
 
 
 def server_line(server: dict[str, str], settings: dict[str, str]) -> str:

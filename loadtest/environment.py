@@ -48,7 +48,10 @@ def processor() -> str:
 
 
 def commit(source: Path) -> str:
-    """The commit that a file belongs to, with a + if its checkout has changes; empty: git does not know the file."""
+    """The commit that a file belongs to, with a + if its checkout has changes.
+
+    Where git does not know the file, as in an image, what LORAPLEX_COMMIT says; empty: nothing.
+    """
     git = ["git", "-C", str(source.parent)]
     try:
         # An installation may lie in a checkout of something else.
@@ -56,5 +59,5 @@ def commit(source: Path) -> str:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("LORAPLEX_COMMIT", "")
     return head.stdout.strip() + ("+" if changes.stdout else "")

@@ -11,6 +11,7 @@ TITLES = {
     "inter_token": "Inter-token latency",
     "end_to_end": "End to end",
     "per_output_token": "End to end per output token",
+    "per_token": "End to end per token, the prompt's too",
 }
 
 

@@ -1,7 +1,7 @@
 """A run as it was measured, and the limits that its requests are held against."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loadtest.churn_review import ChurnReview
@@ -37,6 +37,7 @@ class Measurement:
     slo: Slo
     outcomes: Sequence[Outcome]
     results: Sequence[CallResult]  # of all processes, in the order they were due
+    prompt_tokens: Mapping[str, int]  # of every request, by its id
     start: float  # time.monotonic() of second 0
     wall: float  # seconds from there to the end
     unplayed: int = 0  # items of a trace after `num_requests` or `duration`

@@ -75,7 +75,7 @@ class Report:
     def add(self, run: Measurement) -> dict[str, Any]:
         """Books a run; gives its numbers."""
         summary = summarize(run)
-        kept = histograms(run.results)
+        kept = histograms(run)
         summary["hdr"] = {name: histogram.encode().decode() for name, histogram in kept.items()}
         self._document["server"], self._document["settings"] = run.server, run.settings
         self._document["runs"].append(summary)

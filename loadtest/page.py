@@ -16,7 +16,7 @@ from loadtest.page_plots import (
     sweep_section,
     tiers_section,
 )
-from loadtest.report import METRICS
+from loadtest.report import METRICS, NORMALIZED
 
 _STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
@@ -90,10 +90,12 @@ def _tiles(run: dict[str, Any], sweep: dict[str, Any] | None) -> str:
     tiles = [
         (offered(run), "offered" if run["offered_requests_s"] else "closed loop"),
         (f"{per_second(run['requests_s'])} /s", "requests completed"),
+        (_strip(run), "strip throughput (S-LoRA)"),
         (f"{per_second(run['output_tokens_s'])} /s", "output tokens"),
         (_both(spreads["first_token"]), "first token, p50 / p99"),
         (_both(spreads["inter_token"]), "inter-token, p50 / p99"),
         (_both(spreads["end_to_end"]), "end to end, p50 / p99"),
+        (percent(run["attainment"]["first_token"]), f"first token in {seconds(run['slo']['first_token'])}"),
         (percent(run["attainment"]["all"]), "kept every limit"),
         (percent(run["satisfaction"]), "satisfaction (S-LoRA)"),
     ]
@@ -112,6 +114,11 @@ def _until(rate: float | None, highest_rate: float) -> str:
     return f"{'≥ ' if rate == highest_rate else ''}{rate:g} /s"
 
 
+def _strip(run: dict[str, Any]) -> str:
+    rate = run["strip_requests_s"]
+    return "–" if rate is None else f"{per_second(rate)} /s"
+
+
 def _percentiles(run: dict[str, Any]) -> str:
     keys = ["mean", *(f"p{percent}" for percent in PERCENTILES), "max"]
     rows = [
@@ -122,8 +129,7 @@ def _percentiles(run: dict[str, Any]) -> str:
         ]
         for name in METRICS
     ]
-    per_token = run["seconds"]["per_output_token"]
-    rows.append([TITLES["per_output_token"], *[seconds(per_token[key]) for key in keys], ""])
+    rows += [[TITLES[name], *[seconds(run["seconds"][name][key]) for key in keys], ""] for name in NORMALIZED]
     if run["mean_queue_s"] is not None:
         rows.append(["In the server's queue", seconds(run["mean_queue_s"]), *[""] * len(keys)])
     return table(["", *keys, "within limit"], rows)

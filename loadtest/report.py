@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hdrh.histogram import HdrHistogram
@@ -16,8 +16,10 @@ from loadtest.measurement import Measurement
 LATE = 0.010  # seconds: beyond this at the 99th percentile the client, not the server, makes the latencies
 BUSY = 0.9  # of one core
 METRICS = ("first_token", "inter_token", "end_to_end")  # that have limits
-LATENCIES = (*METRICS, "per_output_token")
+NORMALIZED = ("per_output_token", "per_token")  # end to end
+LATENCIES = (*METRICS, *NORMALIZED)
 TIERS = {"cold": "disk", "host": "host", "hot": "device"}  # series of first-token times, by where the adapter was
+_STRIP_SECONDS = 10.0  # S-LoRA's
 _BEHIND = 0.1  # of the arrivals, not completed in time: a server that falls behind
 _LEAD_IN = 0.25  # of the arrivals, not counted when completions are held against arrivals
 
@@ -28,12 +30,13 @@ def summarize(run: Measurement) -> dict[str, Any]:
     excused = run.churn.refused if run.churn else frozenset()
     counted = [result for index, result in enumerate(results) if index not in excused]
     good = [result for result in counted if result.ok]
-    values = latencies(good)
+    values = latencies(good, run.prompt_tokens)
+    offered = None if run.workload.concurrency else _offered(results, run.start)
     kept = [run.slo.kept(result) for result in counted]
     all_kept = sum(all(limits.values()) for limits in kept)
     return {
         "label": run.label,
-        "offered_requests_s": None if run.workload.concurrency else _offered(results, run.start),
+        "offered_requests_s": offered,
         "requests": len(counted),
         "completed": len(good),
         "failed": len(counted) - len(good),
@@ -50,6 +53,7 @@ def summarize(run: Measurement) -> dict[str, Any]:
         "first_error": next((f"{result.code}: {result.details}" for result in counted if not result.ok), ""),
         "wall_s": run.wall,
         "requests_s": len(good) / run.wall,
+        "strip_requests_s": strip_throughput(len(good), offered, run.wall),
         "output_tokens_s": sum(result.num_tokens for result in good) / run.wall,
         "balance": None if run.workload.concurrency else balance(counted, run.start),
         "seconds": {name: spread(values[name]) for name in LATENCIES},
@@ -72,19 +76,40 @@ def summarize(run: Measurement) -> dict[str, Any]:
     }
 
 
-def latencies(results: Iterable[CallResult]) -> dict[str, list[float]]:
-    """Seconds of each kind, of requests that ended well."""
+def latencies(results: Iterable[CallResult], prompt_tokens: Mapping[str, int]) -> dict[str, list[float]]:
+    """Seconds of each kind, of requests that ended well; S-LoRA's latencies per token are the last two.
+
+    Args:
+        prompt_tokens: of each request, by its id.
+    """
     good = [result for result in results if result.ok]
     return {
         "first_token": [result.first_token for result in good if result.first_token is not None],
         "inter_token": [gap for result in good for gap in result.token_gaps],
         "end_to_end": [result.total for result in good],
         "per_output_token": [result.total / result.num_tokens for result in good if result.num_tokens],
+        "per_token": [
+            result.total / (prompt_tokens[result.request_id] + result.num_tokens)
+            for result in good
+            if result.num_tokens
+        ],
     }
 
 
-def histograms(results: Iterable[CallResult]) -> dict[str, HdrHistogram]:
-    return {name: hdr_histogram(seconds) for name, seconds in latencies(results).items()}
+def histograms(run: Measurement) -> dict[str, HdrHistogram]:
+    found = latencies(run.results, run.prompt_tokens)
+    return {name: hdr_histogram(seconds) for name, seconds in found.items()}
+
+
+def strip_throughput(completed: int, offered: float | None, wall: float) -> float | None:
+    """S-LoRA's: requests/s without ten seconds at both ends and as many requests as are offered in them.
+
+    None where there is nothing left: of a closed loop, of a run of less than twenty seconds, or of fewer requests.
+    """
+    seconds = wall - 2 * _STRIP_SECONDS
+    if offered is None or seconds <= 0 or completed <= 2 * _STRIP_SECONDS * offered:
+        return None
+    return (completed - 2 * _STRIP_SECONDS * offered) / seconds
 
 
 def satisfaction(results: Sequence[CallResult], limit: float) -> float | None:
@@ -147,7 +172,11 @@ def _by_tier(results: Sequence[CallResult]) -> dict[str, dict[str, Any]]:
     """First-token times by where the server found each request's adapter, of all requests that had one."""
     made = {}
     for name, tier in TIERS.items():
-        seconds = latencies(result for result in results if result.tier == tier)["first_token"]
+        seconds = [
+            result.first_token
+            for result in results
+            if result.ok and result.tier == tier and result.first_token is not None
+        ]
         made[name] = {**spread(seconds), "cumulative": cumulative(seconds)}
     return made
 

@@ -78,6 +78,7 @@ async def measure(
         slo=slo,
         outcomes=outcomes,
         results=results,
+        prompt_tokens={str(arrival.prompt): arrival.prompt_tokens for arrival in share.arrivals},
         start=load.start,
         wall=max(outcome.ended for outcome in outcomes) - load.start,
         unplayed=schedule.unplayed,

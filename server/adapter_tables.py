@@ -1,8 +1,10 @@
 """Adapters as the commands show them."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -11,26 +13,35 @@ from server.pb.loraplex.v1 import adapters_pb2 as pb
 
 _NUMBERS = ("traffic", "rank", "disk MiB", "host MiB", "device MiB", "running", "waiting")
 _COLUMNS = ("name", "version", "traffic", "state", *_NUMBERS[1:], "digest", "error")
+_LONG = ("name", "error")  # go on in the next line of a narrow terminal; all others are whole in any
 
 
 def print_adapters(found: Sequence[pb.Adapter]) -> None:
-    table = Table()
-    for title in _COLUMNS:
-        table.add_column(title, justify="right" if title in _NUMBERS else "left")
-    for adapter in found:
-        table.add_row(
-            adapter.name,
-            adapter.version + (" *" if adapter.current else ""),
-            f"{adapter.traffic_percent} %" if adapter.traffic_percent else "",
-            state_of(adapter),
-            str(adapter.rank or ""),
-            *(mib(size) if size else "" for size in (adapter.bytes_disk, adapter.bytes_host, adapter.bytes_device)),
-            str(adapter.requests_running),
-            str(adapter.requests_waiting),
-            adapter.digest[:12],
-            Text(adapter.error),
-        )
+    """One row each; columns in which nothing would stand are left out, so that the rest has room."""
+    rows = [_cells(adapter) for adapter in found]
+    shown = [index for index, _ in enumerate(_COLUMNS) if any(row[index] for row in rows)]
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for title in (_COLUMNS[index] for index in shown):
+        justify: Literal["left", "right"] = "right" if title in _NUMBERS else "left"
+        table.add_column(title, justify=justify, overflow="fold", no_wrap=title not in _LONG)
+    for row in rows:
+        table.add_row(*[Text(row[index]) for index in shown])
     Console().print(table)
+
+
+def _cells(adapter: pb.Adapter) -> list[str]:
+    """In the order of the columns."""
+    return [
+        adapter.name,
+        adapter.version + (" *" if adapter.current else ""),
+        f"{adapter.traffic_percent} %" if adapter.traffic_percent else "",
+        state_of(adapter),
+        str(adapter.rank or ""),
+        *(mib(size) if size else "" for size in (adapter.bytes_disk, adapter.bytes_host, adapter.bytes_device)),
+        *(str(number or "") for number in (adapter.requests_running, adapter.requests_waiting)),
+        adapter.digest[:12],
+        adapter.error,
+    ]
 
 
 def state_of(adapter: pb.Adapter) -> str:
@@ -44,6 +55,8 @@ def state_of(adapter: pb.Adapter) -> str:
 def print_fields(adapter: pb.Adapter) -> None:
     """All that is known of one."""
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for field in pb.Adapter.DESCRIPTOR.fields:
         value = getattr(adapter, field.name)
         if field.enum_type is not None:

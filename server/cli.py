@@ -16,7 +16,7 @@ from server.adapter_commands import adapters
 from server.base_models import EMBEDDED, resolve
 from server.chat import chat
 from server.client_commands import generate, health
-from server.config import EngineConfig, ServerConfig, options, take
+from server.config import EngineConfig, ServerConfig, config_option, options, take, yaml_key
 from server.errors import ConfigError
 from server.openmp import bound_spinning
 
@@ -150,19 +150,26 @@ def throughput(
         )
 
 
-def _give_environment_twins(command: click.Command, prefix: str) -> None:
-    """Flags without a variable of their own get LORAPLEX_COMMAND_FLAG; help and errors name either."""
+def _give_twins(command: click.Command, prefix: str) -> None:
+    """Every flag gets what the settings of a server have: a variable, by default LORAPLEX_COMMAND_FLAG, and a YAML key.
+
+    Help names both, and errors name the variable where the value is from there.
+    """
     if isinstance(command, click.Group):
         for name, subcommand in command.commands.items():
-            _give_environment_twins(subcommand, f"{prefix}_{name}")
+            _give_twins(subcommand, f"{prefix}_{name.replace('-', '_')}")
         return
-    for parameter in command.params:
-        if isinstance(parameter, click.Option):
-            parameter.envvar = parameter.envvar or f"{prefix}_{parameter.name}".upper()
-            parameter.show_envvar = True
+    flags = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    for flag in flags:
+        flag.envvar = flag.envvar or f"{prefix}_{flag.name}".upper()
+        flag.show_envvar = True
+        if not flag.is_eager and "YAML key:" not in (flag.help or ""):
+            flag.help = f"{flag.help or ''} YAML key: {yaml_key(flag)}.".lstrip()
+    if flags and not any(flag.is_eager for flag in flags):
+        config_option(f"{prefix}_CONFIG".upper())(command)
 
 
-_give_environment_twins(main, "LORAPLEX")
+_give_twins(main, "LORAPLEX")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 import grpc
 
-from loadtest.channel import endpoint
+from loadtest.channel import channel_options, endpoint
 from server.pb.loraplex.v1 import inference_pb2
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 
@@ -48,7 +48,11 @@ def ca_file() -> Path | None:
 def connected(address: str) -> Iterator[grpc.Channel]:
     """A channel whose failures end the command in one line: the status and what the server says."""
     target, credentials = endpoint(address, ca_file())
-    with grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target) as channel:
+    options = channel_options()
+    opened = (
+        grpc.secure_channel(target, credentials, options) if credentials else grpc.insecure_channel(target, options)
+    )
+    with opened as channel:
         try:
             yield channel
         except grpc.RpcError as error:  # of a channel it is a grpc.Call as well

@@ -110,18 +110,28 @@ def options(*classes: type) -> Callable[[Command], Command]:
             hints = get_type_hints(cls)
             for item in reversed(fields(cls)):
                 command = _option(item, hints[item.name])(command)
-        return click.option(
-            "--config",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            is_eager=True,
-            expose_value=False,
-            callback=_read_config_file,
-            envvar="LORAPLEX_CONFIG",
-            show_envvar=True,
-            help="YAML file of settings, keys as the flags.",
-        )(command)
+        return config_option("LORAPLEX_CONFIG")(command)
 
     return decorate
+
+
+def config_option(envvar: str) -> Callable[[Command], Command]:
+    """Decorates a click command with `--config`, a file that may hold every other flag of it."""
+    return click.option(
+        "--config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config_file,
+        envvar=envvar,
+        show_envvar=True,
+        help="YAML file of settings, keys as the flags.",
+    )
+
+
+def yaml_key(option: click.Option) -> str:
+    """Its name in such a file."""
+    return max(option.opts, key=len).removeprefix("--")
 
 
 def take(cls: type, values: dict[str, Any]) -> Any:
@@ -156,19 +166,21 @@ def _read_config_file(context: click.Context, _: click.Parameter, path: Path | N
     """Makes the file's values the command's defaults, below flags and environment."""
     if path is None:
         return
-    known = {parameter.name for parameter in context.command.params}
-    values = {}
+    known = {yaml_key(option): option for option in context.command.params if isinstance(option, click.Option)}
+    values: dict[str, Any] = {}
     for key, value in _read_mapping(path).items():
         if not isinstance(key, str):
             raise click.BadParameter(f"{path}: {str(key)[:80]} is no name of a setting")
-        name = key.replace("-", "_")
-        if name not in known:
+        option = known.get(key.replace("_", "-"))
+        if option is None or option.name is None or option.is_eager:
             raise click.BadParameter(f"{path}: unknown setting {key[:80]!r}")
-        if not isinstance(value, str | int | float):
-            raise click.BadParameter(
-                f"{path}: {key} is of type {type(value).__name__}; it takes text, a number or a bool"
-            )
-        values[name] = value
+        items = value if option.multiple and isinstance(value, list) else [value]
+        for item in items:
+            if not isinstance(item, str | int | float):
+                raise click.BadParameter(
+                    f"{path}: {key} is of type {type(item).__name__}; it takes text, a number or a bool"
+                )
+        values[option.name] = items if option.multiple else value
     context.default_map = {**(context.default_map or {}), **values}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -25,6 +26,9 @@ LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)  # 
 FINISH_REASONS = ("stop", "length", "abort", "error", "refused")
 FAILURES = ("STEP_FAILED", "NON_FINITE_LOGITS")
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# The timers of all requests that a task makes from when it has put a list here, in tasks that it starts too.
+request_timers: ContextVar[list[RequestTimer]] = ContextVar("request_timers")
 
 
 class Metrics:
@@ -124,6 +128,8 @@ class RequestTimer:
         self.num_tokens = 0  # generated
         self.num_cached_tokens = 0  # of the prompt
         self.outcome = "abort"  # one of FINISH_REASONS; this one unless something else is known to have ended it
+        if (timers := request_timers.get(None)) is not None:
+            timers.append(self)
 
     def tokens(self, outputs: Sequence[TokenOutput]) -> None:
         """New tokens came; their times are the engine's, so a slow reader does not change them."""

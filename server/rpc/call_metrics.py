@@ -14,6 +14,7 @@ from server.metrics import LATENCY
 from server.rpc.interceptors import Context, Handler
 
 _LABELS = ("grpc_type", "grpc_service", "grpc_method")
+_UNKNOWN = ("unary", "unknown", "unknown")  # a method that no service has
 _BEHAVIORS = {  # the handler's attribute for each type of call
     "unary": "unary_unary",
     "server_stream": "unary_stream",
@@ -25,8 +26,8 @@ _BEHAVIORS = {  # the handler's attribute for each type of call
 class CallMetricsInterceptor(grpc.aio.ServerInterceptor):
     """Counts calls by status code and messages either way. The outermost interceptor, so it sees the final code.
 
-    Messages are counted where they are parsed and serialized, which is the same for all four types of call. Methods
-    that no service has are not counted: their names are the client's, without bound.
+    Messages are counted as they come in and are serialized, which is the same for all four types of call. Methods that
+    no service has count as one, UNIMPLEMENTED: their names are the client's, without bound.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -50,6 +51,8 @@ class CallMetricsInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler:
         handler = await continuation(details)
         if handler is None:
+            self._started.labels(*_UNKNOWN).inc()
+            self._handled.labels(*_UNKNOWN, grpc.StatusCode.UNIMPLEMENTED.name).inc()
             return None
         kind = next(kind for kind, attribute in _BEHAVIORS.items() if getattr(handler, attribute) is not None)
         service, _, method = str(details.method).removeprefix("/").rpartition("/")

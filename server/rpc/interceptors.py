@@ -20,6 +20,7 @@ DOMAIN = "loraplex"
 MAX_MESSAGE = 1000  # characters: a status travels in headers, which have a limit
 RETRY_AFTER = 1  # seconds, told to clients that met a full queue
 _OWN_SERVICES = ("/loraplex.", "/inference.")
+_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")  # of requests and answers
 
 Handler = Any  # grpc.RpcMethodHandler, whose attributes the stubs leave out
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -29,9 +30,7 @@ Parse = Callable[[bytes], Any]
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Maps every error to a status with details.
 
-    grpc.aio alone answers UNKNOWN with the exception's text, for an unreadable message as for a bug of ours. Messages
-    are parsed in here, so that the first is the client's fault (INVALID_ARGUMENT); of the second only an incident id
-    goes out.
+    grpc.aio alone answers UNKNOWN with the exception's text; of a bug of ours only an incident id goes out.
     """
 
     async def intercept_service(
@@ -40,26 +39,31 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or not str(details.method).startswith(_OWN_SERVICES):
             return handler
-        parse, serialize = handler.request_deserializer, handler.response_serializer
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                _unary(handler.unary_unary, lambda data: _parsed(parse, data)), response_serializer=serialize
-            )
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                _stream(handler.unary_stream, lambda data: _parsed(parse, data)), response_serializer=serialize
-            )
+        kind, behavior = _behavior(handler)
+        return handler._replace(**{kind: (_unary if kind.endswith("unary") else _stream)(behavior)})
 
-        def parsed(messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-            return (_parsed(parse, data) async for data in messages)
 
-        if handler.stream_unary is not None:
-            return grpc.stream_unary_rpc_method_handler(
-                _unary(handler.stream_unary, parsed), response_serializer=serialize
-            )
-        return grpc.stream_stream_rpc_method_handler(
-            _stream(handler.stream_stream, parsed), response_serializer=serialize
-        )
+class ParseInterceptor(grpc.aio.ServerInterceptor):
+    """Parses messages inside of the call, so that one that cannot be read is an error like any other: the client's.
+
+    To be the innermost: grpc.aio would parse before any interceptor has a say.
+    """
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
+    ) -> Handler:
+        handler = await continuation(details)
+        if handler is None or not str(details.method).startswith(_OWN_SERVICES):
+            return handler
+        parse, (kind, behavior) = handler.request_deserializer, _behavior(handler)
+
+        def one(data: bytes, context: Context) -> Any:
+            return behavior(_parsed(parse, data), context)
+
+        def many(messages: AsyncIterator[bytes], context: Context) -> Any:
+            return behavior((_parsed(parse, data) async for data in messages), context)
+
+        return handler._replace(**{kind: one if kind.startswith("unary") else many}, request_deserializer=None)
 
 
 def public_error(error: Exception) -> ServingError:
@@ -71,20 +75,25 @@ def public_error(error: Exception) -> ServingError:
     return InternalFailure(f"internal error, incident {incident}")
 
 
-def _unary(behavior: Callable[[Any, Context], Awaitable[Any]], read: Callable[[Any], Any]) -> Any:
-    async def call(data: Any, context: Context) -> Any:
+def _behavior(handler: Handler) -> tuple[str, Any]:
+    """What a handler calls, and under which of its attributes."""
+    return next((kind, behavior) for kind in _KINDS if (behavior := getattr(handler, kind)) is not None)
+
+
+def _unary(behavior: Callable[[Any, Context], Awaitable[Any]]) -> Any:
+    async def call(request: Any, context: Context) -> Any:
         try:
-            return await behavior(read(data), context)
+            return await behavior(request, context)
         except Exception as error:
             await context.abort_with_status(_status(error))
 
     return call
 
 
-def _stream(behavior: Callable[[Any, Context], AsyncIterator[Any]], read: Callable[[Any], Any]) -> Any:
-    async def call(data: Any, context: Context) -> AsyncIterator[Any]:
+def _stream(behavior: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
+    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async with aclosing(behavior(read(data), context)) as messages:  # type: ignore[type-var]
+            async with aclosing(behavior(request, context)) as messages:  # type: ignore[type-var]
                 async for message in messages:
                     yield message
         except Exception as error:

@@ -1,8 +1,9 @@
-"""How often models were asked through the Open Inference Protocol, and how long it took. Event loop only."""
+"""How often models were asked through the Open Inference Protocol, and where the time went. Event loop only."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+from server.metrics import RequestTimer
 from server.pb.inference import grpc_service_pb2 as pb
 
 _FEW = 100  # models
@@ -20,15 +21,29 @@ class ModelStatistics:
     def of(self, name: str, version: str) -> pb.ModelStatistics:
         return self._models.get((name, version)) or pb.ModelStatistics(name=name, version=version)
 
-    def succeeded(self, name: str, version: str, seconds: float) -> None:
-        counts = self._counts(name, version)
+    def succeeded(self, name: str, version: str, started: float, timers: Collection[RequestTimer]) -> None:
+        """Books a request that is answered by now.
+
+        Args:
+            started: when it came, by `time.monotonic`.
+            timers: of its answers, at least one. Those of several run side by side, and count as one.
+        """
+        counts, ended = self._counts(name, version), time.monotonic()
         counts.inference_count += 1
         counts.execution_count += 1
         counts.last_inference = int(time.time() * 1e3)
-        _count(counts.inference_stats.success, seconds)
+        tokenized = min(timer.arrival for timer in timers)
+        first_step = min(timer.first_step for timer in timers)
+        last_token = max(timer.last_token for timer in timers)
+        stats = counts.inference_stats
+        _count(stats.success, ended - started)
+        _count(stats.compute_input, tokenized - started)
+        _count(stats.queue, first_step - tokenized)
+        _count(stats.compute_infer, last_token - first_step)
+        _count(stats.compute_output, ended - last_token)
 
-    def failed(self, name: str, version: str, seconds: float) -> None:
-        _count(self._counts(name, version).inference_stats.fail, seconds)
+    def failed(self, name: str, version: str, started: float) -> None:
+        _count(self._counts(name, version).inference_stats.fail, time.monotonic() - started)
 
     def _counts(self, name: str, version: str) -> pb.ModelStatistics:
         if (name, version) not in self._models and len(self._models) >= 2 * self._num_kept:  # seldom: it looks at all

@@ -25,6 +25,13 @@ class Model:
         return self.adapter is None or self.adapter.answers
 
     @property
+    def state(self) -> str:
+        """As Triton has it: READY, LOADING or UNAVAILABLE. One on disk is ready: its first request loads it."""
+        if self.adapter is not None and self.adapter.loading and self.adapter.adapter is None:
+            return "LOADING"
+        return "READY" if self.answers else "UNAVAILABLE"
+
+    @property
     def reason(self) -> str:
         """Why it does not answer."""
         return "" if self.adapter is None or self.answers else self.adapter.error

@@ -9,6 +9,7 @@ from contextlib import aclosing, nullcontext
 
 from server.engine.async_engine import AsyncEngine
 from server.errors import AdminOnly, InvalidRequest, ServingError
+from server.metrics import RequestTimer, request_timers
 from server.pb.inference import grpc_service_pb2 as pb
 from server.pb.inference import grpc_service_pb2_grpc as pb_grpc
 from server.pb.loraplex.v1 import inference_pb2
@@ -131,8 +132,7 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
         response = pb.RepositoryIndexResponse()
         for model in self._models.all():
             if model.answers or not request.ready:
-                state = "READY" if model.answers else "UNAVAILABLE"
-                response.models.add(name=model.name, version=model.version, state=state, reason=model.reason)
+                response.models.add(name=model.name, version=model.version, state=model.state, reason=model.reason)
         return response
 
     async def RepositoryModelLoad(
@@ -181,15 +181,17 @@ class OpenInferenceService(pb_grpc.GRPCInferenceServiceServicer):
         else:
             model = await self._models.find(request.model_name, request.model_version)
         started, version = time.monotonic(), model.version
+        timers: list[RequestTimer] = []
+        request_timers.set(timers)
         try:
             async with aclosing(self._generate(request, asked, model)) as responses:
                 async for response in responses:
                     version = response.model_version  # the one that shares of the traffic gave
                     yield response
         except Exception:
-            self._statistics.failed(model.name, version, time.monotonic() - started)
+            self._statistics.failed(model.name, version, started)
             raise
-        self._statistics.succeeded(model.name, version, time.monotonic() - started)
+        self._statistics.succeeded(model.name, version, started, timers)
 
     async def _generate(
         self, request: pb.ModelInferRequest, asked: TextRequest, model: Model

@@ -12,7 +12,7 @@ from server.pb.loraplex.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2
 from server.rpc.adapters import AdaptersService
 from server.rpc.call_metrics import CallMetricsInterceptor
 from server.rpc.inference import InferenceService
-from server.rpc.interceptors import ErrorInterceptor
+from server.rpc.interceptors import ErrorInterceptor, ParseInterceptor
 from server.rpc.listener import Listener, Register
 from server.rpc.model_statistics import ModelStatistics
 from server.rpc.models import Models
@@ -58,7 +58,12 @@ class RpcServer:
             return result
 
         tracing = [engine.tracer.interceptor()] if engine.tracer else []
-        interceptors = [CallMetricsInterceptor(engine.metrics.registry), ErrorInterceptor(), *tracing]
+        interceptors = [
+            CallMetricsInterceptor(engine.metrics.registry),
+            ErrorInterceptor(),
+            *tracing,
+            ParseInterceptor(),
+        ]
         listen = partial(Listener, config=config, engine=engine, interceptors=interceptors)
         has_admin = bool(config.admin_listen)
         self._listeners = [listen("--listen", config.listen, services=services(changes_adapters=not has_admin))]

@@ -62,7 +62,9 @@ def check_answers(client: tritonclient.grpc.InferenceServerClient) -> str:
     assert plain
     assert plain != text(client.infer(BASE, inputs()))
     assert plain == text(client.infer(ADAPTER, inputs(), compression_algorithm="gzip"))
-    assert client.get_inference_statistics(ADAPTER).model_stats[0].inference_count == 2
+    counts = client.get_inference_statistics(ADAPTER).model_stats[0]
+    assert (counts.inference_count, counts.inference_stats.compute_infer.count) == (2, 2)
+    assert 0 < counts.inference_stats.queue.ns < counts.inference_stats.success.ns
     with pytest.raises(InferenceServerException, match="NOT_FOUND"):
         client.infer("nobody", inputs())
     with pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):

@@ -49,7 +49,15 @@ def make_measurement(
     outcome = Outcome(
         results=tuple(results), lags=(lag,) * 10, cpu_share=cpu_share, unsent=0, cut=0, ended=100.0 + wall
     )
-    filled = {"label": "run", "workload": Workload(), "slo": Slo(), "outcomes": [outcome], "start": 100.0, **values}
+    filled = {
+        "label": "run",
+        "workload": Workload(),
+        "slo": Slo(),
+        "outcomes": [outcome],
+        "start": 100.0,
+        "prompt_tokens": {result.request_id: 7 for result in results},
+        **values,
+    }
     return Measurement(results=results, wall=wall, **filled)
 
 

@@ -18,7 +18,14 @@ def printed(*results: object, width: int = 120) -> str:
 
 def test_the_table_of_a_run() -> None:
     text = printed(GOOD, BAD)
-    for shown in ("NOT_FOUND 1", "first token", "50.0% < 6 s", "tokens/s"):
+    for shown in (
+        "NOT_FOUND 1",
+        "first token",
+        "50.0% < 6 s",
+        "per output token",
+        "S-LoRA: satisfaction 0.500",
+        "tokens/s",
+    ):
         assert shown in text
     assert "cold" not in text
 
@@ -29,6 +36,13 @@ def test_first_tokens_by_tier_are_rows_of_their_own() -> None:
     assert "900" in cold
     assert "100" in hot
     assert not any("host" in line for line in lines)
+
+
+def test_strip_throughput_of_a_run_that_is_long_enough() -> None:
+    text = StringIO()
+    arrivals = [replace(GOOD, due=100.0 + index) for index in range(1, 31)]
+    Console(width=120, file=text).print(table(summarize(make_measurement(arrivals, wall=30.0))))
+    assert "S-LoRA: satisfaction 1.000, strip throughput 1.00/s" in text.getvalue()
 
 
 def test_fairness_where_there_are_several_adapters() -> None:

@@ -88,9 +88,11 @@ def test_a_single_run(tmp_path: Path) -> None:
         assert shown in text
     for shown in ("0123456789ab+", "kv-cache-bytes", "2,147,483,648", "prefix-cache"):
         assert shown in text
+    for shown in ("strip throughput (S-LoRA)", "first token in 6 s", "End to end per token, the prompt's too"):
+        assert shown in text
     for shown in ("1 of them had no success", "The worst 99th percentile of first tokens is 390 ms, of a2."):
         assert shown in text
-    assert page.tags.count("svg") == 8  # four distributions, failures, adapters, tiers, memory
+    assert page.tags.count("svg") == 9  # five distributions, failures, adapters, tiers, memory
     assert document["server"]["commit"] == "0123456789ab+"
     assert document["settings"]["kv-cache-bytes"] == "2147483648"
     assert document["runs"][0]["codes"] == {"OK": 30, "NOT_FOUND": 1}

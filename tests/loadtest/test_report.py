@@ -9,7 +9,7 @@ import pytest
 from loadtest.churn_review import ChurnReview
 from loadtest.client import CallResult
 from loadtest.measurement import Slo
-from loadtest.report import balance, satisfaction, summarize
+from loadtest.report import balance, satisfaction, strip_throughput, summarize
 from loadtest.workload import Workload
 from tests.loadtest.conftest import BAD, GOOD, make_measurement
 
@@ -40,6 +40,24 @@ def test_satisfaction_falls_with_the_square_of_the_first_token() -> None:
     assert satisfaction([half], 6.0) == 0.75
     assert satisfaction([half, beyond, BAD], 6.0) == 0.25
     assert satisfaction([], 6.0) is None
+
+
+def test_latencies_per_token_are_end_to_end_over_tokens() -> None:
+    """Of 3 tokens after a prompt of 7, or 2."""
+    results = [GOOD, replace(GOOD, request_id="1", total=1.0), BAD]
+    spreads = summarize(make_measurement(results, prompt_tokens={"0": 7, "1": 2}))["seconds"]
+    assert (spreads["per_output_token"]["p50"], spreads["per_output_token"]["max"]) == (0.5 / 3, 1.0 / 3)
+    assert (spreads["per_token"]["p50"], spreads["per_token"]["max"]) == (0.05, 0.2)
+
+
+def test_strip_throughput_leaves_out_both_ends() -> None:
+    """At 4 requests a second for 50 s, then 10 s until the last are done: 120 in the 40 s between."""
+    arrivals = [replace(GOOD, due=100.0 + index / 4, total=10.0) for index in range(1, 201)]
+    assert summarize(make_measurement(arrivals, wall=60.0))["strip_requests_s"] == pytest.approx(120 / 40)
+    assert strip_throughput(200, offered=4.0, wall=50.0) == 4.0, "a server that keeps up"
+    assert strip_throughput(80, offered=4.0, wall=60.0) is None
+    assert strip_throughput(80, offered=4.0, wall=20.0) is None
+    assert strip_throughput(80, offered=None, wall=60.0) is None
 
 
 def test_a_server_that_keeps_up_completes_what_arrives() -> None:
@@ -119,4 +137,5 @@ def test_refusals_while_an_adapter_was_away_do_not_make_the_server_fall_behind()
 def test_a_closed_loop_offers_no_rate() -> None:
     summary = summarize(make_measurement([GOOD], workload=Workload(concurrency=4)))
     assert summary["offered_requests_s"] is None
+    assert summary["strip_requests_s"] is None
     assert summary["balance"] is None

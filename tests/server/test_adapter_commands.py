@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from tests.server.rpc.conftest import serve as serve
 from tests.server.rpc.test_inference import ask
 
 
-async def command(running: Running, name: str, *arguments: str) -> Result:
+async def command(running: Running, name: str, *arguments: str, columns: int = 200) -> Result:
     """Runs it in a thread, since the server lives in this one."""
     words = ["adapters", name, "--address", running.address, *arguments]
-    return await asyncio.to_thread(CliRunner(env={"COLUMNS": "200"}).invoke, main, words)
+    return await asyncio.to_thread(CliRunner(env={"COLUMNS": str(columns)}).invoke, main, words)
 
 
 async def said(running: Running, name: str, *arguments: str) -> str:
@@ -37,12 +38,12 @@ async def test_the_life_of_an_adapter(running: Running) -> None:
     )
     assert "mail@2" in await said(running, "upload", "--replace", "mail", str(running.adapters_dir / "attention"))
     listed = await said(running, "list")
-    assert re.search(r"mail +│ 1 +│.*READY \(host, pinned\)", listed)
-    assert re.search(r"mail +│ 2 \* +│", listed)
+    assert re.search(r"mail +1 .*READY \(host, pinned\)", listed)
+    assert re.search(r"mail +2 \* ", listed)
     found = len(ADAPTERS) + 2
     assert re.search(rf"{found} versions; host memory 0\.\d of 4,096\.0 MiB, 0\.\d pinned; 0\.0 MiB more", listed)
     assert "mail means mail@1" in await said(running, "promote", "mail", "1")
-    assert re.search(r"│ 2 +│ +25 %", await said(running, "traffic", "mail", "2=25"))
+    assert re.search(r"mail +2 +25 %", await said(running, "traffic", "mail", "2=25"))
     assert "%" not in await said(running, "traffic", "mail")
     assert "not pinned" in await said(running, "unpin", "mail@1")
     assert re.search(r"mail: merged in \d+ ms, [\d,]+ bytes beside the base", await said(running, "merge", "mail"))
@@ -95,11 +96,22 @@ async def test_another_base_and_targets_without_a_layer_are_warned_of(running: R
 async def test_the_table_has_the_bytes_of_every_tier(running: Running) -> None:
     await running.inference.Generate(ask(adapter="head"))
     listed = await said(running, "list")
-    assert re.search(r"disk MiB ┃ +host MiB ┃ +device MiB", listed)
-    assert re.search(r"head +│ 1 \* +│ +│ READY \(device\) +│ +6 │ +0\.0 │ +0\.0 │ +│", listed)
+    assert re.search(r"name +version +state +rank +disk MiB +host MiB +digest", listed), "nothing is on a GPU, or waits"
+    assert re.search(r"head +1 \* +READY \(device\) +6 +0\.0 +0\.0 +[0-9a-f]{12}", listed)
     assert re.search(
         r"layers_by_target +│ (lm_head: 1, k_proj: 2|k_proj: 2, lm_head: 1) ", await said(running, "get", "head")
     )
+
+
+async def test_a_narrow_terminal_cuts_nothing_off(running: Running) -> None:
+    name = "long-" * 12
+    shutil.copytree(running.adapters_dir / "plain", running.adapters_dir / f"{name}x")
+    await running.engine.adapters.look(f"{name}x")
+    loaded = await said(running, "load", f"{name}x")
+    listed = (await command(running, "list", columns=80)).output
+    told = (await command(running, "get", f"{name}x", columns=80)).output
+    assert "…" not in listed + told
+    assert re.search(rf"READY \(host\) .* {loaded.split()[-1]}", listed)
 
 
 async def test_an_adapter_without_an_effect_is_warned_of(running: Running) -> None:

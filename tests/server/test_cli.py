@@ -1,6 +1,7 @@
-"""The command line as a whole: every flag of every command has an environment twin, and its help tells it."""
+"""The command line as a whole: every flag of every command has an environment twin and a YAML key, and says so."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
@@ -20,13 +21,16 @@ COMMANDS = {" ".join(words): command for words, command in commands(main) if not
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_tells_the_environment_twin_of_every_flag(name: str) -> None:
+def test_help_tells_the_environment_twin_and_the_yaml_key_of_every_flag(name: str) -> None:
     text = CliRunner().invoke(main, [*name.split(), "--help"], terminal_width=1000, max_content_width=1000).output
-    own = f"LORAPLEX_{name}".upper().replace(" ", "_")
     for option in COMMANDS[name].params:
         if isinstance(option, click.Option):
-            assert option.name is not None
-            assert f"env var: {option.envvar or f'{own}_{option.name.upper()}'}" in text
+            assert isinstance(option.envvar, str)
+            assert option.envvar.replace("_", "").isalnum(), "or no shell could set it"
+            assert f"env var: {option.envvar}" in text
+            key = option.opts[0].removeprefix("--")
+            told = f"YAML key: {key}." in text or f"YAML key: {key.replace('-', '_')}." in text
+            assert told or option.name == "config"
 
 
 @pytest.mark.parametrize(
@@ -53,3 +57,33 @@ def test_the_twin_is_read(words: list[str], variables: dict[str, str], error: st
     done = CliRunner().invoke(main, words, env=variables, terminal_width=1000)
     assert done.exit_code == 2
     assert error in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "error"),
+    [
+        (["generate", "x"], "max-tokens: 0", "0 is not in the range x>=1"),
+        (["generate", "x"], "prompt: y", "unknown setting 'prompt'"),
+        (["generate", "x"], "config: other.yaml", "unknown setting 'config'"),
+        (["generate", "x"], "stop: [[y]]", "stop is of type list; it takes text"),
+        (["adapters", "list"], "address: [a, b]", "address is of type list; it takes text"),
+        (["loadtest", "run"], "slo-first-token: soon", "'soon' is not a valid float"),
+        (["loadtest", "run"], "num_adapters: many", "'many' is not a valid integer"),
+        (["train"], "model: x\ndata: /nowhere", "File '/nowhere' does not exist"),
+    ],
+    ids=str,
+)
+def test_every_command_takes_a_file(tmp_path: Path, words: list[str], text: str, error: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    done = CliRunner().invoke(main, [*words, "--config", str(file)], terminal_width=1000)
+    assert done.exit_code == 2
+    assert error in done.output
+
+
+@pytest.mark.parametrize("text", ["adapter: [one, two@1]", "adapter: one"])
+def test_a_flag_that_may_be_given_several_times_is_a_list(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    context = COMMANDS["chat"].make_context("chat", ["--config", str(file)])
+    assert context.params["adapters"] == (("one", "two@1") if "[" in text else ("one",))

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 
 from adapters.format import AdapterFiles, read_adapter
+from server.pb.inference.grpc_service_pb2 import RepositoryIndexRequest
 from server.pb.loraplex.v1 import adapters_pb2 as pb
 from tests.server.rpc.conftest import Running, Serve, listed
 from tests.server.rpc.test_inference import ask, failure, idle
@@ -44,6 +45,9 @@ async def test_an_adapter_on_its_way(running: Running, monkeypatch: pytest.Monke
     await asyncio.to_thread(begun.wait, 10)
     adapter = (await listed(running))["plain"]
     assert (adapter.state, adapter.requests_waiting) == (pb.LOADING, int(by_request))
+    for only_ready in (False, True):  # requests for it are taken, and wait
+        index = await running.open_inference.RepositoryIndex(RepositoryIndexRequest(ready=only_ready))
+        assert [model.state for model in index.models if model.name == "plain"] == ["LOADING"]
     go_on.set()
     await loading
     assert (await get(running, "plain")).state == pb.READY

@@ -133,10 +133,31 @@ async def test_a_client_that_goes_away(calls: Calls) -> None:
     assert await calls.handled("server_stream", "Repeat", "CANCELLED") == 1
 
 
-async def test_unknown_methods_leave_no_series(calls: Calls) -> None:
+async def test_unknown_methods_share_one_series(calls: Calls) -> None:
+    for method in ("/test.Service/Invented", "/test.Service/Another", "/invented.Service/Echo"):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await calls.channel.unary_unary(method)(b"")
+    counted = {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in calls.registry.collect()
+        for sample in family.samples
+        if sample.name.endswith("_total")
+    }
+    labels = [("grpc_method", "unknown"), ("grpc_service", "unknown"), ("grpc_type", "unary")]
+    assert counted == {
+        ("grpc_server_started_total", *labels): 3,
+        ("grpc_server_handled_total", ("grpc_code", "UNIMPLEMENTED"), *labels): 3,
+    }
+
+
+async def test_messages_that_cannot_be_read_carry_their_code(running: Running) -> None:
+    channel: Any = running.channel
     with pytest.raises(grpc.aio.AioRpcError):
-        await calls.channel.unary_unary("/test.Service/Invented")(b"")
-    assert not [sample for family in calls.registry.collect() for sample in family.samples]
+        await channel.unary_unary("/loraplex.v1.Inference/Generate")(b"\xff")
+    labels = {"grpc_type": "unary", "grpc_service": "loraplex.v1.Inference", "grpc_method": "Generate"}
+    code = {**labels, "grpc_code": "INVALID_ARGUMENT"}
+    assert running.metrics.registry.get_sample_value("grpc_server_handled_total", code) == 1
+    assert running.metrics.registry.get_sample_value("grpc_server_msg_received_total", labels) == 1
 
 
 async def test_requests_count_by_how_they_end(running: Running) -> None:

@@ -3,12 +3,16 @@
 import json
 import shutil
 import struct
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry
 
+from adapters.format import AdapterFiles, read_adapter
+from server.metrics import Metrics, RequestTimer
 from server.pb.inference import grpc_service_pb2 as pb
 from server.pb.loraplex.v1 import adapters_pb2, inference_pb2
 from server.rpc.model_statistics import ModelStatistics
@@ -479,6 +483,26 @@ async def test_statistics_count_what_was_answered(running: Running) -> None:
     }
 
 
+async def test_statistics_tell_where_the_time_of_answers_went(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_slowly(*args: Any) -> AdapterFiles:
+        time.sleep(0.05)
+        return read_adapter(*args)
+
+    monkeypatch.setattr("server.lora.loader.read_adapter", read_slowly)
+    client = running.open_inference
+    await client.ModelInfer(infer(model="plain", sampling={"n": 2, "temperature": 1, "seed": 1}))
+    await stream(running, infer(flag("stream"), model="plain"))
+    await failure(client.ModelInfer(infer(model="plain", prompt="")))
+    [counts] = (await client.ModelStatistics(pb.ModelStatisticsRequest(name="plain"))).model_stats
+    stats = counts.inference_stats
+    parts = [stats.queue, stats.compute_input, stats.compute_infer, stats.compute_output]
+    assert all(part.count == 2 and part.ns > 0 for part in parts)
+    assert sum(part.ns for part in parts) == pytest.approx(stats.success.ns, abs=10)
+    assert stats.queue.ns > 0.05e9
+
+
 async def test_statistics_count_the_version_that_answered(running: Running) -> None:
     """Not the one that the name means, where shares of the traffic go elsewhere."""
     shutil.copytree(running.adapters_dir / "head", running.adapters_dir / "plain" / "2")
@@ -495,9 +519,11 @@ async def test_statistics_count_the_version_that_answered(running: Running) -> N
 
 def test_statistics_of_models_that_went_are_dropped() -> None:
     statistics = ModelStatistics(lambda name, _: name == "stays")
-    statistics.succeeded("stays", "1", 0.5)
+    timer = RequestTimer(Metrics(CollectorRegistry()), 1)
+    timer.first_step = timer.last_token = timer.arrival
+    statistics.succeeded("stays", "1", timer.arrival, [timer])
     for number in range(1000):
-        statistics.succeeded(f"adapter-{number}", "1", 0.5)
+        statistics.succeeded(f"adapter-{number}", "1", timer.arrival, [timer])
     counts = [statistics.of(f"adapter-{number}", "1").inference_count for number in range(1000)]
     assert sum(counts) < 200
     assert counts[-1] == statistics.of("stays", "1").inference_count == 1

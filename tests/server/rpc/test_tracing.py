@@ -164,6 +164,7 @@ async def test_a_refused_request_leaves_a_span_with_its_status(
 ) -> None:
     inference, models = InferenceStub(channel), GRPCInferenceServiceStub(channel)
     long = pb.GenerateRequest(prompt="x" * 300)
+    unreadable: Any = channel.unary_unary("/loraplex.v1.Inference/Generate")
     calls: list[tuple[Callable[[], Any], str]] = [
         (lambda: inference.Generate(long, metadata=TRACEPARENT), "INVALID_REQUEST"),
         (lambda: inference.Generate(request("nobody"), metadata=TRACEPARENT), "ADAPTER_NOT_FOUND"),
@@ -174,6 +175,7 @@ async def test_a_refused_request_leaves_a_span_with_its_status(
             lambda: drained(models.ModelStreamInfer(iter([infer(prompt="")]), metadata=TRACEPARENT)),
             "INVALID_REQUEST",
         ),
+        (lambda: unreadable(b"\xff", metadata=TRACEPARENT), "INVALID_REQUEST"),
     ]
     codes = {"INVALID_REQUEST": grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_NOT_FOUND": grpc.StatusCode.NOT_FOUND}
     for count, (call, reason) in enumerate(calls, 1):
