@@ -32,6 +32,12 @@ class Call:
         """For another call, which may write into them."""
         return _copied(self.args), _copied(self.kwargs)
 
+    def scaled(self, module: nn.Module, factor: float) -> "Call":
+        """A call of the module with the same tensors times a factor."""
+        args = tuple(factor * value if isinstance(value, Tensor) else value for value in self.args)
+        kwargs = {name: factor * value if isinstance(value, Tensor) else value for name, value in self.kwargs.items()}
+        return Call(args, kwargs, module.forward(*args, **kwargs))
+
     @property
     def result(self) -> Tensor | None:
         """The output, or what comes first in it; None: that is no tensor."""

@@ -31,7 +31,7 @@ class FeedForward:
 
     def __call__(self, x: Tensor, passes: native_lora.Passes) -> Tensor:
         gate, up = self.both(native_fused.rms_norm(x, self._weight, 1e-5), passes)
-        y = self.down(native_fused.silu_mul(gate.view(gate.shape), up), passes)[0]
+        y = self.down(native_fused.Activation.SILU(gate.view(gate.shape), up), passes)[0]
         return native_fused.add(y, x) if self._in_place else y
 
     def record(self) -> Program:

@@ -1,0 +1,70 @@
+"""Routers of mixtures by the kernels of linear layers: a token's experts hang on the last bit of its scores.
+
+A router multiplies by a bare parameter, with whatever its model's class does before and after. Engine thread, once at
+start.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from server.engine.experts import MakeGroup, frozen_layer
+
+
+@torch.inference_mode()
+def pack_routers(model: nn.Module, run: Callable[[], Any], make_group: MakeGroup) -> int:
+    """Packs what the model still multiplies by beside its linear layers, as routers do; says how many.
+
+    Args:
+        run: computes a forward of the model.
+        make_group: of weights that are not rounded: which experts a token takes hangs on the last bit.
+    """
+    calls = _LinearCalls()
+    with calls:
+        run()
+    packed = 0
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight not in calls.weights:
+            continue
+        del module.weight
+        module.weight = _Weight(weight, make_group)  # type: ignore[assignment]
+        try:
+            run()
+            packed += 1
+        except (AttributeError, TypeError, RuntimeError):  # more is done with it
+            del module.weight
+            module.weight = weight
+    return packed
+
+
+class _Weight:
+    """Stands for a weight in `F.linear`, which a group computes."""
+
+    def __init__(self, weight: Tensor, make_group: MakeGroup) -> None:
+        self._group = make_group([frozen_layer(weight)], 0)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not linear or not isinstance(args[1], cls):
+            return NotImplemented
+        x, weight, *bias = args
+        (y,) = weight._group(x, ())
+        return y + bias[0] if bias and bias[0] is not None else y
+
+
+class _LinearCalls(TorchFunctionMode):
+    """Notes the parameters that `F.linear` multiplies by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: set[Tensor] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is linear and isinstance(args[1], nn.Parameter):
+            self.weights.add(args[1])
+        return func(*args, **(kwargs or {}))
