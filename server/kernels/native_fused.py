@@ -93,7 +93,7 @@ class Rotary:
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """x [..., 3 * heads * head_dim], q, k and v of each head in turn → the same with q of all heads first, then k, v."""
+    """x [..., 3 * heads * head_dim], q, k and v of each head in turn → the same with all of q first, then k and v."""
     x, width = contiguous(x), x.shape[-1]
     assert width % (3 * heads) == 0
     out = torch.empty(x.shape)
