@@ -61,7 +61,7 @@ def probe_model(model: PreTrainedModel, input_ids: Tensor) -> Probe:
     calls: Counter[str] = Counter()
     handles = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) or module is embedding:
+        if type(module).forward in (nn.Linear.forward, Conv1D.forward) or module is embedding:
             if module is head:
                 probe.head = path
 
@@ -102,12 +102,14 @@ def probe_model(model: PreTrainedModel, input_ids: Tensor) -> Probe:
 def _row_shapes(path: str, is_head: bool, num_tokens: int) -> list[tuple[int, ...]]:
     """Shapes of x, but for the features, that have a row for every token.
 
-    One of a list within a list of layers may be an expert, which had them all by chance.
+    Without the first dimension only for the own layers of a decoder layer, as OPT has them: an expert may have had all
+    tokens by chance.
     """
     if is_head:
         return [(1, 2)]
-    is_one_of_many = sum(part.isdigit() for part in path.split(".")) > 1
-    return [(1, num_tokens)] if is_one_of_many else [(1, num_tokens), (num_tokens,)]
+    numbers = [place for place, part in enumerate(path.split(".")) if part.isdigit()]
+    is_own = numbers == [path.count(".") - 1]
+    return [(1, num_tokens), (num_tokens,)] if is_own else [(1, num_tokens)]
 
 
 def _linear_shape(layer: nn.Module, model: PreTrainedModel) -> LinearShape:

@@ -1,7 +1,7 @@
 """Routers of mixtures by the kernels of linear layers: a token's experts hang on the last bit of its scores.
 
-A router multiplies by a bare parameter, with whatever its model's class does before and after. Engine thread, once at
-start.
+A router multiplies by a bare parameter, with whatever its model's class does before and after; so do the layers of
+experts that all tokens share, which adapters do not reach either. Engine thread, once at start.
 """
 
 from collections.abc import Callable

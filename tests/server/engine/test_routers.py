@@ -1,0 +1,55 @@
+"""Products by bare parameters, as routers have them, computed by the kernels of linear layers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from server.engine.routers import pack_routers
+from server.kernels import native
+from server.kernels.cpu import cpu_kernels
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+
+
+class Router(nn.Module):
+    """Scores of 40 experts, with a bias or not."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(40, 96))
+        self.bias = nn.Parameter(torch.randn(40)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias).softmax(dim=-1)
+
+
+class Squared(Router):
+    """Does more with its weight than to multiply by it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight) * self.weight.square().sum()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_row_has_the_same_bits_in_any_batch(*, bias: bool) -> None:
+    router, x = Router(bias=bias), torch.randn(33, 96)
+    expected = router(x)
+    assert pack_routers(router, lambda: router(x), cpu_kernels("float32").linear_group) == 1
+    assert not isinstance(router.weight, nn.Parameter)
+    got = router(x)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(torch.cat([router(row[None]) for row in x]), got)
+
+
+@torch.inference_mode()
+def test_what_is_used_otherwise_stays() -> None:
+    router, x = Squared(bias=False), torch.randn(3, 96)
+    weight: Any = router.weight
+    expected = router(x)
+    assert pack_routers(router, lambda: router(x), cpu_kernels("float32").linear_group) == 0
+    assert router.weight is weight
+    assert torch.equal(router(x), expected)
