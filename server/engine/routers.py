@@ -5,7 +5,7 @@ experts that all tokens share, which adapters do not reach either. Engine thread
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,22 @@ def pack_routers(model: nn.Module, run: Callable[[], Any], make_group: MakeGroup
 
 
 class _Weight:
-    """Stands for a weight in `F.linear`, which a group computes."""
+    """Stands for a weight in `F.linear`, which a group computes; it is float32, to which many routers cast theirs."""
+
+    dtype = torch.float32
 
     def __init__(self, weight: Tensor, make_group: MakeGroup) -> None:
         self._group = make_group([frozen_layer(weight)], 0)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        if dtype != self.dtype:
+            raise TypeError(f"a packed weight is {self.dtype}, not {dtype}")
+        return self
+
+    type = to
+
+    def float(self) -> Self:
+        return self
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,5 +1,6 @@
 """Products by bare parameters, as routers have them, computed by the kernels of linear layers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,6 +44,35 @@ def test_a_row_has_the_same_bits_in_any_batch(*, bias: bool) -> None:
     got = router(x)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(torch.cat([router(row[None]) for row in x]), got)
+
+
+class Cast(Router):
+    """Multiplies in float32, by one cast or another, whatever the model's dtype is."""
+
+    def __init__(self, cast: Callable[[Any], Any]) -> None:
+        super().__init__(bias=False)
+        self._cast = cast
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.to(self.weight.dtype), self._cast(self.weight))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "cast", [lambda weight: weight.float(), lambda weight: weight.to(torch.float32), lambda w: w.type(torch.float32)]
+)
+def test_a_weight_may_be_cast_to_float32(cast: Callable[[Any], Any]) -> None:
+    router, x = Cast(cast), torch.randn(33, 96)
+    expected = router(x)
+    assert pack_routers(router, lambda: router(x), cpu_kernels("float32").linear_group) == 1
+    torch.testing.assert_close(router(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_weight_that_is_cast_to_less_stays() -> None:
+    router, x = Cast(lambda weight: weight.to(torch.bfloat16).float()), torch.randn(3, 96)
+    assert pack_routers(router, lambda: router(x), cpu_kernels("float32").linear_group) == 0
+    assert isinstance(router.weight, nn.Parameter)
 
 
 @torch.inference_mode()
