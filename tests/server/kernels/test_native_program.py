@@ -64,6 +64,17 @@ def test_other_rows_other_adapters_another_base(in_place: bool) -> None:
 
 
 @torch.inference_mode()
+def test_calls_without_passes_of_their_own_name_memory_that_stays() -> None:
+    group, x = CpuLinearGroup("float32", Arena(), [nn.Linear(WIDTH, WIDTH)], 0), torch.randn(1, RECORDED, WIDTH)
+    with native.recorded_calls() as calls:
+        for _ in range(2):
+            group(x, ())
+            others = [native_lora.Passes(()) for _ in range(3)]  # memory that is free by now is theirs
+    assert calls[0].args[3] == calls[1].args[3]
+    assert all(calls[0].args[3] != other.pointer for other in others)
+
+
+@torch.inference_mode()
 def test_what_lies_between_shares_memory() -> None:
     """The gate writes where the norm's output was, which nobody reads any more."""
     part = FeedForward()
