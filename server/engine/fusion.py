@@ -24,7 +24,7 @@ _KNOWN = {
     "empty",
 }  # fmt: skip
 _TOLERANCE = 1e-5  # of the largest output: rounding in another order
-_SMALL = 1e-3  # a factor for the input of norms, which shows what they add to the variance
+_SMALL = 1e-3  # the largest entry of an input of norms that shows what they add to the variance
 
 
 @torch.inference_mode()
@@ -57,7 +57,7 @@ def fuse(model: nn.Module, run: Callable[[AttentionStep], Any], step: AttentionS
         for kind, forward in candidates(module, calls[path], children[path], norms, attention):
             trials = [calls[path]]
             if kind.endswith("norm"):
-                trials.append(calls[path].scaled(module, _SMALL))
+                trials.append(calls[path].shrunk(module, _SMALL))
             if all(trial.is_answered_by(forward, _TOLERANCE) for trial in trials):
                 module.forward = forward
                 fused[module] = kind

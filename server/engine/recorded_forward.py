@@ -32,10 +32,13 @@ class Call:
         """For another call, which may write into them."""
         return _copied(self.args), _copied(self.kwargs)
 
-    def scaled(self, module: nn.Module, factor: float) -> "Call":
-        """A call of the module with the same tensors times a factor."""
-        args = tuple(factor * value if isinstance(value, Tensor) else value for value in self.args)
-        kwargs = {name: factor * value if isinstance(value, Tensor) else value for name, value in self.kwargs.items()}
+    def shrunk(self, module: nn.Module, largest: float) -> "Call":
+        """A call of the module with every tensor times a factor, after which no entry is larger than `largest`."""
+
+        def small(value: Any) -> Any:
+            return value * (largest / float(value.abs().max())) if isinstance(value, Tensor) else value
+
+        args, kwargs = tuple(map(small, self.args)), {name: small(value) for name, value in self.kwargs.items()}
         return Call(args, kwargs, module.forward(*args, **kwargs))
 
     @property

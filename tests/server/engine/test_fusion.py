@@ -7,8 +7,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from server.engine.fusion import fuse
+from server.engine.probe import Probe
 from server.kernels import native
 from tests.conftest import EOS, VOCAB_SIZE, save_adapter, save_base
 from tests.server.engine.conftest import Engine, peft_logits
@@ -67,7 +70,7 @@ def test_adapters_and_bits(model_type: str, tmp_path: Path, prompts: list[list[i
     def logits(**settings: int) -> list[torch.Tensor]:
         engine = Engine(folder, **settings)
         model: Any = engine.parts.base.model
-        for layer in next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList)):
+        for layer in next(module for module in model.modules() if isinstance(module, nn.ModuleList)):
             assert "forward" in vars(layer)
             assert any("forward" in vars(part) for part in layer.children() if hasattr(part, "layer_idx"))
         adapter = engine.load(tmp_path / "adapter")
@@ -85,3 +88,24 @@ def test_adapters_and_bits(model_type: str, tmp_path: Path, prompts: list[list[i
         assert torch.allclose(row[0], expected, atol=1e-4), index
     for settings in ({}, {"max_num_batched_tokens": 16, "max_num_seqs": 16}):
         assert all(map(torch.equal, logits(**settings), alone)), settings
+
+
+class RMSNorm(nn.Module):
+    """Keeps what it adds to the variance under a name that nobody knows."""
+
+    def __init__(self, added: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+        self.added = added
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.added))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [1, 1e5])
+@pytest.mark.parametrize(("added", "fused"), [(1e-6, {"RMS norm": 1}), (1e-3, {})])
+def test_a_norm_is_known_by_what_it_adds_to_the_variance(size: float, added: float, fused: dict[str, int]) -> None:
+    """However large the recorded inputs are, beside which it does not show."""
+    model, x = nn.Sequential(RMSNorm(added)), size * torch.randn(1, 12, 64)
+    assert fuse(model, lambda _: model(x), Probe()) == fused
