@@ -97,8 +97,8 @@ def frozen_layer(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 def _activation(module: Any) -> Activation | None:
-    """The native activation that computes what the module's gate computes, by its values over all that is usual."""
-    x = torch.linspace(-20, 20, 129)
+    """The native activation that computes what the module's gate computes, by its values."""
+    x = Activation.inputs(129)
     gate, up = (part.reshape(-1, 1) for part in torch.meshgrid(x, x, indexing="ij"))
     expected = module._apply_gate(torch.cat([gate, up], dim=1))
     same = (each for each in Activation if torch.allclose(each(gate, up), expected, rtol=2e-6, atol=2e-6))

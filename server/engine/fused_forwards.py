@@ -72,10 +72,10 @@ def _feed_forwards(module: Any, parts: Sequence[nn.Module]) -> Iterator[tuple[st
 
 
 def _activation(module: nn.Module) -> Activation | None:
-    """The native activation that computes what a module computes, by its values over all that is usual."""
+    """The native activation that computes what a module computes, by its values."""
     if type(module).__module__ not in _ACTIVATIONS or any(True for _ in module.parameters()):
         return None
-    x = torch.linspace(-20, 20, 8001)[None]
+    x = Activation.inputs(8001)[None]
     expected = module.forward(x)
     return next((each for each in Activation if torch.allclose(each(x), expected, rtol=2e-6, atol=2e-6)), None)
 

@@ -121,6 +121,12 @@ class Activation(Enum):
         )  # fmt: skip
         return out
 
+    @staticmethod
+    def inputs(count: int) -> Tensor:
+        """By which activations are told apart: `count` from -20 to 20, and some beyond, where one may be clamped."""
+        beyond = torch.logspace(1.5, 6, 10)
+        return torch.cat([-beyond, torch.linspace(-20, 20, count), beyond])
+
 
 def add(x: Tensor, y: Tensor, factor: float = 1) -> Tensor:
     """y += factor * x in place, both [..., n], y contiguous; returns y."""

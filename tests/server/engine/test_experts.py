@@ -68,3 +68,15 @@ def test_experts_are_stored_as_all_layers_are(storage: Any) -> None:
     got = experts(*tokens)
     difference = float((got - expected).abs().max() / expected.abs().max())
     assert 0 < difference < 0.05
+
+
+@torch.inference_mode()
+def test_a_gate_that_is_clamped_far_out_is_not_taken_for_one_that_is_not() -> None:
+    experts = mixture("mixtral")
+    apply_gate = experts._apply_gate
+    experts._apply_gate = lambda both: apply_gate(both.clamp(max=30))
+    hidden_states, *choice = routed(9)
+    tokens = (40 * hidden_states, *choice)
+    expected = experts(*tokens)
+    pack_experts(experts, cpu_kernels("float32").linear_group)
+    torch.testing.assert_close(experts(*tokens), expected, rtol=1e-4, atol=1e-4)
