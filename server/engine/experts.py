@@ -26,8 +26,8 @@ def pack_experts(model: nn.Module, make_group: MakeGroup) -> int:
 
 
 def _is_mixture(module: Any) -> bool:
-    known = all(hasattr(module, name) for name in ("is_transposed", "has_bias", "has_gate", "has_post_expert_norm"))
-    return known and module.has_gate and not module.has_post_expert_norm
+    names = ("is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm")
+    return all(hasattr(module, name) for name in names) and module.has_gate and not module.has_post_expert_norm
 
 
 class PackedExperts:

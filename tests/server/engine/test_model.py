@@ -61,6 +61,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"head_dim": 8, **EXPERTS},
     "olmoe": EXPERTS,
     "gpt_oss": {"head_dim": 8, **EXPERTS, **WINDOW},
+    "glm4_moe": {"head_dim": 8, **EXPERTS, "first_k_dense_replace": 1},
 }
 # What a model of two layers has fused: a norm before and after the layers' parts, and on q and k, where it has them.
 LAYERS = {"rotary attention": 2, "decoder layer": 2}
@@ -97,9 +98,10 @@ FUSED: dict[str, dict[str, int]] = {
     "qwen3_moe": {"RMS norm": 9, **MIXTURES},
     "olmoe": {"RMS norm": 9, **MIXTURES},
     "gpt_oss": {"RMS norm": 5, **MIXTURES},
+    "glm4_moe": {"RMS norm": 5, **GATED_LAYERS, "experts": 1, "router": 1},  # in the second layer alone
 }
 # Parts that are replayed, where it is not one of each layer (itself or its attention).
-REPLAYED: dict[str, int] = {}
+REPLAYED: dict[str, int] = {"glm4_moe": 3}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({"n_layer": 2, "n_head": 4}, "attention interface"),
     "stablelm": ({}, "keyword arguments"),
