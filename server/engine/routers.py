@@ -4,7 +4,7 @@ A router multiplies by a bare parameter, with whatever its model's class does be
 experts that all tokens share, which adapters do not reach either. Engine thread, once at start.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -26,20 +26,25 @@ def pack_routers(model: nn.Module, run: Callable[[], Any], make_group: MakeGroup
     calls = _LinearCalls()
     with calls:
         run()
-    packed = 0
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is None or weight not in calls.weights:
-            continue
+    found = [module for module in model.modules() if module._parameters.get("weight") in calls.weights]
+    return _packed(found, run, make_group) if found else 0
+
+
+def _packed(modules: Sequence[Any], run: Callable[[], Any], make_group: MakeGroup) -> int:
+    """Packs the weights of all these modules if the model runs with that, else those of either half that it can."""
+    weights = [module.weight for module in modules]
+    for module, weight in zip(modules, weights, strict=True):
         del module.weight
-        module.weight = _Weight(weight, make_group)  # type: ignore[assignment]
-        try:
-            run()
-            packed += 1
-        except (AttributeError, TypeError, RuntimeError):  # more is done with it
+        module.weight = _Weight(weight, make_group)
+    try:
+        run()
+        return len(modules)
+    except (AttributeError, TypeError, RuntimeError):  # more is done with one of them
+        for module, weight in zip(modules, weights, strict=True):
             del module.weight
             module.weight = weight
-    return packed
+    half = len(modules) // 2
+    return sum(_packed(some, run, make_group) for some in (modules[:half], modules[half:]) if half)
 
 
 class _Weight:

@@ -83,3 +83,21 @@ def test_what_is_used_otherwise_stays() -> None:
     assert pack_routers(router, lambda: router(x), cpu_kernels("float32").linear_group) == 0
     assert router.weight is weight
     assert torch.equal(router(x), expected)
+
+
+@torch.inference_mode()
+def test_one_that_stays_keeps_no_other_from_being_packed() -> None:
+    model = nn.ModuleList([Router(bias=True), Router(bias=False), Squared(bias=False), Router(bias=True)])
+    x, runs = torch.randn(3, 96), 0
+
+    def run() -> list[Tensor]:
+        nonlocal runs
+        runs += 1
+        return [router(x) for router in model]
+
+    expected = run()
+    assert pack_routers(model, run, cpu_kernels("float32").linear_group) == 3
+    assert [isinstance(router.weight, nn.Parameter) for router in model] == [False, False, True, False]
+    assert runs == 7  # two before, and for all, either half, and each of the half that has it
+    for got, y in zip(run(), expected, strict=True):
+        torch.testing.assert_close(got, y, rtol=1e-5, atol=1e-6)
