@@ -75,9 +75,9 @@ class ModelRunner:
 
         experts = pack_experts(self.base.model, self._linear_group)
         unrounded = cpu_kernels("float32").linear_group
-        routers = pack_routers(self.base.model, lambda: run(cache.step(batch)), unrounded)
+        weights = pack_routers(self.base.model, lambda: run(cache.step(batch)), unrounded)
         done = fuse(self.base.model, run, cache.step(batch))
-        done.update({"experts": experts, "router": routers})
+        done.update({"experts": experts, "other weight": weights})
         done["replay"] = replay(self.base.model, run, self.cache.step(batch), lambda: self.lora.passes)
         return +done  # without kinds of which there are none
 

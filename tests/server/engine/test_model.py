@@ -67,7 +67,7 @@ SERVED: dict[str, dict[str, Any]] = {
 LAYERS = {"rotary attention": 2, "decoder layer": 2}
 GATED_LAYERS = {"gated feed-forward": 2, **LAYERS}
 PLAIN_LAYERS = {"feed-forward": 2, **LAYERS}
-MIXTURES = {"experts": 2, "router": 2, **LAYERS}
+MIXTURES = {"experts": 2, "other weight": 2, **LAYERS}
 WITHOUT_ROTARY = {"rotary attention": 1, "attention": 1}  # one layer of the two
 FUSED: dict[str, dict[str, int]] = {
     "llama": {"RMS norm": 5, **GATED_LAYERS},
@@ -98,7 +98,7 @@ FUSED: dict[str, dict[str, int]] = {
     "qwen3_moe": {"RMS norm": 9, **MIXTURES},
     "olmoe": {"RMS norm": 9, **MIXTURES},
     "gpt_oss": {"RMS norm": 5, **MIXTURES},
-    "glm4_moe": {"RMS norm": 5, **GATED_LAYERS, "experts": 1, "router": 1},  # in the second layer alone
+    "glm4_moe": {"RMS norm": 5, **GATED_LAYERS, "experts": 1, "other weight": 1},  # in the second layer alone
 }
 # Parts that are replayed, where it is not one of each layer (itself or its attention).
 REPLAYED: dict[str, int] = {"glm4_moe": 3}
