@@ -171,7 +171,8 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise _not_plain(path)
-            data = file.read(max_bytes + 1 if status.st_size <= max_bytes else _START_BYTES)
+            # No more than there is, and a byte that shows growth: room for more costs as long as the reading.
+            data = file.read(status.st_size + 1 if status.st_size <= max_bytes else _START_BYTES)
             if status.st_size > max_bytes or len(data) > max_bytes:
                 raise _FileTooLargeError(
                     f"{path.name} has {max(status.st_size, len(data)):,} bytes; at most {max_bytes:,} make sense here",

@@ -1,4 +1,4 @@
-"""Gives the small parts of a model fused forwards: norms, gated feed-forwards, rotary attention, residual sums.
+"""Gives the small parts of a model fused forwards: norms, feed-forwards, rotary attention, residual sums.
 
 No architecture is known by name. One recorded forward shows what goes into every part and what comes out; a part gets a
 fused forward only if that gives the same output for the same input. Whatever is not recognized stays as it is.
@@ -19,8 +19,12 @@ from server.kernels import native
 
 # What fused forwards stand for. Anything else, as a clamp or a factor that grows with the position, may do nothing on
 # the recorded prompt and something later on.
-_KNOWN = {"add", "mul", "neg", "cat", "mean", "pow", "rsqrt", "layer_norm", "silu", "gelu", "dropout", "empty"}
+_KNOWN = {
+    "add", "sub", "mul", "neg", "mean", "pow", "rsqrt", "layer_norm", "cat", "stack", "repeat_interleave", "dropout",
+    "empty",
+}  # fmt: skip
 _TOLERANCE = 1e-5  # of the largest output: rounding in another order
+_SMALL = 1e-3  # the largest entry of an input of norms that shows what they add to the variance
 
 
 @torch.inference_mode()
@@ -50,8 +54,11 @@ def fuse(model: nn.Module, run: Callable[[AttentionStep], Any], step: AttentionS
             continue
         norms = [part for part in children[path] if fused.get(part, "").endswith("norm")]
         attention = recording.calls.get(getattr(module, "layer_idx", None))
-        for kind, forward in candidates(module, children[path], norms, attention):
-            if calls[path].is_answered_by(forward, _TOLERANCE):
+        for kind, forward in candidates(module, calls[path], children[path], norms, attention):
+            trials = [calls[path]]
+            if kind.endswith("norm"):
+                trials.append(calls[path].shrunk(module, _SMALL))
+            if all(trial.is_answered_by(forward, _TOLERANCE) for trial in trials):
                 module.forward = forward
                 fused[module] = kind
                 break

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from server.engine.attention import AttentionStep, PagedCache
 from server.engine.decode_graphs import Capture, DecodeGraphs
+from server.engine.experts import pack_experts
 from server.engine.fixed_shapes import FixedShapes
 from server.engine.forward_batch import ForwardBatch, MergedAdapter, build_forward_batch
 from server.engine.fusion import fuse
@@ -16,10 +17,12 @@ from server.engine.kv_cache import TorchKVCache
 from server.engine.model import PROBE_TOKENS, BaseModel
 from server.engine.replay import replay
 from server.engine.request import Request, SamplingParams
+from server.engine.routers import pack_routers
 from server.engine.sampler import Sampled, sample
 from server.engine.scheduler import ScheduledBatch, ScheduledRequest
 from server.errors import ConfigError
 from server.kernels import Kernels, Segment
+from server.kernels.cpu import cpu_kernels
 from server.lora.adapter import Adapter
 from server.lora.layers import LoRALayers
 
@@ -48,13 +51,17 @@ class ModelRunner:
         self.cache = cache
         self._fixed_shapes = fixed_shapes
         self._graphs: DecodeGraphs | None = None
+        self._linear_group = kernels.linear_group
         self.lora = LoRALayers(
             base.model, base.linear_layers, base.linear_groups, base.head, num_adapter_slots, kernels
         )
 
     @torch.inference_mode()
     def fuse(self) -> Counter[str]:
-        """Speeds up the model's small parts, and says how many of each kind; see `fusion` and `replay`."""
+        """Speeds up what is not linear layers or attention, and says how many parts of each kind.
+
+        With the native kernels only; see `experts`, `fusion` and `replay`.
+        """
         reference = self.base.reference
         request = self._reference_request(0)
         scheduled = [ScheduledRequest(request, len(reference.token_ids))]
@@ -66,7 +73,11 @@ class ModelRunner:
         def run(step: AttentionStep) -> Tensor:
             return self._forward(batch, step)
 
+        experts = pack_experts(self.base.model, self._linear_group)
+        unrounded = cpu_kernels("float32").linear_group
+        weights = pack_routers(self.base.model, lambda: run(cache.step(batch)), unrounded)
         done = fuse(self.base.model, run, cache.step(batch))
+        done.update({"experts": experts, "other weight": weights})
         done["replay"] = replay(self.base.model, run, self.cache.step(batch), lambda: self.lora.passes)
         return +done  # without kinds of which there are none
 

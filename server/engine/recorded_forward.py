@@ -32,6 +32,15 @@ class Call:
         """For another call, which may write into them."""
         return _copied(self.args), _copied(self.kwargs)
 
+    def shrunk(self, module: nn.Module, largest: float) -> "Call":
+        """A call of the module with every tensor times a factor, after which no entry is larger than `largest`."""
+
+        def small(value: Any) -> Any:
+            return value * (largest / float(value.abs().max())) if isinstance(value, Tensor) else value
+
+        args, kwargs = tuple(map(small, self.args)), {name: small(value) for name, value in self.kwargs.items()}
+        return Call(args, kwargs, module.forward(*args, **kwargs))
+
     @property
     def result(self) -> Tensor | None:
         """The output, or what comes first in it; None: that is no tensor."""

@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from server.kernels import Kernels, LayerWeights, LinearGroup, Storage, native, native_linear, native_lora
 from server.kernels.memory import Arena
 
+_NO_PASSES = native_lora.Passes(())  # a recorded call holds its address
+
 
 class CpuLinearGroup:
     """Packs its layers into `arena`, their own weights can go after that; bit-identical rows in any batch."""
@@ -49,7 +51,9 @@ class CpuLinearGroup:
         self._group.compute_with(self._base)
 
     def __call__(self, x: Tensor, passes: Sequence[native_lora.Segments]) -> list[Tensor]:
-        return self._group(x, passes if isinstance(passes, native_lora.Passes) else native_lora.Passes(passes))
+        if not isinstance(passes, native_lora.Passes):
+            passes = native_lora.Passes(passes) if passes else _NO_PASSES
+        return self._group(x, passes)
 
 
 class CpuEmbeddingBypass:

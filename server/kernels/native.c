@@ -133,9 +133,20 @@ typedef struct {
     float *h;
 } bypass;
 
+/* Pair i of a head is turned by entry i * step of a row of cos and sin. */
+typedef struct {
+    int64_t head_dim;
+    int64_t rotary_dim;  /* elements of a head that are turned, its first */
+    int64_t width;       /* of the rows of cos and sin */
+    int64_t step;        /* other than 1 only where interleaved */
+    int64_t interleaved; /* a pair is elements 2i and 2i + 1, and not i and i + rotary_dim / 2 */
+} rotary_layout;
+
 typedef struct {
     int32_t seq, kv_head, row0, row1;
 } attention_task;
+
+enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, CLAMPED_SILU };
 
 enum {
     PANEL = 16,         /* output columns of a packed panel */
@@ -225,10 +236,10 @@ typedef struct {
                      long);
     void (*write_kv)(const kv_layer *, const float *, long, const float *, long, const int64_t *, long);
     void (*rms_norm)(const float *, float *, const float *, float, float *, long, long);
-    void (*layer_norm)(const float *, float *, const float *, const float *, float, float *, long, long);
-    void (*rotary)(float *, long, long, float *, long, long, const float *, const float *, long, long, long);
-    void (*gated)(const float *, long, const float *, long, float *, long, long, int);
-    void (*add)(const float *, float *, long, long);
+    void (*layer_norm)(const float *, float *, const float *, const float *, long, float, float *, long, long);
+    void (*rotary)(const rotary_layout *, float *, long, long, float *, long, long, const float *, const float *, long);
+    void (*activation)(int, const float *, long, const float *, long, float *, long, long);
+    void (*add)(const float *, float *, float, long, long);
 } kernel_set;
 
 /*
@@ -338,7 +349,7 @@ int loraplex_set_isa(const char *name) {
     return -1;
 }
 
-const int loraplex_abi = 1; /* counts up with structs and exported functions, beside _ABI in native.py */
+const int loraplex_abi = 2; /* counts up with structs and exported functions, beside _ABI in native.py */
 
 const char *loraplex_isa(void) { return sets[chosen].name; }
 
@@ -369,28 +380,35 @@ void loraplex_rms_norm(const float *x, float *residual, const float *weight, flo
     sets[chosen].kernels->rms_norm(x, residual, weight, eps, out, rows, n);
 }
 
-void loraplex_layer_norm(const float *x, float *residual, const float *weight, const float *bias, float eps, float *out,
+void loraplex_layer_norm(const float *x, float *residual, const float *weight, const float *bias, int64_t weight_rows,
+                         float eps, float *out, int64_t rows, int64_t n) {
+    sets[chosen].kernels->layer_norm(x, residual, weight, bias, weight_rows, eps, out, rows, n);
+}
+
+void loraplex_rotary(const rotary_layout *layout, float *q, int64_t q_stride, int64_t heads, float *k, int64_t k_stride,
+                     int64_t kv_heads, const float *cos, const float *sin, int64_t num_tokens) {
+    sets[chosen].kernels->rotary(layout, q, q_stride, heads, k, k_stride, kv_heads, cos, sin, num_tokens);
+}
+
+/* x [rows, heads, 3, head_dim], what each head's q, k and v are, to out [rows, 3, heads, head_dim]. */
+void loraplex_split_heads(const float *x, float *out, int64_t heads, int64_t head_dim, int64_t rows) {
+    const size_t bytes = head_dim * sizeof *x;
+#pragma omp parallel for schedule(static) if (rows * heads * head_dim > SMALL)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < 3 * heads; i++)
+            memcpy(out + (row * 3 * heads + i % 3 * heads + i / 3) * head_dim, x + (row * 3 * heads + i) * head_dim,
+                   bytes);
+}
+
+void loraplex_activation(int64_t kind, const float *x, int64_t x_stride, const float *up, int64_t up_stride, float *out,
                          int64_t rows, int64_t n) {
-    sets[chosen].kernels->layer_norm(x, residual, weight, bias, eps, out, rows, n);
+    sets[chosen].kernels->activation(kind, x, x_stride, up, up_stride, out, rows, n);
 }
 
-void loraplex_rotary(float *q, int64_t q_stride, int64_t heads, float *k, int64_t k_stride, int64_t kv_heads,
-                     const float *cos, const float *sin, int64_t rotary_dim, int64_t head_dim, int64_t num_tokens) {
-    sets[chosen].kernels->rotary(q, q_stride, heads, k, k_stride, kv_heads, cos, sin, rotary_dim, head_dim, num_tokens);
+/* y += factor * x, both [rows, n] and contiguous. */
+void loraplex_add(const float *x, float *y, float factor, int64_t rows, int64_t n) {
+    sets[chosen].kernels->add(x, y, factor, rows, n);
 }
-
-void loraplex_silu_mul(const float *gate, int64_t gate_stride, const float *up, int64_t up_stride, float *out,
-                       int64_t rows, int64_t n) {
-    sets[chosen].kernels->gated(gate, gate_stride, up, up_stride, out, rows, n, 0);
-}
-
-void loraplex_gelu_tanh_mul(const float *gate, int64_t gate_stride, const float *up, int64_t up_stride, float *out,
-                            int64_t rows, int64_t n) {
-    sets[chosen].kernels->gated(gate, gate_stride, up, up_stride, out, rows, n, 1);
-}
-
-/* y += x, both [rows, n] and contiguous. */
-void loraplex_add(const float *x, float *y, int64_t rows, int64_t n) { sets[chosen].kernels->add(x, y, rows, n); }
 
 /* ------------------------------------------------------------------------------------------------ recorded calls */
 
@@ -410,8 +428,8 @@ typedef struct {
 } recorded_call;
 
 /* In the order of the cases of `call`. */
-static const char *const recordable[] = {"linear_group", "attention", "write_kv",      "rms_norm", "layer_norm",
-                                         "rotary",       "silu_mul",  "gelu_tanh_mul", "add"};
+static const char *const recordable[] = {"linear_group", "attention",   "write_kv",   "rms_norm", "layer_norm",
+                                         "rotary",       "split_heads", "activation", "add"};
 
 /* The place of a function among those that can be recorded, or -1. */
 int64_t loraplex_recordable(const char *name) {
@@ -438,11 +456,11 @@ static int call(int64_t function, const int64_t *w) {
     case 1: return loraplex_attention(P(0), P(1), P(2), P(3), w[4], P(5), w[6]);
     case 2: loraplex_write_kv(P(0), P(1), w[2], P(3), w[4], P(5), w[6]); return 0;
     case 3: loraplex_rms_norm(P(0), P(1), P(2), as_float(w[3]), P(4), w[5], w[6]); return 0;
-    case 4: loraplex_layer_norm(P(0), P(1), P(2), P(3), as_float(w[4]), P(5), w[6], w[7]); return 0;
-    case 5: loraplex_rotary(P(0), w[1], w[2], P(3), w[4], w[5], P(6), P(7), w[8], w[9], w[10]); return 0;
-    case 6: loraplex_silu_mul(P(0), w[1], P(2), w[3], P(4), w[5], w[6]); return 0;
-    case 7: loraplex_gelu_tanh_mul(P(0), w[1], P(2), w[3], P(4), w[5], w[6]); return 0;
-    default: loraplex_add(P(0), P(1), w[2], w[3]); return 0;
+    case 4: loraplex_layer_norm(P(0), P(1), P(2), P(3), w[4], as_float(w[5]), P(6), w[7], w[8]); return 0;
+    case 5: loraplex_rotary(P(0), P(1), w[2], w[3], P(4), w[5], w[6], P(7), P(8), w[9]); return 0;
+    case 6: loraplex_split_heads(P(0), P(1), w[2], w[3], w[4]); return 0;
+    case 7: loraplex_activation(w[0], P(1), w[2], P(3), w[4], P(5), w[6], w[7]); return 0;
+    default: loraplex_add(P(0), P(1), as_float(w[2]), w[3], w[4]); return 0;
     }
 }
 
@@ -1603,7 +1621,8 @@ static void FN(write_kv)(const kv_layer *cache, const float *k, long k_stride, c
 
 #define add_residual FN(add_residual)
 #define rotate FN(rotate)
-#define gate FN(gate)
+#define activate FN(activate)
+#define activate_row FN(activate_row)
 
 /* The row to normalise: x itself, or residual += x. */
 INLINE const float *add_residual(const float *x, float *residual, long n) {
@@ -1629,9 +1648,12 @@ static void FN(rms_norm)(const float *x, float *residual, const float *weight, f
     }
 }
 
-/* As rms_norm, with out = weight * (r - mean(r)) / sqrt(var(r) + eps) + bias; weight and bias may be NULL. */
-static void FN(layer_norm)(const float *x, float *residual, const float *weight, const float *bias, float eps,
-                           float *out, long rows, long n) {
+/*
+ * As rms_norm, with out = weight * (r - mean(r)) / sqrt(var(r) + eps) + bias; weight and bias [weight_rows, n], used in
+ * turn, may be NULL.
+ */
+static void FN(layer_norm)(const float *x, float *residual, const float *weight, const float *bias, long weight_rows,
+                           float eps, float *out, long rows, long n) {
 #pragma omp parallel for schedule(static) if (rows * n > SMALL)
     for (long row = 0; row < rows; row++) {
         const float *r = add_residual(x + row * n, residual ? residual + row * n : NULL, n);
@@ -1644,65 +1666,118 @@ static void FN(layer_norm)(const float *x, float *residual, const float *weight,
             squares = fma(d, d, squares);
         }
         const vfloat scale = splat(1.0f / __builtin_sqrtf(sum(squares) / n + eps));
+        const long offset = row % weight_rows * n;
         for (long i = 0; i < n; i += LANES) {
             vfloat v = (load_some(r + i, n - i) - mean) * scale;
-            v = weight ? v * load_some(weight + i, n - i) : v;
-            v = bias ? v + load_some(bias + i, n - i) : v;
+            v = weight ? v * load_some(weight + offset + i, n - i) : v;
+            v = bias ? v + load_some(bias + offset + i, n - i) : v;
             store_some(out + row * n + i, v, n - i);
         }
     }
 }
 
-/* x = x * cos + rotate_half(x) * sin over the first rotary_dim elements of each head, in place. */
-INLINE void rotate(float *x, long heads, long head_dim, const float *cos, const float *sin, long rotary_dim) {
-    const long half = rotary_dim / 2;
-    for (long h = 0; h < heads; h++, x += head_dim)
-        for (long d = 0; d < half; d += LANES) {
-            const long n = half - d;
-            const vfloat a = load_some(x + d, n), b = load_some(x + half + d, n);
-            store_some(x + d, fma(a, load_some(cos + d, n), -(b * load_some(sin + d, n))), n);
-            store_some(x + half + d, fma(b, load_some(cos + half + d, n), a * load_some(sin + half + d, n)), n);
-        }
+/* Each pair (a, b) becomes (a cos - b sin, b cos + a sin), in place. */
+INLINE void rotate(const rotary_layout *o, float *x, long heads, const float *cos, const float *sin) {
+    const long pairs = o->rotary_dim / 2;
+    for (long h = 0; h < heads; h++, x += o->head_dim)
+        if (o->interleaved)
+            for (long i = 0; i < pairs; i++) {
+                const float a = x[2 * i], b = x[2 * i + 1], c = cos[i * o->step], s = sin[i * o->step];
+                x[2 * i] = a * c - b * s;
+                x[2 * i + 1] = b * c + a * s;
+            }
+        else
+            for (long i = 0; i < pairs; i += LANES) {
+                const long n = pairs - i;
+                const vfloat a = load_some(x + i, n), b = load_some(x + pairs + i, n);
+                const vfloat c = load_some(cos + i, n), s = load_some(sin + i, n);
+                store_some(x + i, fma(a, c, -(b * s)), n);
+                store_some(x + pairs + i, fma(b, c, a * s), n);
+            }
 }
 
-/* q [num_tokens, heads, head_dim] and k [num_tokens, kv_heads, head_dim] by cos, sin [num_tokens, rotary_dim]. */
-static void FN(rotary)(float *q, long q_stride, long heads, float *k, long k_stride, long kv_heads, const float *cos,
-                       const float *sin, long rotary_dim, long head_dim, long num_tokens) {
-#pragma omp parallel for schedule(static) if (num_tokens * (heads + kv_heads) * head_dim > SMALL)
+/* q [num_tokens, heads, head_dim] and k [num_tokens, kv_heads, head_dim] by cos and sin [num_tokens, width]. */
+static void FN(rotary)(const rotary_layout *layout, float *q, long q_stride, long heads, float *k, long k_stride,
+                       long kv_heads, const float *cos, const float *sin, long num_tokens) {
+    const long width = layout->width;
+#pragma omp parallel for schedule(static) if (num_tokens * (heads + kv_heads) * layout->head_dim > SMALL)
     for (long t = 0; t < num_tokens; t++) {
-        rotate(q + t * q_stride, heads, head_dim, cos + t * rotary_dim, sin + t * rotary_dim, rotary_dim);
-        rotate(k + t * k_stride, kv_heads, head_dim, cos + t * rotary_dim, sin + t * rotary_dim, rotary_dim);
+        rotate(layout, q + t * q_stride, heads, cos + t * width, sin + t * width);
+        rotate(layout, k + t * k_stride, kv_heads, cos + t * width, sin + t * width);
     }
 }
 
-/* silu(g) = g / (1 + e^-g); gelu(g) = g / 2 * (1 + tanh(u)) = g / (1 + e^-2u), u = sqrt(2 / pi) * (g + 0.044715 g^3) */
-INLINE vfloat gate(const int gelu, vfloat g) {
-    const vfloat u = gelu ? splat(1.5957691216f) * fma(splat(0.044715f) * g * g, g, g) : g;
-    return g / (splat(1.0f) + vexp(-u));
+/*
+ * silu(x) = x / (1 + e^-x). gelu_tanh(x) = x / 2 * (1 + tanh(u)) = x / (1 + e^-2u), u = sqrt(2 / pi) * (x + 0.044715
+ * x^3).
+ * gelu(x) = x * Phi(x), with Phi(-|x|) = erfc(|x| / sqrt(2)) / 2 by the Chebyshev fit of Numerical Recipes (6.2), which
+ * is off by 1.2e-7 of itself at most. clamped_silu(x) = x / (1 + e^(-1.702 x)), x at most 7, is gpt-oss's.
+ */
+INLINE vfloat activate(const int kind, vfloat x) {
+    const vfloat zero = splat(0.0f), one = splat(1.0f);
+    if (kind == RELU || kind == RELU_SQUARED) {
+        const vfloat positive = select((vint)(x < zero), zero, x);
+        return kind == RELU ? positive : positive * positive;
+    }
+    if (kind == GELU) {
+        const vfloat z = splat(0.70710678f) * select((vint)(x < zero), -x, x), t = one / fma(splat(0.5f), z, one);
+        static const float c[] = {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f,
+                                  0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};
+        vfloat p = splat(0.17087277f);
+        EACH(i, 9)
+            p = fma(p, t, splat(c[i]));
+        const vfloat tail = splat(0.5f) * t * vexp(fma(-z, z, p));
+        return x * select((vint)(x < zero), tail, one - tail);
+    }
+    if (kind == CLAMPED_SILU) {
+        x = vmin(splat(7.0f), x);
+        return x / (one + vexp(splat(-1.702f) * x));
+    }
+    const vfloat u = kind == SILU ? x : splat(1.5957691216f) * fma(splat(0.044715f) * x * x, x, x);
+    return x / (one + vexp(-u));
 }
 
-/* out [rows, n] = act(gate) * up. */
-static void FN(gated)(const float *gates, long gate_stride, const float *up, long up_stride, float *out, long rows,
-                      long n, int gelu) {
+INLINE void activate_row(const int kind, const float *x, const float *up, float *out, long n) {
+    for (long i = 0; i < n; i += LANES) {
+        vfloat v = activate(kind, load_some(x + i, n - i));
+        if (up) {
+            const vfloat u = load_some(up + i, n - i);
+            v *= kind == CLAMPED_SILU ? splat(1.0f) + vmin(splat(7.0f), vmax(splat(-7.0f), u)) : u;
+        }
+        store_some(out + i, v, n - i);
+    }
+}
+
+/* out [rows, n] = activation(x), times up where it is not NULL; clamped_silu times 1 + up, that between -7 and 7. */
+static void FN(activation)(int kind, const float *xs, long x_stride, const float *ups, long up_stride, float *outs,
+                           long rows, long n) {
 #pragma omp parallel for schedule(static) if (rows * n > SMALL / 4)
     for (long row = 0; row < rows; row++) {
-        const float *g = gates + row * gate_stride, *u = up + row * up_stride;
-        for (long i = 0; i < n; i += LANES) {
-            const vfloat v = load_some(g + i, n - i);
-            store_some(out + row * n + i, (gelu ? gate(1, v) : gate(0, v)) * load_some(u + i, n - i), n - i);
+        const float *x = xs + row * x_stride, *up = ups ? ups + row * up_stride : NULL;
+        float *out = outs + row * n;
+        switch (kind) {
+        case SILU: activate_row(SILU, x, up, out, n); break;
+        case GELU_TANH: activate_row(GELU_TANH, x, up, out, n); break;
+        case GELU: activate_row(GELU, x, up, out, n); break;
+        case RELU: activate_row(RELU, x, up, out, n); break;
+        case RELU_SQUARED: activate_row(RELU_SQUARED, x, up, out, n); break;
+        default: activate_row(CLAMPED_SILU, x, up, out, n);
         }
     }
 }
 
-/* y += x, both [rows, n]. */
-static void FN(add)(const float *x, float *y, long rows, long n) {
+/* y += factor * x, both [rows, n]. */
+static void FN(add)(const float *x, float *y, float factor, long rows, long n) {
 #pragma omp parallel for schedule(static) if (rows * n > SMALL)
     for (long row = 0; row < rows; row++)
-        add_residual(x + row * n, y + row * n, n);
+        for (long i = row * n; i < (row + 1) * n; i += LANES) {
+            const long left = (row + 1) * n - i;
+            store_some(y + i, fma(splat(factor), load_some(x + i, left), load_some(y + i, left)), left);
+        }
 }
 
-static const kernel_set FN(kernels) = {FN(linear),   FN(add_embedding_lora), FN(attention), FN(write_kv),
-                                       FN(rms_norm), FN(layer_norm),         FN(rotary),    FN(gated),
-                                       FN(add)};
+static const kernel_set FN(kernels) = {FN(linear),   FN(add_embedding_lora), FN(attention),
+                                       FN(write_kv), FN(rms_norm),           FN(layer_norm),
+                                       FN(rotary),   FN(activation),         FN(add)};
 
 #endif

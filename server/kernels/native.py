@@ -29,17 +29,17 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "attention": (POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT),
     "write_kv": (POINTER, POINTER, INT, POINTER, INT, POINTER, INT),
     "rms_norm": (POINTER, POINTER, POINTER, FLOAT, POINTER, INT, INT),
-    "layer_norm": (POINTER, POINTER, POINTER, POINTER, FLOAT, POINTER, INT, INT),
-    "rotary": (POINTER, INT, INT, POINTER, INT, INT, POINTER, POINTER, INT, INT, INT),
-    "silu_mul": (POINTER, INT, POINTER, INT, POINTER, INT, INT),
-    "gelu_tanh_mul": (POINTER, INT, POINTER, INT, POINTER, INT, INT),
-    "add": (POINTER, POINTER, INT, INT),
+    "layer_norm": (POINTER, POINTER, POINTER, POINTER, INT, FLOAT, POINTER, INT, INT),
+    "rotary": (POINTER, POINTER, INT, INT, POINTER, INT, INT, POINTER, POINTER, INT),
+    "split_heads": (POINTER, POINTER, INT, INT, INT),
+    "activation": (INT, POINTER, INT, POINTER, INT, POINTER, INT, INT),
+    "add": (POINTER, POINTER, FLOAT, INT, INT),
     "replay": (POINTER, INT, POINTER, INT),
 }
 _CAN_FAIL = {"linear_group", "attention", "replay"}  # they need scratch memory
 
 
-_ABI = 1  # of native.c, as these modules know it; counts up with structs and exported functions
+_ABI = 2  # of native.c, as these modules know it; counts up with structs and exported functions
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:

@@ -27,11 +27,11 @@ WORDS = {
     "attention": "PPPPCPC",
     "write_kv": "PPCPCPR",
     "rms_norm": "PPPFPRC",
-    "layer_norm": "PPPPFPRC",
-    "rotary": "PCCPCCPPCCR",
-    "silu_mul": "PCPCPRC",
-    "gelu_tanh_mul": "PCPCPRC",
-    "add": "PPRC",
+    "layer_norm": "PPPPCFPRC",
+    "rotary": "PPCCPCCPPR",
+    "split_heads": "PPCCR",
+    "activation": "CPCPCPRC",
+    "add": "PPFRC",
 }
 
 if native.library is not None:

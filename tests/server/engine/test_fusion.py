@@ -7,8 +7,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from server.engine.fusion import fuse
+from server.engine.probe import Probe
 from server.kernels import native
 from tests.conftest import EOS, VOCAB_SIZE, save_adapter, save_base
 from tests.server.engine.conftest import Engine, peft_logits
@@ -22,8 +25,26 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 20},  # four norms a layer
     "gemma3_text": {"sliding_window": 20},  # both
     "phi3": {"sliding_window": 20, "head_dim": 8, "partial_rotary_factor": 0.5},  # q, k, v as one, gate and up as one
-    "phi": {"partial_rotary_factor": 0.5, "qk_layernorm": True},  # other norms
+    "phi": {"partial_rotary_factor": 0.5, "qk_layernorm": True},  # other norms, attention and feed-forward side by side
     "granite": {},  # sums with a multiplier
+    "olmo": {"clip_qkv": None},  # norms without weights
+    "cohere": {"use_qk_norm": True},  # norms with weights for each head, rotary embedding of neighbours
+    "cohere2": {"sliding_window": 20},  # a layer without rotary embedding
+    "glm4": {},  # rotary embedding of neighbours by another table
+    "starcoder2": {"sliding_window": 20},  # feed-forwards without gates
+    "gpt_neox": {},  # q, k and v of one head after the other
+    "gpt2": {"n_positions": 256},
+    "opt": {},  # a layer that has the feed-forward's layers itself, and scales q
+    "mixtral": {},  # experts
+    "qwen3_moe": {},
+    "gpt_oss": {"sliding_window": 20},  # tables of half the width, experts with a gate of their own
+}
+_ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}  # PEFT would adapt the experts too
+TARGETS: dict[str, dict[str, Any]] = {
+    "gpt2": {"target_modules": "all-linear", "fan_in_fan_out": True},
+    "mixtral": _ATTENTION,
+    "qwen3_moe": _ATTENTION,
+    "gpt_oss": _ATTENTION,
 }
 
 
@@ -42,15 +63,16 @@ def varied(model_type: str) -> PreTrainedModel:
 @pytest.mark.parametrize("model_type", SHAPES)
 def test_adapters_and_bits(model_type: str, tmp_path: Path, prompts: list[list[int]]) -> None:
     folder = save_base(varied(model_type), tmp_path / "base")
-    save_adapter(varied(model_type), tmp_path / "adapter", seed=1, r=4, target_modules="all-linear")
+    settings = TARGETS.get(model_type, {"target_modules": "all-linear"})
+    save_adapter(varied(model_type), tmp_path / "adapter", seed=1, r=4, **settings)
     reference = peft.PeftModel.from_pretrained(varied(model_type), str(tmp_path / "adapter")).eval()
 
     def logits(**settings: int) -> list[torch.Tensor]:
         engine = Engine(folder, **settings)
         model: Any = engine.parts.base.model
-        for layer in model.model.layers:
-            assert "forward" in vars(layer.self_attn)
-            assert "forward" in vars(layer) or model_type == "phi"  # whose two sums are one
+        for layer in next(module for module in model.modules() if isinstance(module, nn.ModuleList)):
+            assert "forward" in vars(layer)
+            assert any("forward" in vars(part) for part in layer.children() if hasattr(part, "layer_idx"))
         adapter = engine.load(tmp_path / "adapter")
         rows: dict[int, list[torch.Tensor]] = {}
         engine.watch_logits(lambda request_id, row: rows.setdefault(request_id, []).append(row.clone()))
@@ -66,3 +88,24 @@ def test_adapters_and_bits(model_type: str, tmp_path: Path, prompts: list[list[i
         assert torch.allclose(row[0], expected, atol=1e-4), index
     for settings in ({}, {"max_num_batched_tokens": 16, "max_num_seqs": 16}):
         assert all(map(torch.equal, logits(**settings), alone)), settings
+
+
+class RMSNorm(nn.Module):
+    """Keeps what it adds to the variance under a name that nobody knows."""
+
+    def __init__(self, added: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+        self.added = added
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.added))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [1, 1e5])
+@pytest.mark.parametrize(("added", "fused"), [(1e-6, {"RMS norm": 1}), (1e-3, {})])
+def test_a_norm_is_known_by_what_it_adds_to_the_variance(size: float, added: float, fused: dict[str, int]) -> None:
+    """However large the recorded inputs are, beside which it does not show."""
+    model, x = nn.Sequential(RMSNorm(added)), size * torch.randn(1, 12, 64)
+    assert fuse(model, lambda _: model(x), Probe()) == fused

@@ -61,10 +61,14 @@ SERVED: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"head_dim": 8, **EXPERTS},
     "olmoe": EXPERTS,
     "gpt_oss": {"head_dim": 8, **EXPERTS, **WINDOW},
+    "glm4_moe": {"head_dim": 8, **EXPERTS, "first_k_dense_replace": 1},
 }
 # What a model of two layers has fused: a norm before and after the layers' parts, and on q and k, where it has them.
 LAYERS = {"rotary attention": 2, "decoder layer": 2}
 GATED_LAYERS = {"gated feed-forward": 2, **LAYERS}
+PLAIN_LAYERS = {"feed-forward": 2, **LAYERS}
+MIXTURES = {"experts": 2, "other weight": 2, **LAYERS}
+WITHOUT_ROTARY = {"rotary attention": 1, "attention": 1}  # one layer of the two
 FUSED: dict[str, dict[str, int]] = {
     "llama": {"RMS norm": 5, **GATED_LAYERS},
     "mistral": {"RMS norm": 5, **GATED_LAYERS},
@@ -74,29 +78,30 @@ FUSED: dict[str, dict[str, int]] = {
     "gemma": {"RMS norm": 5, **GATED_LAYERS},
     "gemma2": {"RMS norm": 9, **GATED_LAYERS},
     "gemma3_text": {"RMS norm": 13, **GATED_LAYERS},
-    "phi": {"layer norm": 3, "rotary attention": 2},
+    "phi": {"layer norm": 3, **PLAIN_LAYERS},
     "phi3": {"RMS norm": 5, **GATED_LAYERS},
     # A factor on q that grows from some position on, and a clamp: neither does anything to the reference prompt.
     "ministral3": {"RMS norm": 5, "gated feed-forward": 2, "decoder layer": 2},
-    "olmo": {"gated feed-forward": 2},
+    "olmo": {"layer norm": 5, "gated feed-forward": 2, "decoder layer": 2},
     "olmo2": {"RMS norm": 9, **GATED_LAYERS},
     "granite": {"RMS norm": 5, **GATED_LAYERS},
-    "smollm3": {"RMS norm": 5, **GATED_LAYERS, "rotary attention": 1},
-    "starcoder2": {"layer norm": 5, **LAYERS},
-    "cohere": {"gated feed-forward": 2},
-    "cohere2": {"gated feed-forward": 2},
-    "glm4": {"RMS norm": 9, "gated feed-forward": 2, "decoder layer": 2},
-    "exaone4": {"RMS norm": 9, **GATED_LAYERS, "rotary attention": 1},
-    "gpt_neox": {"layer norm": 5},
-    "opt": {"layer norm": 5},
-    "gpt2": {"layer norm": 5},
-    "mixtral": {"RMS norm": 5, **LAYERS},
-    "qwen3_moe": {"RMS norm": 9, **LAYERS},
-    "olmoe": {"RMS norm": 9, **LAYERS},
-    "gpt_oss": {"RMS norm": 5},
+    "smollm3": {"RMS norm": 5, **GATED_LAYERS, **WITHOUT_ROTARY},
+    "starcoder2": {"layer norm": 5, **PLAIN_LAYERS},
+    "cohere": {"layer norm": 3, **GATED_LAYERS},
+    "cohere2": {"layer norm": 3, **GATED_LAYERS, **WITHOUT_ROTARY},
+    "glm4": {"RMS norm": 9, **GATED_LAYERS},
+    "exaone4": {"RMS norm": 9, **GATED_LAYERS, **WITHOUT_ROTARY},
+    "gpt_neox": {"layer norm": 5, **PLAIN_LAYERS},
+    "opt": {"layer norm": 5, "attention": 2, "decoder layer": 2},
+    "gpt2": {"layer norm": 5, "feed-forward": 2, "attention": 2, "decoder layer": 2},
+    "mixtral": {"RMS norm": 5, **MIXTURES},
+    "qwen3_moe": {"RMS norm": 9, **MIXTURES},
+    "olmoe": {"RMS norm": 9, **MIXTURES},
+    "gpt_oss": {"RMS norm": 5, **MIXTURES},
+    "glm4_moe": {"RMS norm": 5, **GATED_LAYERS, "experts": 1, "other weight": 1},  # in the second layer alone
 }
 # Parts that are replayed, where it is not one of each layer (itself or its attention).
-REPLAYED = {"granite": 4, "cohere2": 3, "gpt_neox": 0, "opt": 0, "gpt2": 0, "gpt_oss": 0}
+REPLAYED: dict[str, int] = {"glm4_moe": 3}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({"n_layer": 2, "n_head": 4}, "attention interface"),
     "stablelm": ({}, "keyword arguments"),

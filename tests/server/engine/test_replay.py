@@ -11,6 +11,7 @@ from server.engine.attention import AttentionOptions
 from server.engine.recorded_forward import Forward
 from server.engine.replay import _HandedOn, _Replay, replay
 from server.kernels import native, native_fused
+from server.kernels.native_fused import Activation
 from server.kernels.native_lora import Passes
 from tests.conftest import ADAPTERS
 from tests.server.engine.conftest import Engine
@@ -68,7 +69,7 @@ class Doubled(nn.Module):
 
     def forward(self, x: Tensor, beside: Tensor | None = None) -> tuple[Tensor, None]:
         once = native_fused.layer_norm(x, None, None, 1e-5)
-        return native_fused.add(once if beside is None else beside, native_fused.silu_mul(once, once)), None
+        return native_fused.add(once if beside is None else beside, Activation.SILU(once, once)), None
 
 
 class Parent(nn.Module):
@@ -136,7 +137,7 @@ class Alternating(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        gate = native_fused.silu_mul if self.calls % 2 else native_fused.gelu_tanh_mul
+        gate = Activation.SILU if self.calls % 2 else Activation.GELU_TANH
         return gate(x, native_fused.layer_norm(x, None, None, 1e-5))
 
 

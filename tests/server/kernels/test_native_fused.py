@@ -1,9 +1,12 @@
-"""Native norms, rotary embedding and gates against plain torch, on every instruction set this processor has."""
+"""Native norms, rotary embedding, activations and sums against plain torch, on every instruction set there is here."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from server.kernels import native_fused
+from server.kernels.native_fused import Activation
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -26,32 +29,68 @@ def test_norms(rows: int, n: int) -> None:
     assert torch.equal(native_fused.rms_norm(total[-1:], weight, 1e-5), out[-1:])
 
 
+def test_a_norm_with_weights_for_each_head() -> None:
+    x, weight, bias = torch.randn(5, 3, 37), torch.randn(3, 37), torch.randn(3, 37)
+    expected = torch.nn.functional.layer_norm(x, (37,), None, None, 1e-5)
+    torch.testing.assert_close(native_fused.layer_norm(x, weight, None, 1e-5), expected * weight)
+    torch.testing.assert_close(native_fused.layer_norm(x, weight, bias, 1e-5), expected * weight + bias)
+
+
+@pytest.mark.parametrize(("interleaved", "step"), [(False, 1), (True, 1), (True, 2)])
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 32), (24, 24)])
-def test_rotary(head_dim: int, rotary_dim: int) -> None:
-    tokens = 7
+def test_rotary(head_dim: int, rotary_dim: int, interleaved: bool, step: int) -> None:
+    tokens, pairs = 7, rotary_dim // 2
     packed = torch.randn(tokens, 3 * head_dim)
     q, k = packed[:, : 2 * head_dim].unflatten(1, (2, head_dim)), packed[:, 2 * head_dim :].unflatten(1, (1, head_dim))
-    cos, sin = torch.randn(tokens, rotary_dim), torch.randn(tokens, rotary_dim)
-    expected = []
-    for x in (q, k):
-        turned, rest = x.clone().split([rotary_dim, head_dim - rotary_dim], dim=2)
-        first, second = turned.chunk(2, dim=2)
-        turned = turned * cos[:, None] + torch.cat([-second, first], dim=2) * sin[:, None]
-        expected.append(torch.cat([turned, rest], dim=2))
-    native_fused.rotary(q, k, cos[None], sin[None])
+    cos, sin = torch.randn(tokens, step * pairs), torch.randn(tokens, step * pairs)
+    c, s = cos[:, None, ::step], sin[:, None, ::step]
+    even, odd = (
+        (slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)) if interleaved else (slice(pairs), slice(pairs, rotary_dim))
+    )
+    expected = [q.clone(), k.clone()]
+    for before, after in zip((q, k), expected, strict=True):
+        after[..., even] = before[..., even] * c - before[..., odd] * s
+        after[..., odd] = before[..., odd] * c + before[..., even] * s
+    rotary = native_fused.Rotary(head_dim, step * pairs, rotary_dim=rotary_dim, step=step, interleaved=interleaved)
+    rotary(q, k, cos[None], sin[None])
     torch.testing.assert_close(q, expected[0])
     torch.testing.assert_close(k, expected[1])
 
 
+def test_split_heads() -> None:
+    x = torch.randn(1, 5, 4 * 3 * 24)
+    expected = x.view(1, 5, 4, 3, 24).transpose(2, 3).reshape(1, 5, -1)
+    assert torch.equal(native_fused.split_heads(x, 4), expected)
+
+
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    Activation.SILU: torch.nn.functional.silu,
+    Activation.GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    Activation.GELU: torch.nn.functional.gelu,
+    Activation.RELU: torch.nn.functional.relu,
+    Activation.RELU_SQUARED: lambda x: torch.nn.functional.relu(x) ** 2,
+    Activation.CLAMPED_SILU: lambda x: x.clamp(max=7) * torch.sigmoid(1.702 * x.clamp(max=7)),
+}
+
+
+@pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize(("rows", "n"), [(1, 64), (30, 1536), (2, 19)])
-def test_gated_activations(rows: int, n: int) -> None:
+def test_activations(rows: int, n: int, activation: Activation) -> None:
     both = 6 * torch.randn(rows, 2 * n)
     both[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -1e-3])
-    gate, up = both.split(n, dim=1)
-    silu = torch.nn.functional.silu(gate.double()) * up
-    gelu = torch.nn.functional.gelu(gate.double(), approximate="tanh") * up
-    torch.testing.assert_close(native_fused.silu_mul(gate, up).double(), silu, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(native_fused.silu_mul(gate[None], up[None]).double(), silu[None], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(native_fused.gelu_tanh_mul(gate, up).double(), gelu, rtol=1e-6, atol=1e-6)
-    both_gelu = native_fused.gelu_tanh_mul(gate[None], up[None])
-    torch.testing.assert_close(both_gelu.double(), gelu[None], rtol=1e-6, atol=1e-6)
+    x, up = both.split(n, dim=1)
+    expected = ACTIVATIONS[activation](x.double())
+    gated = expected * (1 + up.clamp(-7, 7) if activation is Activation.CLAMPED_SILU else up)
+    torch.testing.assert_close(activation(x).double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(activation(x, up).double(), gated, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(activation(x[None], up[None]).double(), gated[None], rtol=1e-6, atol=1e-6)
+    nan = torch.full((1, 20), torch.nan)
+    assert activation(nan).isnan().all()
+
+
+def test_sums() -> None:
+    x, y = torch.randn(3, 37), torch.randn(3, 37)
+    before = y.clone()
+    assert native_fused.add(x, y) is y
+    assert torch.equal(y, before + x)
+    torch.testing.assert_close(native_fused.add(x, y, 0.25), before + 1.25 * x)

@@ -31,7 +31,7 @@ class FeedForward:
 
     def __call__(self, x: Tensor, passes: native_lora.Passes) -> Tensor:
         gate, up = self.both(native_fused.rms_norm(x, self._weight, 1e-5), passes)
-        y = self.down(native_fused.silu_mul(gate.view(gate.shape), up), passes)[0]
+        y = self.down(native_fused.Activation.SILU(gate.view(gate.shape), up), passes)[0]
         return native_fused.add(y, x) if self._in_place else y
 
     def record(self) -> Program:
@@ -61,6 +61,17 @@ def test_other_rows_other_adapters_another_base(in_place: bool) -> None:
                 result = program(rows, [x.data_ptr(), passes.pointer], workspace)
                 assert (result is None) == in_place
                 assert torch.equal(x if result is None else result, expected)
+
+
+@torch.inference_mode()
+def test_calls_without_passes_of_their_own_name_memory_that_stays() -> None:
+    group, x = CpuLinearGroup("float32", Arena(), [nn.Linear(WIDTH, WIDTH)], 0), torch.randn(1, RECORDED, WIDTH)
+    with native.recorded_calls() as calls:
+        for _ in range(2):
+            group(x, ())
+            others = [native_lora.Passes(()) for _ in range(3)]  # memory that is free by now is theirs
+    assert calls[0].args[3] == calls[1].args[3]
+    assert all(calls[0].args[3] != other.pointer for other in others)
 
 
 @torch.inference_mode()
