@@ -47,8 +47,8 @@ def train_command(resolve: Callable[[str], str] = str) -> click.Command:
     ) -> None:
         """Train LoRA adapters on a frozen base model and write them in PEFT's format.
 
-        With several --data, and as many --out, adapters are trained at once: they share the passes through the base,
-        and each comes out as it would alone.
+        With several --data, and as many --out, adapters are trained at once: where their batches are of like length
+        they share the passes through the base. Each comes out as it would alone.
         """
         if len(set(out)) != len(data):
             raise click.UsageError(f"--data is given {len(data)} times: as many --out are needed, all different")

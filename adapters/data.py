@@ -13,7 +13,7 @@ end-of-sequence token belongs to the completion, so that the model learns to sto
 import json
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a token without loss, as torch's cross entropy has it
+MAX_PADDING = 0.1  # what joined batches gain in one pass is no more than that
 
 
 class DataError(ValueError):
@@ -118,6 +119,21 @@ def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
     token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     assert isinstance(token, int)
     return token
+
+
+def bundles(parts: Mapping[int, Batch]) -> list[dict[int, Batch]]:
+    """Puts batches of like length together, to be joined: padding may add a share of `MAX_PADDING` and no more."""
+    found: list[dict[int, Batch]] = []
+    num_examples = num_tokens = 0  # of the last bundle, as they are
+    for key, batch in sorted(parts.items(), key=lambda item: item[1].input_ids.shape[1]):
+        examples, longest = batch.input_ids.shape
+        if not found or (num_examples + examples) * longest > (1 + MAX_PADDING) * (num_tokens + examples * longest):
+            found.append({})
+            num_examples = num_tokens = 0
+        found[-1][key] = batch
+        num_examples += examples
+        num_tokens += examples * longest
+    return found
 
 
 def join(parts: Sequence[Batch], pad_id: int) -> Batch:

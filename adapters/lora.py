@@ -72,8 +72,9 @@ class LoRALinear(nn.Module):
 
     def add_bypass(self, y: Tensor, x: Tensor) -> Tensor:
         """y + s · B A x"""
-        bypass: Tensor = self.lora_b(self.lora_a(self.dropout(x.to(self.lora_a.weight.dtype))))
-        return y + (self.scaling * bypass).to(y.dtype)
+        narrow: Tensor = self.lora_a(self.dropout(x.to(self.lora_a.weight.dtype)))
+        bypass: Tensor = self.lora_b(self.scaling * narrow)  # scaled where there is least of it
+        return y + bypass.to(y.dtype)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -1,8 +1,8 @@
 """Trains LoRA adapters on a frozen base model, one or several at once.
 
 The base takes part in the forward and the backward pass but gets no gradients of its own weights. Adapters that are
-trained at once share these passes: a step's batch is made of theirs, and each has its bypass on its own rows alone, so
-that none meets another.
+trained at once share these passes where their batches are of like length: they are joined, and each has its bypass on
+its own rows alone, so that none meets another.
 """
 
 import time
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters.config import AdapterConfig
-from adapters.data import Batch, Example, batches, join, padding_of
+from adapters.data import Batch, Example, batches, bundles, join, padding_of
 from adapters.folder import write_adapter
 from adapters.learner import Learner
 from adapters.lora import LoRALinear, inject_lora, remove_lora, target_modules
@@ -155,11 +155,12 @@ def _backward(
     totals = dict.fromkeys(groups, 0.0)
     for number in range(max(map(len, groups.values()))):
         parts = {index: group[number] for index, group in groups.items() if number < len(group)}
-        counts = {index: len(batch.input_ids) for index, batch in parts.items()}
-        rows.give(counts)
-        sums = completion_losses(model, join(list(parts.values()), pad_id), list(counts.values()))
-        losses = {index: loss / num_targets[index] for index, loss in zip(parts, sums, strict=True)}
-        torch.stack(list(losses.values())).sum().backward()
-        for index, loss in losses.items():
-            totals[index] += loss.item()
+        for bundle in bundles(parts):
+            counts = {index: len(batch.input_ids) for index, batch in bundle.items()}
+            rows.give(counts)
+            sums = completion_losses(model, join(list(bundle.values()), pad_id), list(counts.values()))
+            losses = {index: loss / num_targets[index] for index, loss in zip(bundle, sums, strict=True)}
+            torch.stack(list(losses.values())).sum().backward()
+            for index, loss in losses.items():
+                totals[index] += loss.item()
     return totals

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.data import Batch, Example, batches, padding_of, read_examples
@@ -126,6 +127,7 @@ def _write_job(folder: Path, model: Path, work: Work, threads: int) -> Path:
 
 
 def _write_first_weights(folder: Path, model: Path, config: TrainConfig) -> None:
+    transformers.utils.logging.disable_progress_bar()
     base = AutoModelForCausalLM.from_pretrained(model)
     save_adapter(folder, base, inject(base, config), config, str(model))
 

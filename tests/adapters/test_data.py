@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from adapters.data import IGNORED, DataError, Example, batches, join, read_examples, split_examples
+from adapters.data import IGNORED, DataError, Example, batches, bundles, join, read_examples, split_examples
 from tests.adapters.conftest import letters
 from tests.conftest import EOS
 
@@ -161,3 +161,17 @@ def test_joined_batches_are_padded_to_the_longest() -> None:
     ]
     assert joined.num_targets == 3
     assert join(parts[:1], 99) is parts[0]
+
+
+def test_batches_of_like_length_are_bundled() -> None:
+    def bundled(*shapes: tuple[int, int]) -> list[list[int]]:
+        parts = {
+            key: batches(numbered([length] * count), 1000, pad_id=99)[0] for key, (count, length) in enumerate(shapes)
+        }
+        return [list(bundle) for bundle in bundles(parts)]
+
+    assert bundled((3, 10)) == [[0]]
+    assert bundled((3, 10), (2, 11), (3, 10)) == [[0, 2, 1]]
+    assert bundled((3, 20), (3, 10), (3, 21), (3, 11)) == [[1, 3], [0, 2]]
+    assert bundled((1, 4), (40, 6)) == [[0, 1]], "little padding beside many tokens"
+    assert bundled((40, 4), (1, 6)) == [[0], [1]]
