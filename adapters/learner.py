@@ -29,7 +29,7 @@ class Learner:
         ]
         steps_per_epoch = math.ceil(len(make_batches(job.train_examples)) / config.accumulate)
         self._num_steps = config.max_steps or config.epochs * steps_per_epoch
-        self._optimizer = AdamW(self._parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self._optimizer = AdamW(self._parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         self._schedule = LambdaLR(self._optimizer, lambda step: warmup_cosine(step, self._num_steps, config.warmup))
         self._groups = groups(job.train_examples, make_batches, config)
         self._best = _Best(self._parameters)
