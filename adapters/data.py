@@ -13,16 +13,18 @@ end-of-sequence token belongs to the completion, so that the model learns to sto
 import json
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a token without loss, as torch's cross entropy has it
+MAX_PADDING = 0.1  # what joined batches gain in one pass is no more than that
 
 
 class DataError(ValueError):
@@ -110,6 +112,45 @@ def batches(
     if seed is not None:
         shuffle.shuffle(groups)
     return [_pad(group, pad_id, device) for group in groups]
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with; any will do, since none is looked at."""
+    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    assert isinstance(token, int)
+    return token
+
+
+def bundles(parts: Mapping[int, Batch]) -> list[dict[int, Batch]]:
+    """Puts batches of like length together, to be joined: padding may add a share of `MAX_PADDING` and no more."""
+    found: list[dict[int, Batch]] = []
+    num_examples = num_tokens = 0  # of the last bundle, as they are
+    for key, batch in sorted(parts.items(), key=lambda item: item[1].input_ids.shape[1]):
+        examples, longest = batch.input_ids.shape
+        if not found or (num_examples + examples) * longest > (1 + MAX_PADDING) * (num_tokens + examples * longest):
+            found.append({})
+            num_examples = num_tokens = 0
+        found[-1][key] = batch
+        num_examples += examples
+        num_tokens += examples * longest
+    return found
+
+
+def join(parts: Sequence[Batch], pad_id: int) -> Batch:
+    """One batch of several, padded to the longest."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.input_ids.shape[1] for part in parts)
+
+    def rows(tensors: Iterable[Tensor], padding: int) -> Tensor:
+        return torch.cat([functional.pad(tensor, (0, longest - tensor.shape[1]), value=padding) for tensor in tensors])
+
+    return Batch(
+        input_ids=rows((part.input_ids for part in parts), pad_id),
+        attention_mask=rows((part.attention_mask for part in parts), 0),
+        labels=rows((part.labels for part in parts), IGNORED),
+        num_targets=sum(part.num_targets for part in parts),
+    )
 
 
 def _pad(examples: Sequence[Example], pad_id: int, device: torch.device | str) -> Batch:

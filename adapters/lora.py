@@ -68,10 +68,13 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         y: Tensor = self.base(x)
-        if self.merged:
-            return y
-        bypass: Tensor = self.lora_b(self.lora_a(self.dropout(x.to(self.lora_a.weight.dtype))))
-        return y + (self.scaling * bypass).to(y.dtype)
+        return y if self.merged else self.add_bypass(y, x)
+
+    def add_bypass(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + s · B A x"""
+        narrow: Tensor = self.lora_a(self.dropout(x.to(self.lora_a.weight.dtype)))
+        bypass: Tensor = self.lora_b(self.scaling * narrow)  # scaled where there is least of it
+        return y + bypass.to(y.dtype)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -141,6 +144,12 @@ def inject_lora(
         )
         setattr(model.get_submodule(parent), child, layers[name])
     return layers
+
+
+def remove_lora(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    """Puts the frozen layers back in the place of those that `inject_lora` gave."""
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.base)
 
 
 def target_modules(model: nn.Module, layers: Mapping[str, LoRALinear]) -> tuple[str, ...]:

@@ -1,59 +1,28 @@
-"""Trains one LoRA adapter on a frozen base model.
+"""Trains LoRA adapters on a frozen base model, one or several at once.
 
-The base takes part in the forward and the backward pass but gets no gradients of its own weights, and its output head,
-often the largest layer, only runs where there is a token to learn.
+The base takes part in the forward and the backward pass but gets no gradients of its own weights. Adapters that are
+trained at once share these passes where their batches are of like length: they are joined, and each has its bypass on
+its own rows alone, so that none meets another.
 """
 
-import inspect
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import count, islice
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters.config import AdapterConfig
-from adapters.data import IGNORED, Batch, Example, batches
+from adapters.data import Batch, Example, batches, bundles, join, padding_of
 from adapters.folder import write_adapter
-from adapters.lora import LoRALinear, inject_lora, target_modules
+from adapters.learner import Learner
+from adapters.lora import LoRALinear, inject_lora, remove_lora, target_modules
+from adapters.loss import completion_losses, evaluate
+from adapters.shared_linear import Rows, shared_layers
 from adapters.train_config import TrainConfig
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What a step did; `eval_loss` is there if the step was followed by an evaluation. Losses are nats a token."""
-
-    step: int  # from 1
-    num_steps: int
-    loss: float
-    eval_loss: float | None
-    num_tokens: int  # trained on so far, without padding
-    seconds: float  # since the start
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """The trained layers, which are in the model with their best weights, and how they came about."""
-
-    layers: dict[str, LoRALinear]
-    reports: list[StepReport]
-    best_step: int
-
-    @property
-    def last(self) -> StepReport:
-        return self.reports[-1]
+from adapters.train_job import StepReport, TrainJob, TrainResult
 
 
 def train(
@@ -74,85 +43,38 @@ def train(
         TrainingDiverged: a loss was not finite.
     """
     torch.manual_seed(config.seed)
-    layers = inject_lora(
-        model,
-        config.targets,
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        rslora=config.rslora,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    make_batches = partial(batches, batch_tokens=config.batch_tokens, pad_id=pad_id, device=model.device)
-    eval_batches = make_batches(eval_examples)
-    steps_per_epoch = math.ceil(len(make_batches(train_examples)) / config.accumulate)
-    num_steps = config.max_steps or config.epochs * steps_per_epoch
-    schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, num_steps, config.warmup))
-
-    best = _Best(parameters)
-    reports: list[StepReport] = []
-    num_tokens, start = 0, time.perf_counter()
-    model.train()
-    for step, group in enumerate(islice(_groups(train_examples, make_batches, config), num_steps), start=1):
-        loss = _backward(model, group)
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"step {step}: the loss is {loss}; lower the learning rate of {config.learning_rate:g}"
-            )
-        nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        num_tokens += sum(int(batch.attention_mask.sum()) for batch in group)
-
-        eval_loss = None
-        if eval_batches and (step % config.eval_every == 0 or step == num_steps):
-            eval_loss = evaluate(model, eval_batches)
-            best.offer(eval_loss, step)
-        reports.append(StepReport(step, num_steps, loss, eval_loss, num_tokens, time.perf_counter() - start))
-        progress(reports[-1])
-        if config.patience and best.num_worse == config.patience:
-            break
-    model.eval()
-    best.restore()
-    return TrainResult(layers, reports, best.step or reports[-1].step)
+    job = TrainJob(train_examples=train_examples, eval_examples=eval_examples, config=config)
+    pad_id = padding_of(tokenizer)
+    learner = _learner(model, inject(model, config), job, pad_id)
+    _run(model, [learner], Rows(), pad_id, lambda _, report: progress(report))
+    return learner.finish()
 
 
-def completion_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Cross entropy in nats, summed over the tokens with loss.
+def train_many(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    jobs: Sequence[TrainJob],
+    progress: Callable[[int, StepReport], None] = lambda job, report: None,
+) -> list[TrainResult]:
+    """Trains an adapter for each job, all at once; `model` is without them afterwards, frozen, in evaluation mode.
 
-    The output head runs at the positions that some example of the batch predicts a target from, and at no other.
+    Each comes out as `train` alone would have made it, up to rounding, and up to what dropout draws. Jobs may end at
+    different steps; the memory of a step is that of all their batches. `progress` gets the index of the job too.
+
+    Raises:
+        ValueError: a target of a configuration matches no layer, or the model mixes the examples of a batch.
+        TrainingDiverged: a loss was not finite.
     """
-    kept = (batch.labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)  # [num_kept]
-    narrow = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **narrow)
-    logits = output.logits if narrow else output.logits[:, kept]  # [num_examples, num_kept, vocabulary]
-    targets = batch.labels[:, kept + 1]
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-
-
-@torch.no_grad()
-def evaluate(model: PreTrainedModel, eval_batches: Sequence[Batch]) -> float:
-    """Mean loss per token with loss, without dropout; the model comes back in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    total = sum(completion_loss(model, batch).item() for batch in eval_batches)
-    model.train(was_training)
-    return total / sum(batch.num_targets for batch in eval_batches)
-
-
-def warmup_cosine(step: int, num_steps: int, warmup: float) -> float:
-    """Factor of the peak learning rate at `step` (from 0): up in a line over the `warmup` share, down as a cosine."""
-    num_warmup = round(warmup * num_steps)
-    if step < num_warmup:
-        return (step + 1) / (num_warmup + 1)
-    return 0.5 + 0.5 * math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup))
+    torch.manual_seed(jobs[0].config.seed)
+    pad_id = padding_of(tokenizer)
+    adapters = []
+    for job in jobs:
+        adapters.append(inject(model, job.config))
+        remove_lora(model, adapters[-1])
+    learners = [_learner(model, layers, job, pad_id) for layers, job in zip(adapters, jobs, strict=True)]
+    with shared_layers(model, adapters) as rows:
+        _run(model, learners, rows, pad_id, progress)
+    return [learner.finish() for learner in learners]
 
 
 def save_adapter(
@@ -166,6 +88,7 @@ def save_adapter(
     """Writes trained layers as an adapter folder in PEFT's format.
 
     Args:
+        model: with the layers, or without.
         base_fingerprint: of the model before the layers were injected.
 
     Raises:
@@ -184,43 +107,60 @@ def save_adapter(
     write_adapter(folder, adapter_config, weights, base_fingerprint)
 
 
-def _backward(model: PreTrainedModel, group: Sequence[Batch]) -> float:
-    """Adds the gradients of a step's mean loss per token with loss, and returns that loss."""
-    num_targets = sum(batch.num_targets for batch in group)
-    total = 0.0
-    for batch in group:
-        loss = completion_loss(model, batch) / num_targets
-        loss.backward()
-        total += loss.item()
-    return total
+def inject(model: PreTrainedModel, config: TrainConfig) -> dict[str, LoRALinear]:
+    """The layers that a configuration calls for, in `model`, with their first weights."""
+    return inject_lora(
+        model,
+        config.targets,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        rslora=config.rslora,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
 
 
-class _Best:
-    """The weights with the lowest evaluation loss so far."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.weights: list[Tensor] = []
-        self.loss = math.inf
-        self.step = 0
-        self.num_worse = 0  # evaluations since then
-
-    def offer(self, loss: float, step: int) -> None:
-        self.num_worse += 1
-        if loss < self.loss:
-            self.loss, self.step, self.num_worse = loss, step, 0
-            self.weights = [parameter.detach().clone() for parameter in self.parameters]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for parameter, weight in zip(self.parameters, self.weights, strict=False):  # none before the first evaluation
-            parameter.copy_(weight)
+def _learner(model: PreTrainedModel, layers: dict[str, LoRALinear], job: TrainJob, pad_id: int) -> Learner:
+    make_batches = partial(batches, batch_tokens=job.config.batch_tokens, pad_id=pad_id, device=model.device)
+    return Learner(layers, job, make_batches)
 
 
-def _groups(
-    examples: Sequence[Example], make_batches: Callable[..., list[Batch]], config: TrainConfig
-) -> Iterator[Sequence[Batch]]:
-    """The batches of one step after the other, in a new order every epoch, without end."""
-    for epoch in count():
-        order = make_batches(examples, seed=hash((config.seed, epoch)))  # of integers: the same in every process
-        yield from (order[first : first + config.accumulate] for first in range(0, len(order), config.accumulate))
+def _run(
+    model: PreTrainedModel,
+    learners: Sequence[Learner],
+    rows: Rows,
+    pad_id: int,
+    progress: Callable[[int, StepReport], None],
+) -> None:
+    """Makes the steps of all learners; a step is one of each that is not done."""
+    start = time.perf_counter()
+    model.train()
+    while running := [index for index, learner in enumerate(learners) if not learner.is_done]:
+        groups = {index: learners[index].next_group() for index in running}
+        for index, loss in _backward(model, groups, rows, pad_id).items():
+            learner, eval_loss = learners[index], None
+            learner.learn(loss, groups[index])
+            if learner.is_to_be_evaluated:
+                rows.give_all(index)
+                eval_loss = evaluate(model, learner.eval_batches)
+            progress(index, learner.end_step(loss, eval_loss, time.perf_counter() - start))
+    model.eval()
+
+
+def _backward(
+    model: PreTrainedModel, groups: Mapping[int, Sequence[Batch]], rows: Rows, pad_id: int
+) -> dict[int, float]:
+    """Adds the gradients of each learner's mean loss per token with loss over its group, and returns those losses."""
+    num_targets = {index: sum(batch.num_targets for batch in group) for index, group in groups.items()}
+    totals = dict.fromkeys(groups, 0.0)
+    for number in range(max(map(len, groups.values()))):
+        parts = {index: group[number] for index, group in groups.items() if number < len(group)}
+        for bundle in bundles(parts):
+            counts = {index: len(batch.input_ids) for index, batch in bundle.items()}
+            rows.give(counts)
+            sums = completion_losses(model, join(list(bundle.values()), pad_id), list(counts.values()))
+            losses = {index: loss / num_targets[index] for index, loss in zip(bundle, sums, strict=True)}
+            torch.stack(list(losses.values())).sum().backward()
+            for index, loss in losses.items():
+                totals[index] += loss.item()
+    return totals

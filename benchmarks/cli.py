@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from benchmarks.contenders import PEERS, select
+from benchmarks.contenders import PEERS, Peer, select
 from benchmarks.workload import Workload, parse_workload
 from server.base_models import cache_dir, resolve
 from server.errors import ConfigError
@@ -19,17 +19,22 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 QUIET_LOAD = 0.3  # load average above which something else had the cores
 
 
+def peer_option(peer: Peer) -> Callable[[Command], Command]:
+    """Where a peer is, or None."""
+    return click.option(
+        peer.flag,
+        peer.identifier,
+        metavar=peer.path,
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        envvar=peer.variable,
+        show_envvar=True,
+        help=f"Peer {peer.name}: {peer.install}.",
+    )
+
+
 def _peer_options(command: Command) -> Command:
     for peer in reversed(PEERS.values()):
-        command = click.option(
-            peer.flag,
-            peer.identifier,
-            metavar=peer.path,
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            envvar=peer.variable,
-            show_envvar=True,
-            help=f"Peer {peer.name}: {peer.install}.",
-        )(command)
+        command = peer_option(peer)(command)
     return command
 
 
@@ -47,7 +52,8 @@ def _parse_workloads(_: click.Context, __: click.Parameter, text: str) -> list[W
     default="32x0,32x1,32x8,32x32",
     show_default=True,
     callback=_parse_workloads,
-    help="REQUESTSxADAPTERS, commas between; ':ranks' gives the adapters ranks 8 to 64, ':unused' leaves them idle.",
+    help="REQUESTSxADAPTERS, commas between; ':ranks' gives the adapters ranks 8 to 64, ':skewed' asks "
+    "for few of them most of the time, ':unused' leaves them idle.",
 )
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True)
@@ -78,13 +84,12 @@ def compare_command(
 ) -> None:
     """Run the same work on Loraplex and on its peers, and print how they compare.
 
-    All requests are there at once; request i uses adapter i mod K; every one generates the same number of tokens,
-    greedily. Every run is a process of its own, one at a time; each round runs everybody once. Peers whose flag is not
-    given are left out. --json is rewritten after every run, so nothing measured is lost.
+    All requests are there at once; request i uses adapter i mod K, or the one that a power law drew for it, the same
+    for everybody; every one generates the same number of tokens, greedily. Every run is a process of its own, one at a
+    time; each round runs everybody once. Peers whose flag is not given are left out. --json is rewritten after every
+    run, so nothing measured is lost.
     """
-    load_average = os.getloadavg()[0]
-    if load_average > QUIET_LOAD:
-        click.echo(f"warning: the load average is {load_average:.2f}: figures of a busy machine mean little", err=True)
+    load_average = warn_if_busy()
     installed = {name: path.absolute() for name, peer in PEERS.items() if (path := paths[peer.identifier]) is not None}
     chosen = select([name.strip() for name in contenders.split(",") if name.strip()], installed)
     folder = Path(resolve(model))
@@ -124,6 +129,14 @@ def compare_command(
         for name, value in {**hardware, **header}.items():
             console.print(f"{name.replace('_', ' ')}: {value}", highlight=False, markup=False)
         report.print(console)
+
+
+def warn_if_busy() -> float:
+    """The load average; says so if something else has the cores."""
+    load_average = os.getloadavg()[0]
+    if load_average > QUIET_LOAD:
+        progress(f"warning: the load average is {load_average:.2f}: figures of a busy machine mean little")
+    return load_average
 
 
 def progress(text: str) -> None:

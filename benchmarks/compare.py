@@ -1,32 +1,23 @@
 """Runs workloads on contenders in turn, each run in a fresh process, one at a time, and keeps what came out."""
 
 import json
-import os
-import re
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from benchmarks import peers
 from benchmarks.contenders import OWN, PEERS, Contender
 from benchmarks.material import Material
+from benchmarks.process import RunFailed, run_process
 from benchmarks.workload import Workload
 from server.errors import ConfigError
-from server.openmp import SPINS
 
 Tokens = list[list[int]]  # of every request
 
 _PEERS_FOLDER = str(Path(peers.__file__).parent)
-
-
-class RunFailed(Exception):
-    """One run did not come to its end; the text is one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +99,7 @@ class Comparison:
 
     def _run_own(self, contender: Contender, workload: Workload, scratch: Path) -> tuple[str, float, Tokens]:
         settings, prompts, tokens = self._settings, scratch / "prompts.json", scratch / "tokens.json"
+        choices = scratch / "choices.json"
         prompts.write_text(json.dumps(self.material.prompts(workload.num_requests, settings.prompt_tokens)))
         flags = {
             "model": self.material.model,
@@ -123,31 +115,35 @@ class Comparison:
         }
         if workload.num_adapters:
             flags["adapters-dir"] = self.material.adapters_dir(workload.ranks, workload.num_adapters)
+            flags["choices-file"] = choices
+            choices.write_text(json.dumps(workload.choices))
         command = [sys.executable, "-m", "server.cli", "bench", "throughput", "--device", "cpu", "--json"]
         command += [f"--{name}={value}" for name, value in flags.items()]
         command += ["--unused-adapters"] if workload.variant == "unused" else []
-        result = run_process(command, settings)
+        result = run_process(command, threads=settings.threads, timeout=settings.timeout)
         version = f"loraplex {result['version']}, torch {result['torch']}"
         return version, result["wall_s"], json.loads(tokens.read_text())
 
     def _run_peer(self, contender: Contender, workload: Workload, scratch: Path) -> tuple[str, float, Tokens]:
-        path, job_file = self._paths[contender.program], scratch / "job.json"
+        settings, path, job_file = self._settings, self._paths[contender.program], scratch / "job.json"
         model, adapters = self._files(contender, workload)
         job = {
             "model": str(model),
             "adapters": [str(adapter) for adapter in adapters],
-            "prompts": self.material.prompts(workload.num_requests, self._settings.prompt_tokens),
-            "output_tokens": self._settings.output_tokens,
-            "threads": self._settings.threads,
+            "choices": workload.choices,
+            "prompts": self.material.prompts(workload.num_requests, settings.prompt_tokens),
+            "output_tokens": settings.output_tokens,
+            "threads": settings.threads,
             "options": {**contender.options, "server": str(path)},
         }
         job_file.write_text(json.dumps(job))
         python = sys.executable if contender.program == "llama.cpp" else str(path)
         name = PEERS[contender.program].identifier
-        result = run_process([python, "-I", "-B", _PEERS_FOLDER, name, str(job_file)], self._settings)
+        command = [python, "-I", "-B", _PEERS_FOLDER, name, str(job_file)]
+        result = run_process(command, threads=settings.threads, timeout=settings.timeout)
         outputs: Tokens = result["outputs"]
-        if {len(tokens) for tokens in outputs} != {self._settings.output_tokens}:
-            raise RunFailed(f"a request ended before its {self._settings.output_tokens} tokens")
+        if {len(tokens) for tokens in outputs} != {settings.output_tokens}:
+            raise RunFailed(f"a request ended before its {settings.output_tokens} tokens")
         return result["version"], result["wall_s"], outputs
 
     def _files(self, contender: Contender, workload: Workload) -> tuple[Path, list[Path]]:
@@ -171,42 +167,3 @@ def schedule(
             for contender in contenders:
                 if contender.program == OWN or workload.variant != "unused":
                     yield number, workload, contender
-
-
-def run_process(command: Sequence[str], settings: Settings) -> dict[str, Any]:
-    """Runs a command in a process group of its own; the last line of its output, which is JSON.
-
-    Raises:
-        RunFailed: it cannot be started, exits otherwise than with 0, takes too long, or says something else.
-    """
-    ours = ("LORAPLEX_", SPINS)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    environment |= {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    try:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-        )
-    except OSError as error:
-        raise RunFailed(f"{command[0]} cannot be run: {error.strerror}") from error
-    with process:
-        try:
-            output, errors = process.communicate(timeout=settings.timeout)
-        except subprocess.TimeoutExpired as error:
-            raise RunFailed(f"took longer than --timeout {settings.timeout} seconds") from error
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode != 0:
-        raise RunFailed(last_error(errors) or f"ended with exit code {process.returncode}")
-    try:
-        result: dict[str, Any] = json.loads(output.strip().rpartition("\n")[2])
-    except ValueError as error:
-        raise RunFailed(f"gave no result, but: {output.strip()[-200:]!r}") from error
-    return result
-
-
-def last_error(text: str) -> str:
-    """The line of a program's standard error that says what went wrong: the last exception, else the last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    exceptions = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Interrupt|Failed)\b", line)]
-    return (exceptions or lines or [""])[-1][:300]

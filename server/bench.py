@@ -35,15 +35,17 @@ def measure_throughput(
     output_tokens: int,
     unused_adapters: bool = False,
     prompts_file: Path | None = None,
+    choices_file: Path | None = None,
     tokens_file: Path | None = None,
 ) -> dict[str, Any]:
     """Runs the load once to warm up (eight tokens each) and once for the clock.
 
     With `unused_adapters` only the warm-up uses them: they sit in their slots while the base answers. The prompts of
-    `prompts_file` take the place of random ones; `tokens_file` receives the tokens of every request. Both are JSON.
+    `prompts_file` take the place of random ones, the adapters of `choices_file`, by their places in name order, that of
+    adapters in turn; `tokens_file` receives the tokens of every request. All are JSON.
 
     Raises:
-        ConfigError: the adapters or prompts cannot be had, or a request would be too long.
+        ConfigError: the adapters, prompts or choices cannot be had, or a request would be too long.
     """
     parts = build_engine(config)
     own_prompts = _read_prompts(prompts_file, parts.base.vocab_size) if prompts_file else None
@@ -51,13 +53,16 @@ def measure_throughput(
         num_prompts, prompt_tokens = len(own_prompts), max(map(len, own_prompts))
     check_length(parts, prompt_tokens, output_tokens)
     adapters = load_adapters(config, parts, adapters_dir, num_adapters)
+    chosen = adapters
+    if choices_file:
+        chosen = [adapters[place] for place in _read_choices(choices_file, num_prompts, num_adapters)]
     prompts, other_prompts = _prompts(num_prompts, prompt_tokens, parts.base.vocab_size)
     core = EngineCore(parts.runner, parts.scheduler, Metrics(CollectorRegistry()), parts.merge_policy)
 
-    generate(core, other_prompts, adapters, min(8, output_tokens))
+    generate(core, other_prompts, chosen, min(8, output_tokens))
     gc.collect()
     started = time.perf_counter()
-    outputs = generate(core, own_prompts or prompts, [] if unused_adapters else adapters, output_tokens)
+    outputs = generate(core, own_prompts or prompts, [] if unused_adapters else chosen, output_tokens)
     wall = time.perf_counter() - started
     num_generated = sum(len(tokens) for tokens in outputs)
     assert num_generated == num_prompts * output_tokens
@@ -151,14 +156,25 @@ def generate(
 
 
 def _read_prompts(path: Path, vocab_size: int) -> list[list[int]]:
-    try:
-        prompts = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--prompts-file {path}: {error}") from error
+    prompts = _read_json("--prompts-file", path)
     tokens = [token for prompt in prompts for token in prompt]
     if not tokens or not all(prompts) or not 0 <= min(tokens) <= max(tokens) < vocab_size:
         raise ConfigError(f"--prompts-file {path}: a list of prompts is needed, each of token ids below {vocab_size}")
     return prompts  # type: ignore[no-any-return]
+
+
+def _read_choices(path: Path, num_prompts: int, num_adapters: int) -> list[int]:
+    choices = _read_json("--choices-file", path)
+    if len(choices) != num_prompts or not all(0 <= choice < num_adapters for choice in choices):
+        raise ConfigError(f"--choices-file {path}: a list of {num_prompts} numbers below {num_adapters} is needed")
+    return choices  # type: ignore[no-any-return]
+
+
+def _read_json(flag: str, path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{flag} {path}: {error}") from error
 
 
 def _prompts(count: int, length: int, vocab_size: int) -> list[list[list[int]]]:

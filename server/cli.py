@@ -11,6 +11,7 @@ import click
 from adapters.cli import train_command
 from benchmarks.cli import compare_command
 from benchmarks.own_commands import adapters_command, merge_command, swap_command
+from benchmarks.training_command import train_bench_command
 from loadtest.cli import loadtest_command
 from server.adapter_commands import adapters
 from server.base_models import EMBEDDED, resolve
@@ -94,6 +95,7 @@ bench.add_command(compare_command)
 bench.add_command(adapters_command)
 bench.add_command(swap_command)
 bench.add_command(merge_command)
+bench.add_command(train_bench_command)
 
 
 @bench.command()
@@ -107,6 +109,7 @@ bench.add_command(merge_command)
 @click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--unused-adapters", is_flag=True, help="Load and warm up the adapters, but time the base.")
 @click.option("--prompts-file", type=FILE, help="JSON list of prompts, each a list of token ids, to take as they are.")
+@click.option("--choices-file", type=FILE, help="JSON list: the adapter of each request, by its place in name order.")
 @click.option("--tokens-file", type=FILE, help="Write the tokens of every request here, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of a sentence.")
 def throughput(
@@ -117,14 +120,15 @@ def throughput(
     output_tokens: int,
     unused_adapters: bool,
     prompts_file: Path | None,
+    choices_file: Path | None,
     tokens_file: Path | None,
     as_json: bool,
     **values: Any,
 ) -> None:
     """Generate with many adapters at once, in process, and time it.
 
-    All prompts are submitted at once; request i uses adapter i mod K of the folder, in name order. Greedy, no early
-    stop, one warm-up.
+    All prompts are submitted at once; request i uses adapter i mod K of the folder, in name order, unless
+    --choices-file says otherwise. Greedy, no early stop, one warm-up.
     """
     from server.bench import measure_throughput
 
@@ -137,6 +141,7 @@ def throughput(
         output_tokens=output_tokens,
         unused_adapters=unused_adapters,
         prompts_file=prompts_file,
+        choices_file=choices_file,
         tokens_file=tokens_file,
     )
     if as_json:

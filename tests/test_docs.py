@@ -152,7 +152,7 @@ def test_every_command_does_what_it_should(
 def rewritten(text: str) -> str:
     text = re.sub(r"^make (\w+)", rf"make --dry-run --directory={ROOT} \1", text, flags=re.MULTILINE)
     text = re.sub(r"--duration \d+", "--duration 1", text)
-    text = re.sub(r"bench (\w+)", r"bench \1 --rounds 1 --prompt-tokens 8 --output-tokens 8", text)
+    text = re.sub(r"loraplex bench (\w+)", r"loraplex bench \1 --rounds 1 --prompt-tokens 8 --output-tokens 8", text)
     text = text.replace("bench adapters", "bench adapters --registered 40 --requests 40")
     # Not a fixed time: this machine may be busy.
     text = re.sub(

@@ -25,10 +25,11 @@ Loaded = tuple[str, Generate]
 
 @dataclass(frozen=True)
 class Job:
-    """All requests are there at once; request i uses adapter i mod K, or the base where there are no adapters."""
+    """All requests are there at once, each on an adapter, or on the base where there are no adapters."""
 
     model: str  # a folder or file in the peer's own format
     adapters: list[str]  # the same
+    choices: list[int]  # the adapter of each request, by its place; none of none
     prompts: list[list[int]]  # all of one length
     output_tokens: int  # of every request, no early stop
     threads: int
@@ -36,10 +37,12 @@ class Job:
 
     def groups(self) -> list[tuple[int | None, list[int]]]:
         """Adapter index (None: the base) and its requests, for peers that run one adapter after the other."""
-        requests = list(range(len(self.prompts)))
         if not self.adapters:
-            return [(None, requests)]
-        return [(index, requests[index :: len(self.adapters)]) for index in range(len(self.adapters))]
+            return [(None, list(range(len(self.prompts))))]
+        return [
+            (index, [row for row, choice in enumerate(self.choices) if choice == index])
+            for index in sorted(set(self.choices))
+        ]
 
 
 def main(peer: str, job_file: str) -> None:

@@ -89,7 +89,7 @@ def _complete(port: int, job: Job, row: int, slot: int, num_tokens: int) -> list
         "id_slot": slot,
     }
     if job.adapters:
-        request["lora"] = [{"id": row % len(job.adapters), "scale": 1.0}]
+        request["lora"] = [{"id": job.choices[row], "scale": 1.0}]
     return _call(port, "POST", "/completion", request)["tokens"]  # type: ignore[no-any-return]
 
 

@@ -45,7 +45,7 @@ def load(job: Job) -> Iterator[Loaded]:
         if not names:
             return batch(everything, num_tokens)
         if job.options["mode"] == "mixed":
-            return batch(everything, num_tokens, adapter_names=[names[row % len(names)] for row in everything])
+            return batch(everything, num_tokens, adapter_names=[names[choice] for choice in job.choices])
         outputs: list[list[int]] = [[] for _ in everything]
         for index, rows in job.groups():
             assert index is not None

@@ -46,7 +46,7 @@ def load(job: Job) -> Iterator[Loaded]:
     )
     adapters = [LoRARequest(f"a{index}", index + 1, folder) for index, folder in enumerate(job.adapters)]
     prompts = [{"prompt_token_ids": prompt} for prompt in job.prompts]
-    chosen = [adapters[row % len(adapters)] for row in range(len(prompts))] if adapters else None
+    chosen = [adapters[choice] for choice in job.choices] if adapters else None
 
     def generate(num_tokens: int) -> list[list[int]]:
         params = vllm.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)

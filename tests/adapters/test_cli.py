@@ -3,7 +3,9 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
 from adapters.cli import train_command
 from adapters.config import parse_config
@@ -39,6 +41,41 @@ def test_writes_an_adapter_and_says_what_it_did(train: Run, tmp_path: Path) -> N
     config = parse_config((tmp_path / "adapter" / "adapter_config.json").read_bytes())
     assert (config.rank, config.alpha, config.use_rslora, config.base_model) == (4, 16, True, "tiny")
     assert config.target_modules == ("q_proj", "v_proj")
+
+
+def test_several_at_once(train: Run, write_lines: Write, tmp_path: Path) -> None:
+    """Each adapter as it is alone."""
+    other = write_lines(*({"prompt": f"is it {number}?", "completion": " no"} for number in range(30)), name="no.jsonl")
+    settings = ("--max-steps", "3", "--dropout", "0", "--eval-share", "0.2")
+    assert train(*settings, out=tmp_path / "yes").exit_code == 0
+    assert train(*settings, out=tmp_path / "no", path=other).exit_code == 0
+    result = train(*settings, "--data", str(other), "--out", str(tmp_path / "second"))
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    for alone, together in (("yes", "adapter"), ("no", "second")):
+        found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in (together, alone))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+        assert any(line.startswith(f"{tmp_path / together}: step 3: loss ") for line in lines)
+        assert any(line.startswith(f"{tmp_path / together}: 3 steps, best at ") for line in lines)
+    assert sum(line.startswith("trainable ") for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "DATA"], "--data is given 2 times: as many --out are needed, all different"),
+        (["--data", "DATA", "--out", "OUT"], "--data is given 2 times: as many --out are needed, all different"),
+        (
+            ["--data", "DATA", "--out", "other", "--eval-data", "DATA"],
+            "--data is given 2 times, and --eval-data 1 times",
+        ),
+    ],
+)
+def test_flags_that_do_not_pair(train: Run, tmp_path: Path, data: Path, arguments: list[str], message: str) -> None:
+    names = {"DATA": str(data), "OUT": str(tmp_path / "adapter")}
+    result = train(*(names.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 def test_evaluation_data_of_its_own(train: Run, write_lines: Write) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from adapters.data import IGNORED, DataError, Example, batches, read_examples, split_examples
+from adapters.data import IGNORED, DataError, Example, batches, bundles, join, read_examples, split_examples
 from tests.adapters.conftest import letters
 from tests.conftest import EOS
 
@@ -147,3 +147,31 @@ def test_batches_follow_the_seed() -> None:
 
     assert order(None) == list(range(40))
     assert order(1) == order(1) != order(2)
+
+
+def test_joined_batches_are_padded_to_the_longest() -> None:
+    parts = [batches(numbered(lengths), 100, pad_id=99)[0] for lengths in ([2, 3], [5])]
+    joined = join(parts, 99)
+    assert joined.input_ids.tolist() == [[0, 0, 99, 99, 99], [1, 1, 1, 99, 99], [0, 0, 0, 0, 0]]
+    assert joined.attention_mask.tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert joined.labels.tolist() == [
+        [IGNORED, 0, IGNORED, IGNORED, IGNORED],
+        [IGNORED, IGNORED, 1, IGNORED, IGNORED],
+        [IGNORED, IGNORED, IGNORED, IGNORED, 0],
+    ]
+    assert joined.num_targets == 3
+    assert join(parts[:1], 99) is parts[0]
+
+
+def test_batches_of_like_length_are_bundled() -> None:
+    def bundled(*shapes: tuple[int, int]) -> list[list[int]]:
+        parts = {
+            key: batches(numbered([length] * count), 1000, pad_id=99)[0] for key, (count, length) in enumerate(shapes)
+        }
+        return [list(bundle) for bundle in bundles(parts)]
+
+    assert bundled((3, 10)) == [[0]]
+    assert bundled((3, 10), (2, 11), (3, 10)) == [[0, 2, 1]]
+    assert bundled((3, 20), (3, 10), (3, 21), (3, 11)) == [[1, 3], [0, 2]]
+    assert bundled((1, 4), (40, 6)) == [[0, 1]], "little padding beside many tokens"
+    assert bundled((40, 4), (1, 6)) == [[0], [1]]

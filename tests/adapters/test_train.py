@@ -2,12 +2,13 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adapters.data import IGNORED, Example, batches
-from adapters.train import StepReport, TrainingDiverged, completion_loss, evaluate, train, warmup_cosine
+from adapters.data import Example, batches
+from adapters.loss import evaluate
+from adapters.train import train
 from adapters.train_config import TrainConfig
+from adapters.train_job import StepReport, TrainingDiverged
 from tests.adapters.conftest import letters
 from tests.conftest import tiny_llama
 
@@ -38,36 +39,6 @@ def test_the_same_seed_gives_the_same_adapter(tokenizer: PreTrainedTokenizerFast
         return [report.loss for report in run(config, tiny_llama(), tokenizer)]
 
     assert losses(1) == losses(1) != losses(2)
-
-
-def test_the_loss_is_on_the_completion_alone(model: LlamaForCausalLM) -> None:
-    examples = [
-        Example((1, 2, 3, 4, 5), (IGNORED, IGNORED, 3, 4, 5)),
-        Example((6, 7, 8), (IGNORED, 7, 8)),
-        Example((9, 10, 11, 12), (IGNORED, IGNORED, IGNORED, 12)),
-    ]
-    (batch,) = batches(examples, 100, pad_id=0)
-    assert batch.num_targets == 6
-    with torch.no_grad():
-        expected = torch.zeros(())
-        for example in examples:
-            logits = model(input_ids=torch.tensor([example.input_ids])).logits[0]
-            for position, label in enumerate(example.labels[1:]):
-                if label != IGNORED:
-                    expected += functional.cross_entropy(logits[position], torch.tensor(label))
-        torch.testing.assert_close(completion_loss(model, batch), expected)
-        assert evaluate(model, [batch]) == pytest.approx(expected.item() / 6, rel=1e-5)
-
-
-def test_a_model_that_cannot_narrow_its_logits(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    (batch,) = batches(letters(4), 100, pad_id=0)
-    with torch.no_grad():
-        expected = completion_loss(model, batch)
-        forward = model.forward
-        monkeypatch.setattr(
-            model, "forward", lambda input_ids, attention_mask, use_cache: forward(input_ids, attention_mask)
-        )
-        torch.testing.assert_close(completion_loss(model, batch), expected)
 
 
 def test_accumulated_batches_are_one_large_batch(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -102,14 +73,6 @@ def test_a_loss_that_is_no_number_stops(model: LlamaForCausalLM, tokenizer: PreT
     torch.nn.init.constant_(model.lm_head.weight, math.inf)
     with pytest.raises(TrainingDiverged, match=r"^step 1: the loss is nan; lower the learning rate of 0.01$"):
         train(model, tokenizer, letters(40), [], FAST)
-
-
-def test_schedule() -> None:
-    factors = [warmup_cosine(step, 20, 0.2) for step in range(20)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factors[4:] == sorted(factors[4:], reverse=True)
-    assert 0 < factors[-1] < 0.02
-    assert warmup_cosine(0, 1, 0.0) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from benchmarks.compare import Comparison, Results, Run, RunFailed, Settings, last_error, run_process, schedule
+from benchmarks.compare import Comparison, Results, Run, Settings, schedule
 from benchmarks.contenders import CONTENDERS, PEERS, Peer, select
 from benchmarks.material import Material
 from benchmarks.report import Report
@@ -55,33 +55,6 @@ def test_a_peer_is_given_by_its_flag_or_its_variable(peer: Peer, tmp_path: Path)
     assert "no such folder" in error(**{peer.variable: sys.executable})
 
 
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("raise ValueError('too\\nlong')", "ValueError: too"),
-        ("import sys; sys.exit(3)", "exit code 3"),
-        ("print('hello')", "gave no result, but: 'hello'"),
-    ],
-)
-def test_a_process_that_fails_says_why_in_one_line(code: str, message: str) -> None:
-    with pytest.raises(RunFailed, match=message):
-        run_process([sys.executable, "-c", code], SETTINGS)
-
-
-def test_a_process_that_takes_too_long_is_ended() -> None:
-    settings = Settings(prompt_tokens=1, output_tokens=1, threads=1, timeout=1)
-    with pytest.raises(RunFailed, match="--timeout 1"):
-        run_process([sys.executable, "-c", "import time; time.sleep(60)"], settings)
-    with pytest.raises(RunFailed, match="cannot be run"):
-        run_process(["/nowhere/python"], settings)
-
-
-def test_the_last_exception_is_the_error() -> None:
-    assert last_error("Traceback\n  File\nRuntimeError: no memory\nwarning: something\n") == "RuntimeError: no memory"
-    assert last_error("just\nlines\n") == "lines"
-    assert last_error("") == ""
-
-
 def test_a_report_with_a_peer_that_failed_and_one_that_is_missing() -> None:
     workloads = [Workload(4, 0), Workload(4, 2)]
     pair = select(["loraplex-float32", "peft-mixed"], ["peft"])
@@ -110,17 +83,17 @@ def test_a_report_with_a_peer_that_failed_and_one_that_is_missing() -> None:
 
 
 def test_loraplex_and_peft_on_the_tiny_model(model_dir: Path, tmp_path: Path) -> None:
-    """The real thing: two processes a workload, tokens equal."""
+    """The real thing: two processes a workload, tokens equal, so each request had the same adapter in both."""
     results = tmp_path / "results.json"
     arguments = ["bench", "compare", "--model", str(model_dir), "--work-dir", str(tmp_path), "--peft", sys.executable]
-    arguments += ["--contenders", "loraplex-float32,peft-mixed", "--workloads", "4x2", "--rounds", "1"]
+    arguments += ["--contenders", "loraplex-float32,peft-mixed", "--workloads", "4x2,4x2:skewed", "--rounds", "1"]
     arguments += ["--prompt-tokens", "5", "--output-tokens", "4", "--threads", "1", "--json", str(results)]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     found = json.loads(results.read_text())
     assert not found["failures"]
     assert set(found["medians"]) == {"loraplex-float32", "peft-mixed"}
-    assert [item["equal_requests"] for item in found["agreements"]] == [4]
+    assert [item["equal_requests"] for item in found["agreements"]] == [4, 4]
     versions = {name: version(name) for name in ("loraplex", "peft", "torch", "transformers")}
     told = {
         "loraplex-float32": "loraplex {loraplex}, torch {torch}".format(**versions),

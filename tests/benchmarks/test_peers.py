@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,7 +42,8 @@ ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 def job(server: Path, adapters: list[str], num_prompts: int = 4, prompt_tokens: int = 2) -> Job:
     prompts = [[100 + row] * prompt_tokens for row in range(num_prompts)]
-    return Job("model.gguf", adapters, prompts, output_tokens=8, threads=3, options={"server": str(server)})
+    choices = [row % len(adapters) for row in range(num_prompts) if adapters]
+    return Job("model.gguf", adapters, choices, prompts, output_tokens=8, threads=3, options={"server": str(server)})
 
 
 def executable(path: Path, text: str) -> Path:
@@ -52,6 +54,8 @@ def executable(path: Path, text: str) -> Path:
 
 def test_requests_by_adapter() -> None:
     assert job(Path(), ["a", "b", "c"], num_prompts=5).groups() == [(0, [0, 3]), (1, [1, 4]), (2, [2])]
+    skewed = replace(job(Path(), ["a", "b", "c"]), choices=[2, 0, 2, 2])
+    assert skewed.groups() == [(0, [1]), (2, [0, 2, 3])]
     assert job(Path(), []).groups() == [(None, [0, 1, 2, 3])]
 
 
@@ -69,6 +73,12 @@ def test_llama_cpp_gets_each_request_with_its_adapter(tmp_path: Path, monkeypatc
     assert "--lora-init-without-apply" in command
     assert flags["--threads"] == flags["--threads-batch"] == "3"
     assert (flags["--parallel"], flags["--ctx-size"]) == ("4", str(4 * 256))
+
+
+def test_llama_cpp_with_skewed_choices(tmp_path: Path) -> None:
+    server = executable(tmp_path / "llama-server", SERVER)
+    with load(replace(job(server, ["a.gguf", "b.gguf", "c.gguf"]), choices=[2, 0, 2, 2])) as (_, generate):
+        assert [tokens[:2] for tokens in generate(8)] == [[1, 2], [0, 0], [2, 2], [3, 2]]
 
 
 def test_llama_cpp_without_adapters(tmp_path: Path) -> None:
