@@ -129,8 +129,8 @@ async def _merge(
     """The outputs of several requests as they come, with their index; an error of one ends all."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as outputs:
-            async for output in outputs:
-                yield 0, output
+            async for only in outputs:
+                yield 0, only
         return
     queue: asyncio.Queue[tuple[int, GenerationOutput | Exception]] = asyncio.Queue()
 
