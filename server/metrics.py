@@ -6,7 +6,7 @@ What is counted per adapter is in `server.adapter_metrics`, what is counted per 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -131,21 +131,20 @@ class RequestTimer:
         if (timers := request_timers.get(None)) is not None:
             timers.append(self)
 
-    def tokens(self, outputs: Sequence[TokenOutput]) -> None:
-        """New tokens came; their times are the engine's, so a slow reader does not change them."""
-        for output in outputs:
-            if not self.first_token:
-                self.first_step, self.first_token = output.first_step, output.time
-                self._metrics.queue_time.observe(self.first_step - self.arrival)
-                self._metrics.prefill_time.observe(self.first_token - self.first_step)
-                self._metrics.first_token.observe(self.first_token - self.arrival)
-                self._metrics.query_tokens.inc(self._num_prompt_tokens)
-                self.num_cached_tokens = output.num_cached_tokens
-                self._metrics.hit_tokens.inc(output.num_cached_tokens)
-            else:
-                self._metrics.inter_token.observe(output.time - self.last_token)
-            self.last_token = output.time
-        self.num_tokens += len(outputs)
+    def token(self, output: TokenOutput) -> None:
+        """A new token came; its time is the engine's, so a slow reader does not change it."""
+        if self.first_token:
+            self._metrics.inter_token.observe(output.time - self.last_token)
+        else:
+            self.first_step, self.first_token = output.first_step, output.time
+            self._metrics.queue_time.observe(self.first_step - self.arrival)
+            self._metrics.prefill_time.observe(self.first_token - self.first_step)
+            self._metrics.first_token.observe(self.first_token - self.arrival)
+            self._metrics.query_tokens.inc(self._num_prompt_tokens)
+            self.num_cached_tokens = output.num_cached_tokens
+            self._metrics.hit_tokens.inc(output.num_cached_tokens)
+        self.last_token = output.time
+        self.num_tokens += 1
 
     @contextmanager
     def booked(self) -> Iterator[None]:

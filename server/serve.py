@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -79,9 +80,13 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             for line in banner(engine_config, config, parts, folders, refused, server.addresses, metrics_address):
                 log.info("%s", line)
             throughput = asyncio.create_task(ThroughputLog(metrics, parts.scheduler).run())
+            # A full collection stops the engine and every stream. What is here now stays, and is looked at no more.
+            gc.collect()
+            gc.freeze()
             try:
                 return await _until_stopped(server, engine, config)
             finally:
+                gc.unfreeze()
                 throughput.cancel()
 
 

@@ -3,58 +3,29 @@
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import ExitStack, aclosing
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
 from server.engine.admission import Admission
+from server.engine.answer import Answer, GenerationOutput
 from server.engine.commands import Abort, Evict, Revoke, Submit
 from server.engine.core import EngineCore
-from server.engine.detokenizer import TextStream
 from server.engine.engine_thread import EngineThread, engine_down
 from server.engine.merging import AdapterMerging
 from server.engine.model import BaseModel
-from server.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
+from server.engine.request import Request, SamplingParams, TokenOutput
 from server.engine.shared_hold import SharedHold
 from server.errors import AdapterUnloaded, InvalidRequest
-from server.lora.adapter import Adapter, AdapterIdentity, WeightedAdapter
+from server.lora.adapter import Adapter, WeightedAdapter
 from server.lora.cache import AdapterCache, Found
 from server.lora.host_copy import FreedBytes
-from server.lora.tier import AdapterTier
 from server.metrics import Metrics, RequestTimer
 
 if TYPE_CHECKING:
     from server.tracing import RequestTracer
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationOutput:
-    """What is new of one request; the last one has a finish reason."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprob]
-    finish_reason: FinishReason | None
-    num_output_tokens: int  # so far
-    num_cached_tokens: int  # of the prompt
-    adapters: Sequence[AdapterIdentity]  # that answer
-    tiers: Sequence[AdapterTier]  # where each of them was found
-
-
-class _Stream:
-    """A request's outputs that are not read yet, and what it holds until the engine is done with it, read or not."""
-
-    def __init__(self, held: ExitStack) -> None:
-        self.unread: asyncio.Queue[TokenOutput] = asyncio.Queue()
-        self._held = held
-
-    def put(self, output: TokenOutput) -> None:
-        self.unread.put_nowait(output)
-        if output.finish_reason is not None or output.error is not None:
-            self._held.close()
 
 
 class AsyncEngine:
@@ -80,12 +51,12 @@ class AsyncEngine:
         self.metrics = metrics
         self.tracer = tracer
         self._core = core
-        self._thread = EngineThread(core, self._end_streams)
+        self._thread = EngineThread(core, self._end_answers)
         self.died = self._thread.died
         self.merging = AdapterMerging(core, self._thread, adapters, merge_policy)
         self.admission = Admission(max_requests)
         self._request_ids = itertools.count(1)
-        self._streams: dict[int, _Stream] = {}
+        self._answers: dict[int, Answer] = {}
         self._loop = asyncio.get_running_loop()
         core.connect(self._emit)
         adapters.connect(self._evict, self._revoke)
@@ -108,8 +79,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[GenerationOutput, None]:
         """Runs one request and yields what is new as it comes; whatever ends the iteration also ends the request.
 
-        A reader that is slow gets several tokens at once; it never holds up the engine, nor its adapters once the
-        engine is done with them.
+        A reader that is slow gets several tokens at once; it never holds up the engine, nor its adapters and its place
+        in the server once the engine is done with it.
 
         Args:
             adapters: references with their weights, whose bypasses are summed; none: the base model.
@@ -120,14 +91,28 @@ class AsyncEngine:
             ServingError: see `AdapterCache.hold`; `Admission.admit`; Unavailable.
         """
         timer = RequestTimer(self.metrics, len(prompt_token_ids))
-        with timer.booked(), self.admission.admit(), ExitStack() as held:
+        with ExitStack() as held:
+            held.enter_context(timer.booked())
+            held.enter_context(self.admission.admit())
             request = self._new_request(
                 prompt_token_ids, params, await self._hold(adapters, held, label, shared), cache_salt
             )
             self._book(request)
-            async with aclosing(self._run(request, timer, held)) as outputs:
-                async for output in outputs:
+            answer = Answer(request, self.tokenizer, timer, self.metrics.adapters, held)
+            self._answers[request.request_id] = answer
+            try:
+                if self.died.is_set():  # perhaps while the adapter was loading
+                    raise engine_down()
+                self._core.put(Submit(request))
+                finish_reason = None
+                while finish_reason is None:
+                    output = await answer.read()
+                    finish_reason = output.finish_reason
                     yield output
+            finally:
+                self._forget(request.request_id)
+                if self.tracer is not None:
+                    self.tracer.record(request, timer)
 
     @property
     def ready(self) -> bool:
@@ -171,57 +156,6 @@ class AsyncEngine:
         stop = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self.base.eos_token_ids
         return Request(next(self._request_ids), prompt_token_ids, params, adapters, stop, cache_salt)
 
-    async def _run(
-        self, request: Request, timer: RequestTimer, held: ExitStack
-    ) -> AsyncGenerator[GenerationOutput, None]:
-        stream = _Stream(held)
-        self._streams[request.request_id] = stream
-        text = TextStream(self.tokenizer, request.token_ids, request.params.stop)
-        num_output_tokens = 0
-        finish_reason = None
-        try:
-            if self.died.is_set():  # perhaps while the adapter was loading
-                raise engine_down()
-            self._core.put(Submit(request))
-            while finish_reason is None:
-                outputs = [await stream.unread.get()]
-                while not stream.unread.empty():
-                    outputs.append(stream.unread.get_nowait())
-                if outputs[-1].error is not None:
-                    timer.outcome = "error"
-                    raise outputs[-1].error
-                token_ids, logprobs, piece = [], [], ""
-                for output in outputs:
-                    assert output.token_id is not None
-                    num_output_tokens += 1
-                    token_ids.append(output.token_id)
-                    logprobs += [output.logprob] if output.logprob else []
-                    finish_reason = output.finish_reason
-                    ends_by_token = finish_reason is FinishReason.STOP
-                    piece += text.push([] if ends_by_token else [output.token_id], last=finish_reason is not None)
-                    if text.stopped:
-                        finish_reason = FinishReason.STOP
-                        break
-                timer.tokens(outputs[: len(token_ids)])
-                self.metrics.adapters.tokens(request.metrics_name, len(token_ids))
-                if finish_reason is not None:
-                    timer.outcome = finish_reason.value
-                yield GenerationOutput(
-                    piece,
-                    token_ids,
-                    logprobs,
-                    finish_reason,
-                    num_output_tokens,
-                    outputs[-1].num_cached_tokens,
-                    request.identities,
-                    outputs[-1].tiers,
-                )
-        finally:
-            del self._streams[request.request_id]
-            self._core.put(Abort(request.request_id))
-            if self.tracer is not None:
-                self.tracer.record(request, timer)
-
     async def _evict(self, adapter: Adapter, makes_room: bool) -> FreedBytes:
         return await self._thread.ask(partial(Evict, adapter, makes_room=makes_room))
 
@@ -230,15 +164,23 @@ class AsyncEngine:
         self._core.put(Revoke(adapter, AdapterUnloaded(text)))
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
-        """Hands a step's outputs to their streams; one whose client has gone is dropped."""
+        """Hands a step's outputs to their answers; one whose client has gone is dropped."""
         for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:
-                stream.put(output)
+            answer = self._answers.get(output.request_id)
+            if answer is None:
+                continue
+            answer.put(output)
+            if answer.ended:
+                self._forget(output.request_id)
+                answer.let_go()
 
-    def _end_streams(self) -> None:
-        for request_id, stream in self._streams.items():
-            stream.put(TokenOutput(request_id, None, error=engine_down()))
+    def _forget(self, request_id: int) -> None:
+        """Takes no more of a request, and has the engine end it if that has not."""
+        if self._answers.pop(request_id, None) is not None:
+            self._core.put(Abort(request_id))
+
+    def _end_answers(self) -> None:
+        self._deliver([TokenOutput(request_id, None, error=engine_down()) for request_id in self._answers])
 
     def _emit(self, outputs: list[TokenOutput]) -> None:
         """Engine thread."""

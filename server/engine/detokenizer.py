@@ -1,8 +1,9 @@
 """From tokens to text, a piece at a time: never half a character, never a part of a stop string. Event loop only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 6  # tokens decoded again before a new one, since a token's text can depend on those before it
@@ -18,7 +19,7 @@ class TextStream:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int], stop: Sequence[str]
     ) -> None:
-        self._tokenizer = tokenizer
+        self._text = _decoder(tokenizer)
         self._stop = stop
         self._token_ids = list(prompt_token_ids[-_CONTEXT:])
         self._prefix = 0  # decoding starts here …
@@ -50,11 +51,6 @@ class TextStream:
         self._prefix, self._read = self._read, len(self._token_ids)
         return text[len(before) :]
 
-    def _text(self, token_ids: list[int]) -> str:
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
     def _held_back(self) -> int:
         """How many last characters could begin a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
@@ -62,3 +58,16 @@ class TextStream:
             if any(stop.startswith(self._pending[-length:]) for stop in self._stop):
                 return length
         return 0
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Where the library below decodes, it is asked directly: around it, transformers takes several times as long."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
+
+    def decode(token_ids: list[int]) -> str:
+        text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    return decode

@@ -4,11 +4,14 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
+from functools import lru_cache
 
-from server.engine.async_engine import AsyncEngine, GenerationOutput
+from server.engine.answer import GenerationOutput
+from server.engine.async_engine import AsyncEngine
 from server.engine.request import FinishReason, SamplingParams
 from server.engine.shared_hold import SharedHold
 from server.errors import InvalidRequest
+from server.lora.adapter import AdapterIdentity
 from server.lora.tier import AdapterTier
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1 import inference_pb2_grpc as pb_grpc
@@ -18,6 +21,7 @@ from server.rpc.sampling import sampling_params
 MAX_MIX = 8  # adapters of one request
 MAX_WEIGHT = 10  # of an adapter in a mix, either sign
 MAX_LABEL = 256  # characters of request_id and cache_salt
+MAX_IDENTITIES = 1024  # messages that tell of an adapter, kept for the next token
 _FINISH_REASONS = {None: pb.FINISH_REASON_UNSPECIFIED, FinishReason.STOP: pb.STOP, FinishReason.LENGTH: pb.LENGTH}
 _TIERS = {
     AdapterTier.DISK: pb.AdapterIdentity.DISK,
@@ -123,6 +127,11 @@ async def _merge(
     streams: list[AsyncGenerator[GenerationOutput, None]],
 ) -> AsyncGenerator[tuple[int, GenerationOutput], None]:
     """The outputs of several requests as they come, with their index; an error of one ends all."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as outputs:
+            async for only in outputs:
+                yield 0, only
+        return
     queue: asyncio.Queue[tuple[int, GenerationOutput | Exception]] = asyncio.Queue()
 
     async def forward(index: int, stream: AsyncGenerator[GenerationOutput, None]) -> None:
@@ -149,22 +158,18 @@ async def _merge(
 
 
 def _response(engine: AsyncEngine, index: int, output: GenerationOutput, num_prompt_tokens: int) -> pb.GenerateResponse:
+    identities = [
+        _identity(identity, engine.merging.is_merged(identity.generation), tier)
+        for identity, tier in zip(output.adapters, output.tiers, strict=True)
+    ]
     response = pb.GenerateResponse(
         text=output.text,
         token_ids=output.token_ids,
         finish_reason=_FINISH_REASONS[output.finish_reason],
         index=index,
+        adapter=identities[0] if len(identities) == 1 else None,
+        mix=identities if len(identities) > 1 else (),
     )
-    identities = [
-        pb.AdapterIdentity(
-            **identity._asdict(), merged=engine.merging.is_merged(identity.generation), tier=_TIERS[tier]
-        )
-        for identity, tier in zip(output.adapters, output.tiers, strict=True)
-    ]
-    if len(identities) == 1:
-        response.adapter.CopyFrom(identities[0])
-    else:
-        response.mix.extend(identities)
     for logprob in output.logprobs:
         top = [pb.TopLogprob(token_id=token_id, logprob=value) for token_id, value in logprob.top]
         response.logprobs.add(token_id=logprob.token_id, logprob=logprob.logprob, top=top)
@@ -173,3 +178,9 @@ def _response(engine: AsyncEngine, index: int, output: GenerationOutput, num_pro
         response.usage.completion_tokens = output.num_output_tokens
         response.usage.cached_tokens = output.num_cached_tokens
     return response
+
+
+@lru_cache(MAX_IDENTITIES)
+def _identity(identity: AdapterIdentity, merged: bool, tier: AdapterTier) -> pb.AdapterIdentity:
+    """The same for every token of a stream; not to be changed."""
+    return pb.AdapterIdentity(**identity._asdict(), merged=merged, tier=_TIERS[tier])

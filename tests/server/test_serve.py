@@ -1,6 +1,7 @@
 """The command `serve` as its users run it: a process, its banner, its clients, its end."""
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -278,6 +279,7 @@ async def test_a_line_tells_what_was_done_and_none_that_nothing_was(
         return found
 
     [ready] = await lines("ready: listening on ")
+    assert gc.get_freeze_count() > 0  # no collection looks at the model and the libraries any more
     async with grpc.aio.insecure_channel(ready.rpartition(" ")[2]) as channel:
         await asyncio.sleep(0.3)
         assert not [text for text in caplog.messages if "tokens/s" in text]
@@ -290,6 +292,7 @@ async def test_a_line_tells_what_was_done_and_none_that_nothing_was(
     assert sum(float(generation) for _, generation in rates) == 100
     os.kill(os.getpid(), signal.SIGTERM)
     assert await serving == 0
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_second_signal_stops_at_once(model_dir: Path, adapters_dir: Path) -> None:

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from server.engine.detokenizer import REPLACEMENT, TextStream
 from tests.conftest import EOS, byte_tokenizer
@@ -30,6 +30,13 @@ def test_pieces_are_whole_characters(tokenizer: PreTrainedTokenizerBase) -> None
     pieces = stream(tokenizer, tokenizer(TEXT)["input_ids"])
     assert "".join(pieces) == TEXT
     assert not any(REPLACEMENT in piece for piece in pieces)
+    assert "👋" in pieces
+
+
+def test_a_tokenizer_in_plain_python_streams_the_same() -> None:
+    plain = ByT5Tokenizer()
+    pieces = stream(plain, plain(TEXT, add_special_tokens=False)["input_ids"])
+    assert "".join(pieces) == TEXT
     assert "👋" in pieces
 
 

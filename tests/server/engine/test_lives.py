@@ -24,7 +24,8 @@ from hypothesis.stateful import (
 from prometheus_client import CollectorRegistry
 
 from server.config import EngineConfig, ServerConfig
-from server.engine.async_engine import AsyncEngine, GenerationOutput
+from server.engine.answer import GenerationOutput
+from server.engine.async_engine import AsyncEngine
 from server.engine.build import build_engine
 from server.engine.request import SamplingParams
 from server.errors import AdapterExists, AdapterInUse, AdapterNotFound, AdapterUnloaded, InvalidAdapter

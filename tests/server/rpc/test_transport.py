@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from server.cli import main
-from server.engine.async_engine import GenerationOutput
+from server.engine.answer import GenerationOutput
 from server.pb.inference import grpc_service_pb2 as open_pb
 from server.pb.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from server.pb.loraplex.v1 import inference_pb2 as pb
