@@ -1,4 +1,4 @@
-"""The commands that measure the engine in this process: `loraplex bench adapters`, `swap` and `merge`."""
+"""The commands that measure the engine in this process: `loraplex bench adapters`, `swap`, `merge` and `front`."""
 
 import json
 from pathlib import Path
@@ -142,3 +142,43 @@ def merge_command(
         num_adapters=num_adapters, num_prompts=num_prompts, prompt_tokens=prompt_tokens, output_tokens=output_tokens
     )
     click.echo(json.dumps(measure_merging(take(EngineConfig, values), adapters_dir, load, rounds), indent=2))
+
+
+@click.command("front")
+@options(EngineConfig)
+@click.option(
+    "--adapters-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Folder of PEFT adapters.",
+)
+@click.option("--num-adapters", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Also --max-num-seqs.")
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=6, show_default=True, help="Pairs of runs.")
+def front_command(
+    adapters_dir: Path,
+    num_adapters: int,
+    streams: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    rounds: int,
+    **values: Any,
+) -> None:
+    """Hold streams through gRPC against the same work on the engine alone, in one process and in turn.
+
+    The client is a load test in a process of its own, on the same machine. Prints JSON: tokens/s of both, and the
+    ratios of the pairs, through gRPC over alone.
+    """
+    from benchmarks.front import Load, measure_front
+    from benchmarks.process import RunFailed
+
+    load = Load(
+        num_adapters=num_adapters, num_streams=streams, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+    )
+    try:
+        result = measure_front(take(EngineConfig, values), adapters_dir, load, rounds)
+    except RunFailed as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(json.dumps(result, indent=2))
