@@ -42,8 +42,9 @@ class EngineCore:
         metrics.watch(scheduler)
         metrics.merged_bytes.set_function(lambda: self.merged_bytes)
         self._residents = ResidentAdapters(runner, scheduler.slots, metrics.adapters)
-        self._emit: Emit = _drop
-        self._switched: Switched = _ignore
+        self._emit: Emit = lambda outputs: None
+        self._switched: Switched = lambda merged, before: None
+        self._outgoing: list[TokenOutput] = []  # made, not yet given out
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
         self._revoked: dict[Adapter, ServingError] = {}
@@ -82,9 +83,14 @@ class EngineCore:
                 self.step()
             else:
                 self._obey(self._inbox.get())
+        self._give_out()
 
     def step(self) -> None:
-        """One turn: take what came in, schedule, run, book, give out."""
+        """One turn: take what came in, schedule, run, book.
+
+        What it made is given out when the next turn begins to compute, or at once if there is none: the event loop
+        then works beside the native calls, and not against the engine for the interpreter.
+        """
         self._drain_inbox()
         batch = self.scheduler.schedule()
         started = time.monotonic()
@@ -93,7 +99,7 @@ class EngineCore:
             for adapter, seconds in written.items():
                 if seconds is None:
                     self._refuse(adapter, batch)
-            results = self.runner.run(batch)
+            results = self.runner.run(batch, self._give_out)
         except Exception:
             self._fail(batch)
             return
@@ -101,38 +107,39 @@ class EngineCore:
         if self._merge_policy is not None:
             counts = [(item.request.sole_adapter, item.num_tokens) for item in batch.requests]
             self._merge_policy.observe(counts, time.monotonic() - started, self.merged)
-        not_finite = []
-        sampled = {}
-        produced = {}
-        for request, result in results:
-            if result.token_id is None:
-                not_finite.append(request.request_id)
-            else:
-                sampled[request.request_id] = result.token_id
-                produced[request.request_id] = (request, result)
+        not_finite = [request.request_id for request, result in results if result.token_id is None]
+        produced = [(request, result) for request, result in results if result.token_id is not None]
+        sampled = {request.request_id: result.token_id for request, result in produced if result.token_id is not None}
         finished = self.scheduler.update(batch, sampled)
         now = time.monotonic()
         outputs = [
             TokenOutput(
-                request_id,
+                request.request_id,
                 result.token_id,
-                finished.get(request_id),
+                finished.get(request.request_id),
                 result.logprob,
                 request.num_cached_tokens,
                 time=now,
                 first_step=request.first_step,
                 tiers=request.tiers,
             )
-            for request_id, (request, result) in produced.items()
+            for request, result in produced
         ]
         for request_id in not_finite:
             self.scheduler.abort(request_id)
             outputs.append(self._incident(request_id, "NON_FINITE_LOGITS"))
         self._metrics.step(batch, self.scheduler, now - started)
-        if outputs:
-            self._emit(outputs)
+        self._outgoing += outputs
+        if not (results and self.scheduler.has_work):
+            self._give_out()
         if self._merge_policy is not None:
             self._follow(self._merge_policy)
+
+    def _give_out(self, *more: TokenOutput) -> None:
+        """All that is made so far, in the order in which it was made."""
+        outputs, self._outgoing = [*self._outgoing, *more], []
+        if outputs:
+            self._emit(outputs)
 
     def _drain_inbox(self) -> None:
         while True:
@@ -148,13 +155,13 @@ class EngineCore:
                 if revoked is None:
                     self.scheduler.add(request)
                 else:
-                    self._emit([TokenOutput(request.request_id, None, error=self._revoked[revoked])])
+                    self._give_out(TokenOutput(request.request_id, None, error=self._revoked[revoked]))
             case Abort(request_id):
                 self.scheduler.abort(request_id)
             case Revoke(adapter, error):
                 self._revoked[adapter] = error
                 ended = self.scheduler.abort_users(adapter)
-                self._emit([TokenOutput(request_id, None, error=error) for request_id in ended])
+                self._give_out(*(TokenOutput(request_id, None, error=error) for request_id in ended))
             case Evict(adapter, freed, makes_room):
                 self._revoked.pop(adapter, None)
                 freed.set_result(self._evict(adapter, makes_room))
@@ -186,11 +193,11 @@ class EngineCore:
         """A step crashed: its requests end with an incident each, and no slot counts as written."""
         log.exception("a step with %d requests failed", len(batch.requests))
         outputs = []
-        for scheduled in batch.requests:
-            self.scheduler.abort(scheduled.request.request_id)
-            outputs.append(self._incident(scheduled.request.request_id, "STEP_FAILED"))
+        for request_id in [scheduled.request.request_id for scheduled in batch.requests]:
+            self.scheduler.abort(request_id)
+            outputs.append(self._incident(request_id, "STEP_FAILED"))
         self._residents.empty(*(adapter for _, adapter in batch.slot_writes))
-        self._emit(outputs)
+        self._give_out(*outputs)
 
     def _refuse(self, adapter: Adapter, batch: ScheduledBatch) -> None:
         """The device has no memory for an adapter: all its requests end, and the step goes on without them."""
@@ -202,7 +209,7 @@ class EngineCore:
         ended = self.scheduler.abort_users(adapter)
         batch.requests = [item for item in batch.requests if item.request.request_id not in ended]
         self._residents.empty(adapter)
-        self._emit([TokenOutput(request_id, None, error=error) for request_id in ended])
+        self._give_out(*(TokenOutput(request_id, None, error=error) for request_id in ended))
 
     def _follow(self, policy: MergePolicy) -> None:
         """Merges, or takes the merged adapter out, when the policy says so."""
@@ -240,11 +247,3 @@ class EngineCore:
         return TokenOutput(
             request_id, None, error=InternalFailure(f"internal error, incident {incident}", reason=reason)
         )
-
-
-def _drop(outputs: list[TokenOutput]) -> None:
-    pass
-
-
-def _ignore(merged: Adapter | None, before: Adapter | None) -> None:
-    pass

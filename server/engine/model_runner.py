@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -52,6 +53,7 @@ class ModelRunner:
         self._fixed_shapes = fixed_shapes
         self._graphs: DecodeGraphs | None = None
         self._linear_group = kernels.linear_group
+        self._computing: Callable[[], None] | None = None  # what the running step calls once
         self.lora = LoRALayers(
             base.model, base.linear_layers, base.linear_groups, base.head, num_adapter_slots, kernels
         )
@@ -78,7 +80,9 @@ class ModelRunner:
         weights = pack_routers(self.base.model, lambda: run(cache.step(batch)), unrounded)
         done = fuse(self.base.model, run, cache.step(batch))
         done.update({"experts": experts, "other weight": weights})
-        done["replay"] = replay(self.base.model, run, self.cache.step(batch), lambda: self.lora.passes)
+        done["replay"] = replay(
+            self.base.model, run, self.cache.step(batch), lambda: self.lora.passes, self._call_computing
+        )
         return +done  # without kinds of which there are none
 
     @torch.inference_mode()
@@ -112,15 +116,25 @@ class ModelRunner:
         return time.perf_counter() - started
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> list[tuple[Request, Sampled]]:
-        """Computes a batch whose slots are written, and samples for the requests that reached their end."""
+    def run(self, batch: ScheduledBatch, computing: Callable[[], None] = lambda: None) -> list[tuple[Request, Sampled]]:
+        """Computes a batch whose slots are written, and samples for the requests that reached their end.
+
+        `computing` is called when the long native calls begin, which leave the interpreter to other threads.
+        """
         if not batch.requests:
             return []
         merged = MergedAdapter(self.lora.merged, self.lora.merged_slot) if self.lora.merged else None
         tensors = build_forward_batch(batch.requests, self.cache.block_size, self.base.device, merged=merged)
+        self._computing = computing
         logits = self.forward(tensors)
+        self._call_computing()  # nothing was replayed
         sampling = [scheduled.request for scheduled in batch.requests if scheduled.samples]
         return list(zip(sampling, sample(logits, sampling), strict=True)) if sampling else []
+
+    def _call_computing(self) -> None:
+        computing, self._computing = self._computing, None
+        if computing is not None:
+            computing()
 
     @torch.inference_mode()
     def merge(self, adapter: Adapter | None) -> float:

@@ -22,7 +22,11 @@ Place = tuple[int | str, ...]  # keys and indices that lead to one of a call's a
 
 @torch.inference_mode()
 def replay(
-    model: nn.Module, run: Callable[[AttentionStep], Any], step: AttentionStep, passes: Callable[[], Any]
+    model: nn.Module,
+    run: Callable[[AttentionStep], Any],
+    step: AttentionStep,
+    passes: Callable[[], Any],
+    starting: Callable[[], None],
 ) -> int:
     """Gives the outermost parts that do nothing but native calls a replay; says how many.
 
@@ -30,6 +34,7 @@ def replay(
         run: computes one forward of the model on the CPU, with the step it is given.
         step: the attention of that forward, over the cache that all others use.
         passes: the bypasses of the running step, as the kernels want them.
+        starting: called before each row of native calls.
     """
     calls = record_forward(model, run, RecordingStep(step))
     workspace = Workspace()
@@ -39,7 +44,7 @@ def replay(
         if call is not None:
             if call.is_repeated:
                 return 0
-            forward = _replay_of(module.forward, call, passes, workspace)
+            forward = _replay_of(module.forward, call, passes, starting, workspace)
             if forward is not None and call.is_answered_by(forward, tolerance=0):
                 module.forward = forward
                 return 1
@@ -67,7 +72,9 @@ def _join(layers: Sequence[tuple[nn.Module, Call | None]]) -> None:
         before = call
 
 
-def _replay_of(forward: Forward, call: Call, passes: Callable[[], Any], workspace: Workspace) -> "_Replay | None":
+def _replay_of(
+    forward: Forward, call: Call, passes: Callable[[], Any], starting: Callable[[], None], workspace: Workspace
+) -> "_Replay | None":
     """None: it is no row of native calls over rows."""
     args, kwargs = call.arguments()
     found = dict(_tensors(args, kwargs))
@@ -98,7 +105,7 @@ def _replay_of(forward: Forward, call: Call, passes: Callable[[], Any], workspac
         return None
     places = [place for index, place in enumerate(found) if index in program.inputs]
     of_step = [index - len(tensors) for index in program.inputs if index >= len(tensors)]
-    return _Replay(forward, program, places, of_step, passes, workspace, beside)
+    return _Replay(forward, program, places, of_step, passes, starting, workspace, beside)
 
 
 class _Replay:
@@ -111,6 +118,7 @@ class _Replay:
         places: Sequence[Place],
         of_step: Sequence[int],
         passes: Callable[[], Any],
+        starting: Callable[[], None],
         workspace: Workspace,
         beside: tuple[None, ...] | None,
     ) -> None:
@@ -125,6 +133,7 @@ class _Replay:
         self._places = places
         self._of_step = of_step
         self._passes = passes
+        self._starting = starting
         self._workspace = workspace
         self._beside = beside
         self.replayed = False  # by the last call
@@ -161,6 +170,7 @@ class _Replay:
         inputs = [tensor.data_ptr() for tensor in tensors]
         addresses = _addresses(self._passes, kwargs)
         inputs += [addresses[index] for index in self._of_step]
+        self._starting()
         result = self._program(tensors[0].shape[1], inputs, self._workspace)
         return self._returned(tensors[0] if result is None else result)
 

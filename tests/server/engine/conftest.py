@@ -88,7 +88,7 @@ class Engine:
         """Calls `see` with each request's id and logits as they are sampled from."""
         run = self.parts.runner.run
 
-        def watched(batch: ScheduledBatch) -> Any:
+        def watched(batch: ScheduledBatch, computing: Callable[[], None]) -> Any:
             ids = [item.request.request_id for item in batch.requests if item.samples]
             forward = self.parts.runner.forward
 
@@ -100,9 +100,9 @@ class Engine:
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(self.parts.runner, "forward", forward_and_see)
-                return run(batch)
+                return run(batch, computing)
 
-        self.parts.runner.run = watched  # type: ignore[method-assign]
+        self.parts.runner.run = watched  # type: ignore[assignment, method-assign]
 
     def load(self, folder: Path) -> Adapter:
         self._generation += 1
