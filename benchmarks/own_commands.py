@@ -10,6 +10,13 @@ from benchmarks.cli import progress
 from server.base_models import cache_dir, resolve
 from server.config import EngineConfig, ServerConfig, options, take
 
+_ADAPTERS_DIR = click.option(
+    "--adapters-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Folder of PEFT adapters.",
+)
+
 
 @click.command("adapters")
 @options(EngineConfig)
@@ -78,12 +85,7 @@ def adapters_command(
 
 @click.command("swap")
 @options(EngineConfig)
-@click.option(
-    "--adapters-dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    required=True,
-    help="Folder of PEFT adapters.",
-)
+@_ADAPTERS_DIR
 @click.option(
     "--num-adapters", type=click.IntRange(min=1), default=8, show_default=True, help="Adapters that the streams use."
 )
@@ -116,14 +118,14 @@ def swap_command(
 
 @click.command("merge")
 @options(EngineConfig)
-@click.option("--adapters-dir", type=click.Path(exists=True, file_okay=False), required=True, help="PEFT adapters.")
+@_ADAPTERS_DIR
 @click.option("--num-adapters", type=click.IntRange(min=2), default=8, show_default=True)
 @click.option("--num-prompts", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=6, show_default=True, help="Pairs of runs of each load.")
 def merge_command(
-    adapters_dir: str,
+    adapters_dir: Path,
     num_adapters: int,
     num_prompts: int,
     prompt_tokens: int,
@@ -141,17 +143,12 @@ def merge_command(
     load = Load(
         num_adapters=num_adapters, num_prompts=num_prompts, prompt_tokens=prompt_tokens, output_tokens=output_tokens
     )
-    click.echo(json.dumps(measure_merging(take(EngineConfig, values), adapters_dir, load, rounds), indent=2))
+    click.echo(json.dumps(measure_merging(take(EngineConfig, values), str(adapters_dir), load, rounds), indent=2))
 
 
 @click.command("front")
 @options(EngineConfig)
-@click.option(
-    "--adapters-dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    required=True,
-    help="Folder of PEFT adapters.",
-)
+@_ADAPTERS_DIR
 @click.option("--num-adapters", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Also --max-num-seqs.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)

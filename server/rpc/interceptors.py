@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -27,34 +28,39 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Parse = Callable[[bytes], Any]
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
+class _OwnServicesInterceptor(grpc.aio.ServerInterceptor):
+    """Changes how methods of our own services are handled, and leaves those of others."""
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
+    ) -> Handler:
+        handler = await continuation(details)
+        is_own = handler is not None and str(details.method).startswith(_OWN_SERVICES)
+        return self._changed(handler) if is_own else handler
+
+    @abstractmethod
+    def _changed(self, handler: Handler) -> Handler:
+        """The handler to take instead."""
+
+
+class ErrorInterceptor(_OwnServicesInterceptor):
     """Maps every error to a status with details.
 
     grpc.aio alone answers UNKNOWN with the exception's text; of a bug of ours only an incident id goes out.
     """
 
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
-    ) -> Handler:
-        handler = await continuation(details)
-        if handler is None or not str(details.method).startswith(_OWN_SERVICES):
-            return handler
+    def _changed(self, handler: Handler) -> Handler:
         kind, behavior = _behavior(handler)
         return handler._replace(**{kind: (_unary if kind.endswith("unary") else _stream)(behavior)})
 
 
-class ParseInterceptor(grpc.aio.ServerInterceptor):
+class ParseInterceptor(_OwnServicesInterceptor):
     """Parses messages inside of the call, so that one that cannot be read is an error like any other: the client's.
 
     To be the innermost: grpc.aio would parse before any interceptor has a say.
     """
 
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
-    ) -> Handler:
-        handler = await continuation(details)
-        if handler is None or not str(details.method).startswith(_OWN_SERVICES):
-            return handler
+    def _changed(self, handler: Handler) -> Handler:
         parse, (kind, behavior) = handler.request_deserializer, _behavior(handler)
 
         def one(data: bytes, context: Context) -> Any:
