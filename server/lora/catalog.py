@@ -12,7 +12,8 @@ from pathlib import Path
 from server.errors import AdapterNotFound, ConfigError, DamagedAdapter
 from server.lora.fingerprint import Fingerprint
 from server.lora.routing import Routing
-from server.lora.store import FLAT_VERSION, ROUTING_FILE, AdapterRef, AdapterStore, StoredName, parse_reference
+from server.lora.store import AdapterRef, AdapterStore, parse_reference
+from server.lora.stored_name import FLAT_VERSION, ROUTING_FILE, StoredName
 
 
 @dataclass(frozen=True, slots=True)

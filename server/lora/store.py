@@ -20,23 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from adapters.config import CONFIG_FILE
 from adapters.folder import fsync
-from adapters.format import open_plain
 from server.errors import InvalidRequest, Overloaded
 from server.lora.disk import disk_errors
-from server.lora.fingerprint import Fingerprint, fingerprint
+from server.lora.fingerprint import fingerprint
 from server.lora.routing import VERSION, Routing
+from server.lora.stored_name import FLAT_VERSION, ROUTING_FILE, StoredName, list_name, read_routing
 
 log = logging.getLogger(__name__)
 
 # Not the names that are devices on Windows, so that a store can be copied there.
 _NAME = re.compile(r"(?!(?i:CON|PRN|AUX|NUL|COM\d|LPT\d)(?:\.|$))[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-FLAT_VERSION = "1"
-ROUTING_FILE = "routing.json"
-_MAX_ROUTING_BYTES = 1 << 16
 _LOCK_SECONDS = 10  # that a change waits for others: a process that hangs must not take the disk threads with it
 _LOCK_POLL_SECONDS = 0.02
+_CLOCK_TICK_NS = 3 * 10**9  # two changes this far apart have different times on every file system
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +67,6 @@ def parse_reference(text: str, field: str = "adapter") -> tuple[str, str | None]
     return name, version if at else None
 
 
-@dataclass(frozen=True, slots=True)
-class StoredName:
-    """What the store has under one name."""
-
-    versions: Mapping[str, Fingerprint]  # never empty
-    is_flat: bool  # version 1 lies in the name's own folder
-    routing: Routing | None  # None: there is one, and it cannot be read
-
-    @property
-    def newest(self) -> str:
-        return max(self.versions, key=int)
-
-
 class AdapterStore:
     """Owns the adapters folder. Names are checked before they become paths, and links are not followed."""
 
@@ -91,6 +75,7 @@ class AdapterStore:
         self.root = root
         self.reserved = reserved
         self._unreadable: set[str] = set()  # names, at the last scan
+        self._simple: dict[str, tuple[int, int]] = {}  # `is_simple` names, with the state of their folder
 
     def scan(self, known: Mapping[str, StoredName] = MappingProxyType({})) -> dict[str, StoredName]:
         """Everything in the folder.
@@ -115,36 +100,34 @@ class AdapterStore:
             if stored is not None:
                 found[name] = stored
         self._unreadable = unreadable
+        for name in list(self._simple):
+            if name not in found:
+                self._simple.pop(name, None)
         return found
 
     def look(self, name: str) -> StoredName | None:
         """What is on disk under a name now.
 
+        A folder that did not change is not listed again: to look at its two files takes a fifth of the time, and
+        everything is looked at every few seconds.
+
         Raises:
             OSError: it cannot be read, and nobody knows.
         """
-        folder = os.path.join(self.root, name)
-        versions = {}
-        routing: Routing | None = Routing()
-        flat = None
+        folder = f"{self.root}/{name}"
         try:
-            if name in self.reserved or not stat.S_ISDIR(os.lstat(folder).st_mode):
+            if name in self.reserved or not stat.S_ISDIR((status := os.lstat(folder)).st_mode):
                 return None
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name == CONFIG_FILE:
-                        flat = fingerprint(folder)
-                    elif entry.name == ROUTING_FILE:
-                        routing = _read_routing(entry.path)
-                    elif VERSION.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                        found = fingerprint(entry.path)
-                        if found is not None:
-                            versions[entry.name] = found
+            state, age = (status.st_ino, status.st_ctime_ns), time.time_ns() - status.st_ctime_ns
+            if self._simple.get(name) == state:
+                flat = fingerprint(folder)
+                return StoredName.simple(flat) if flat is not None else None
+            stored = list_name(folder)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if flat is not None:
-            versions[FLAT_VERSION] = flat
-        return StoredName(versions, flat is not None, routing) if versions else None
+        if stored is not None and stored.is_simple and age > _CLOCK_TICK_NS:
+            self._simple[name] = state
+        return stored
 
     def path(self, ref: AdapterRef, is_flat: bool) -> Path:
         """Where a version lies, in a name whose own folder holds version 1 or does not."""
@@ -208,7 +191,7 @@ class AdapterStore:
         with disk_errors(), contextlib.ExitStack() as undo:
             scratch = self.scratch()
             undo.enter_context(self.lock())
-            routing = change(_read_routing(os.path.join(self.root, name, ROUTING_FILE)))
+            routing = change(read_routing(os.path.join(self.root, name, ROUTING_FILE)))
             handle, temporary = tempfile.mkstemp(dir=scratch)
             undo.callback(_unlink_if_there, temporary)
             with open(handle, "w") as file:
@@ -232,14 +215,3 @@ def _is_locked(handle: int) -> bool:
 def _unlink_if_there(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-
-
-def _read_routing(path: str) -> Routing | None:
-    try:
-        with open_plain(path) as file:
-            return Routing.from_json(file.read(_MAX_ROUTING_BYTES).decode())
-    except FileNotFoundError:
-        return Routing()
-    except (OSError, ValueError) as error:
-        log.error("%s cannot be read, the name means what it did before: %s", path, error)
-        return None

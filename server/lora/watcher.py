@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from server.errors import Overloaded, ServingError, Unavailable
 from server.lora.cache import AdapterCache
 from server.lora.events import EventKind
-from server.lora.store import AdapterRef, StoredName
+from server.lora.store import AdapterRef
+from server.lora.stored_name import StoredName
 
 log = logging.getLogger(__name__)
 
-_REST_PER_SCAN = 20  # seconds of rest per second of scanning: a large or slow store is looked at more rarely
+_REST_PER_SCAN = 50  # seconds of rest per second of scanning: a large or slow store is looked at more rarely
 
 Names = Mapping[str, StoredName]
 

@@ -1,6 +1,8 @@
 """Names on disk: what is found, which version is meant, and what never becomes a path."""
 
 import os
+import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from server.lora.catalog import AdapterCatalog
 from server.lora.fingerprint import fingerprint
 from server.lora.routing import Routing
 from server.lora.store import AdapterRef, AdapterStore, parse_reference
+from server.lora.stored_name import StoredName, list_name
 
 MANY = 10_000
 
@@ -108,6 +111,58 @@ def test_files_that_change_change_the_fingerprint(store: AdapterStore) -> None:
     seen.add(fingerprint(folder))
     assert len(seen) == 4
     assert fingerprint(store.root / "empty") is None
+
+
+@pytest.fixture
+def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Folders of names, each time one is listed by a store."""
+    folders: list[str] = []
+
+    def listing(folder: str) -> StoredName | None:
+        folders.append(folder)
+        return list_name(folder)
+
+    monkeypatch.setattr("server.lora.store.list_name", listing)
+    return folders
+
+
+def test_an_unchanged_folder_is_not_listed_again_and_no_change_is_missed(
+    store: AdapterStore, listed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = store.root / "flat"
+    monkeypatch.setattr("server.lora.store._CLOCK_TICK_NS", 0)
+
+    def look() -> StoredName | None:
+        found = store.look("flat")
+        assert found == list_name(str(folder))
+        return found
+
+    seen = [look()]
+    assert look() == seen[0]
+    assert len(listed) == 1
+    (folder / "adapter_model.safetensors").write_bytes(b"1")
+    seen.append(look())
+    (folder / "adapter_model.safetensors").write_bytes(b"12")
+    seen.append(look())
+    assert len(listed) == 2, "once more, since a file was added"
+    (folder / "2").mkdir()
+    assert look() == seen[-1], "a version that is not there yet"
+    (folder / "2" / "adapter_config.json").write_text("{}")
+    seen.append(look())
+    shutil.rmtree(folder / "2")
+    store.change_routing("flat", lambda _: Routing("1"))
+    seen.append(look())
+    (folder / "routing.json").unlink()
+    (folder / "adapter_config.json").unlink()
+    seen.append(look())
+    assert seen[-1] is None
+    assert all(before != after for before, after in pairwise(seen))
+
+
+def test_a_folder_that_changed_a_moment_ago_is_listed_again(store: AdapterStore, listed: list[str]) -> None:
+    """A file system's clock may have too few ticks to tell another change from that one."""
+    assert store.look("flat") == store.look("flat")
+    assert len(listed) == 2
 
 
 def test_routing_is_kept_and_a_broken_one_means_nothing(store: AdapterStore, caplog: pytest.LogCaptureFixture) -> None:

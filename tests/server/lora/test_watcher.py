@@ -16,7 +16,7 @@ from server.lora import events
 from server.lora.cache import AdapterCache
 from server.lora.events import AdapterEvent, EventKind
 from server.lora.router import AdapterRouter
-from server.lora.store import StoredName
+from server.lora.stored_name import StoredName
 from server.lora.watcher import StoreWatcher
 from tests.server.lora.conftest import ADAPTER_BYTES, MakeAdapter, fail_disk, make_cache
 
