@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -71,10 +71,11 @@ class AdapterMetrics(Collector):
             if name not in ("", MIXTURE):
                 self._traffic[name] += 1
 
-    def tokens(self, name: str, num_tokens: int) -> None:
-        """Tokens were generated."""
+    def tokens(self, num_tokens: Mapping[str, int]) -> None:
+        """So many tokens were generated on each adapter."""
         with self._lock:
-            self._add("generation_tokens", name, num_tokens)
+            for name, count in num_tokens.items():
+                self._add("generation_tokens", name, count)
 
     def step(self, names: Collection[str]) -> None:
         """A step had tokens of these. Engine thread."""

@@ -6,11 +6,10 @@ It grows at the engine's pace and is read at the client's: text, stop strings an
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from server.adapter_metrics import AdapterMetrics
 from server.engine.detokenizer import TextStream
 from server.engine.request import FinishReason, Request, TokenLogprob, TokenOutput
 from server.lora.adapter import AdapterIdentity
@@ -18,8 +17,7 @@ from server.lora.tier import AdapterTier
 from server.metrics import RequestTimer
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationOutput:
+class GenerationOutput(NamedTuple):
     """What is new of one request; the last one has a finish reason."""
 
     text: str
@@ -40,17 +38,16 @@ class Answer:
         request: Request,
         tokenizer: PreTrainedTokenizerBase,
         timer: RequestTimer,
-        metrics: AdapterMetrics,
         held: ExitStack,
     ) -> None:
         self.ended = False  # nothing more is taken
         self._identities = request.identities
         self._text = TextStream(tokenizer, request.token_ids, request.params.stop)
         self._timer = timer
-        self._metrics = metrics
-        self._metrics_name = request.metrics_name
+        self.metrics_name = request.metrics_name
         self._held = held
-        self._news = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # who waits for news
+        self._has_news = False
         self._piece = ""
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -71,20 +68,24 @@ class Answer:
         elif self._finish_reason is not None:
             self._timer.outcome = self._finish_reason.value
         self.ended = self._error is not None or self._finish_reason is not None
-        self._news.set()
+        self._has_news = True
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def let_go(self) -> None:
         """Gives back what the request holds; the engine is done with it, or has been told to be."""
         self._held.close()
 
     async def read(self) -> GenerationOutput:
-        """All that is new, as soon as there is something.
+        """All that is new, as soon as there is something. One reader at a time.
 
         Raises:
             Exception: what ended the request.
         """
-        await self._news.wait()
-        self._news.clear()
+        if not self._has_news:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        self._has_news = False
         if self._error is not None:
             raise self._error
         assert self._last is not None
@@ -114,4 +115,3 @@ class Answer:
         if self._text.stopped:
             self._finish_reason = FinishReason.STOP
         self._timer.token(output)
-        self._metrics.tokens(self._metrics_name, 1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -98,7 +99,7 @@ class AsyncEngine:
                 prompt_token_ids, params, await self._hold(adapters, held, label, shared), cache_salt
             )
             self._book(request)
-            answer = Answer(request, self.tokenizer, timer, self.metrics.adapters, held)
+            answer = Answer(request, self.tokenizer, timer, held)
             self._answers[request.request_id] = answer
             try:
                 if self.died.is_set():  # perhaps while the adapter was loading
@@ -165,14 +166,17 @@ class AsyncEngine:
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         """Hands a step's outputs to their answers; one whose client has gone is dropped."""
+        num_tokens: dict[str, int] = defaultdict(int)
         for output in outputs:
             answer = self._answers.get(output.request_id)
             if answer is None:
                 continue
             answer.put(output)
+            num_tokens[answer.metrics_name] += output.token_id is not None
             if answer.ended:
                 self._forget(output.request_id)
                 answer.let_go()
+        self.metrics.adapters.tokens(num_tokens)
 
     def _forget(self, request_id: int) -> None:
         """Takes no more of a request, and has the engine end it if that has not."""

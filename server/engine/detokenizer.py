@@ -33,6 +33,8 @@ class TextStream:
         Sets `stopped` when a stop string appears; what follows it is dropped, and so is the stop string itself.
         """
         self._token_ids.extend(token_ids)
+        if not self._stop:
+            return self._decode(last)
         self._pending += self._decode(last)
         found = [index for index in map(self._pending.find, self._stop) if index >= 0]
         if found:
@@ -53,7 +55,7 @@ class TextStream:
 
     def _held_back(self) -> int:
         """How many last characters could begin a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        longest = max(map(len, self._stop)) - 1
         for length in range(min(longest, len(self._pending)), 0, -1):
             if any(stop.startswith(self._pending[-length:]) for stop in self._stop):
                 return length

@@ -4,6 +4,7 @@ import enum
 import random
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from server.adapter_metrics import MIXTURE
 from server.engine.block_allocator import IdentityChange
@@ -73,8 +74,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]  # (token id, logprob), the most likely first
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
+class TokenOutput(NamedTuple):
     """What one step made for one request; the only thing that travels from the engine thread to the event loop."""
 
     request_id: int

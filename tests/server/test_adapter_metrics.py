@@ -66,7 +66,7 @@ def test_mixtures_have_one_label_and_take_nobody_elses() -> None:
     ask(metrics, "a")
     rank(metrics)
     ask(metrics, "a")
-    metrics.tokens(MIXTURE, 4)
+    metrics.tokens({MIXTURE: 4})
     assert series(metrics) == {("mixture",): 9, ("a",): 2, ("base",): 1}
     assert series(metrics, "generation_tokens") == {("mixture",): 4}
 

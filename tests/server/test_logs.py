@@ -44,7 +44,7 @@ def test_the_throughput_line_is_silent_when_idle(model_dir: Path) -> None:
     engine.submit(list(range(40)), max_tokens=3)
     metrics.adapters.request("", 40)
     engine.core.step()
-    metrics.adapters.tokens("", 5)
+    metrics.adapters.tokens({"": 5})
     metrics.query_tokens.inc(40)
     metrics.hit_tokens.inc(10)
     blocks = scheduler.allocator.usage

@@ -78,7 +78,6 @@ async def test_what_cannot_be_read_is_told_to_its_reader_alone() -> None:
             Request(number, PROMPT, SamplingParams(), (), frozenset()),
             byte_tokenizer(),
             timer,
-            metrics.adapters,
             ExitStack(),
         )
         for number, timer in enumerate(timers)
