@@ -24,6 +24,7 @@ from server.lora.adapter import Adapter
 from server.metrics import Metrics
 from server.model_info import model_info
 from server.openmp import release_team
+from server.rpc.event_loop import GrpcEventLoop
 from server.rpc.server import RpcServer
 from server.serve import running_engine
 
@@ -58,7 +59,8 @@ def measure_front(config: EngineConfig, adapters_dir: Path, load: Load, rounds: 
     gc.collect()
     gc.freeze()  # as a server does
     try:
-        pairs = asyncio.run(_measure(config, parts, adapters_dir, adapters, load, rounds))
+        with asyncio.Runner(loop_factory=GrpcEventLoop) as runner:
+            pairs = runner.run(_measure(config, parts, adapters_dir, adapters, load, rounds))
     finally:
         gc.unfreeze()
     return summary(pairs)

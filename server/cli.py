@@ -55,10 +55,12 @@ def serve(**values: Any) -> None:
     """Start the gRPC server."""
     engine_config, config = take(EngineConfig, values), take(ServerConfig, values)
     from server.logs import set_up_logging
+    from server.rpc.event_loop import GrpcEventLoop
     from server.serve import serve as run
 
     set_up_logging(config.log_level, config.log_format)
-    sys.exit(asyncio.run(run(engine_config, config)))
+    with asyncio.Runner(loop_factory=GrpcEventLoop) as runner:
+        sys.exit(runner.run(run(engine_config, config)))
 
 
 @main.command()

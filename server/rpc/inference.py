@@ -51,13 +51,9 @@ class InferenceService(pb_grpc.InferenceServicer):
         answer.text = "".join(pieces)
         return answer
 
-    async def GenerateStream(
-        self, request: pb.GenerateRequest, context: object
-    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+    def GenerateStream(self, request: pb.GenerateRequest, context: object) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Errors: those of Generate."""
-        async with aclosing(self._answers(request)) as messages:
-            async for message in messages:
-                yield message
+        return self._answers(request)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: object) -> pb.TokenizeResponse:
         """Errors: INVALID_ARGUMENT."""
