@@ -17,7 +17,7 @@ from server.lora.stored_name import StoredName
 
 log = logging.getLogger(__name__)
 
-_REST_PER_SCAN = 50  # seconds of rest per second of scanning: a large or slow store is looked at more rarely
+_REST_PER_SCAN = 100  # seconds of rest per second of scanning: a large or slow store is looked at more rarely
 
 Names = Mapping[str, StoredName]
 
