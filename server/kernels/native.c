@@ -142,8 +142,19 @@ typedef struct {
     int64_t interleaved; /* a pair is elements 2i and 2i + 1, and not i and i + rotary_dim / 2 */
 } rotary_layout;
 
+/* The softmax of one query row over some of its keys: the largest score, and the sum of weights relative to it. */
+typedef struct {
+    float max;
+    float denominator;
+} row_softmax;
+
+/* Query rows of a sequence and KV head over parts [part0, part1) of the keys. */
 typedef struct {
     int32_t seq, kv_head, row0, row1;
+    int64_t part0, part1;
+    int64_t later;     /* tasks after this one, with the later parts; -1: this is one of them */
+    row_softmax *rows; /* what the rows come to, where several tasks share the keys; otherwise NULL */
+    float *sums;       /* [rows, value_dim], their weighted values */
 } attention_task;
 
 enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, CLAMPED_SILU };
@@ -158,6 +169,7 @@ enum {
     BLOCK = 16,         /* positions of a KV block */
     SPAN = 64,          /* keys of one online softmax update; spans start at multiples of 64 positions */
     SPAN_BLOCKS = SPAN / BLOCK,
+    PART = 1024, /* keys whose sums begin at nothing; the parts of a long context are joined in their order */
     MAX_HEAD_DIM = 256,
     TILE_ROWS = 6,         /* query rows (token, head) of a register tile */
     TASK_ROWS = 48,        /* query rows that share one pass over the cache */
@@ -199,6 +211,24 @@ INLINE long row_bytes(int kind) { return PANEL * kind_bytes(kind) * row_features
 
 /* Piece `i` of `n` nearly equal pieces of `total` starts here. */
 INLINE long part(long total, long n, long i) { return total * i / n; }
+
+typedef struct {
+    long rows;  /* query rows of the sequence for each KV head */
+    long first; /* part with keys that one of them attends to */
+    long count; /* parts from there to the last */
+    long tasks; /* that share them */
+} key_parts;
+
+/* How the keys of a sequence are shared. Where its rows are many there are tasks enough. */
+static key_parts parts_of(const attention_options *o, const attention_batch *batch, long seq, long group) {
+    const long token0 = batch->query_start_loc[seq], token1 = batch->query_start_loc[seq + 1];
+    if (token0 == token1)
+        return (key_parts){0, 0, 0, 0};
+    const long low = o->sliding_window > 0 ? MAX(0, batch->positions[token0] + 1 - o->sliding_window) : 0;
+    const long first = low / PART, count = batch->positions[token1 - 1] / PART + 1 - first;
+    const long rows = (token1 - token0) * group;
+    return (key_parts){rows, first, count, rows <= TASK_ROWS ? count : 1};
+}
 
 /* A walk over regions that lie one after the other in a list: `left` bytes from `offset` in `at` on. */
 typedef struct {
@@ -1319,15 +1349,9 @@ static int FN(linear)(const float *x, long rows, const linear_group *group, cons
 #define sum_values FN(sum_values)
 #define softmax FN(softmax)
 #define attention_rows FN(attention_rows)
-#define row_state FN(row_state)
-
-/* The online softmax of one query row over the keys seen so far; it attends to positions [low, high). */
-typedef struct {
-    int64_t low;
-    int64_t high;
-    float max;
-    float denominator;
-} row_state;
+#define join FN(join)
+#define join_tasks FN(join_tasks)
+#define write_rows FN(write_rows)
 
 /*
  * s[r][16 b + j] = sum_d q[d][r] * keys[b][d][j] for R rows (64 scores apart) and B key blocks. Reading a cache is
@@ -1426,7 +1450,7 @@ static void sum_values(long rows, int kind, const float *p, const char *const *b
  * Turns the scores of span keys [key0, key1) into weights relative to the new maximum, 0 for the other keys of the
  * blocks they touch, and rescales the row's sums. s holds 64 scores.
  */
-static void softmax(float *s, long key0, long key1, float softcap, row_state *row, float *acc, long value_dim) {
+static void softmax(float *s, long key0, long key1, float softcap, row_softmax *row, float *acc, long value_dim) {
     const long first = key0 - key0 % BLOCK, last = CEIL_DIV(key1, BLOCK) * BLOCK;
     const vfloat hidden = splat(-__builtin_inff());
     vfloat top = splat(row->max);
@@ -1458,43 +1482,76 @@ static void softmax(float *s, long key0, long key1, float softcap, row_state *ro
     row->denominator += sum(total);
 }
 
-/* Query rows [row0, row1) of one sequence and KV head; row i is token i / group, head i % group of the group. */
-static void attention_rows(const kv_layer *cache, const attention_options *o, const attention_batch *batch,
-                           const float *q, long q_stride, float *out, long out_stride, attention_task task) {
+/* Joins what a row came to over more keys to what it came to over those before. A row without keys joins nothing. */
+static void join(row_softmax *row, float *sums, const row_softmax *more, const float *more_sums, long value_dim) {
+    if (more->denominator == 0.0f)
+        return;
+    const float max = MAX(row->max, more->max);
+    const vfloat old = vexp(splat(row->max - max)), new = vexp(splat(more->max - max));
+    for (long i = 0; i < value_dim; i += LANES)
+        store(sums + i, load(sums + i) * old + load(more_sums + i) * new);
+    row->denominator = row->denominator * old[0] + more->denominator * new[0];
+    row->max = max;
+}
+
+/* out = sums / denominator, for the rows of a task. */
+static void write_rows(const kv_layer *cache, const attention_options *o, const attention_batch *batch, float *out,
+                       long out_stride, const attention_task *task, const row_softmax *row, const float *sums) {
     const long head_dim = cache->head_dim, value_dim = CEIL_DIV(head_dim, PANEL) * PANEL,
                group = o->heads / cache->kv_heads;
-    const long rows = task.row1 - task.row0, num_tiles = CEIL_DIV(rows, TILE_ROWS);
+    for (long r = task->row0; r < task->row1; r++, row++, sums += value_dim) {
+        const long token = batch->query_start_loc[task->seq] + r / group, head = task->kv_head * group + r % group;
+        for (long d = 0; d < head_dim; d++)
+            out[token * out_stride + head * head_dim + d] = sums[d] / row->denominator;
+    }
+}
+
+/* Query rows [row0, row1) of one sequence and KV head; row i is token i / group, head i % group of the group. */
+static void attention_rows(const kv_layer *cache, const attention_options *o, const attention_batch *batch,
+                           const float *q, long q_stride, float *out, long out_stride, const attention_task *task) {
+    const long head_dim = cache->head_dim, value_dim = CEIL_DIV(head_dim, PANEL) * PANEL,
+               group = o->heads / cache->kv_heads;
+    const long rows = task->row1 - task->row0, num_tiles = CEIL_DIV(rows, TILE_ROWS);
     const long key_bytes = head_dim * BLOCK * kind_bytes(cache->kind),
                value_bytes = BLOCK * value_dim * kind_bytes(cache->kind);
-    const long token0 = batch->query_start_loc[task.seq], head0 = task.kv_head * group;
-    const int32_t *table = batch->block_tables + task.seq * batch->max_blocks;
+    const long token0 = batch->query_start_loc[task->seq], head0 = task->kv_head * group;
+    const int32_t *table = batch->block_tables + task->seq * batch->max_blocks;
     float packed[TASK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64))); /* each tile: [head_dim][rows of the tile] */
     float acc[TASK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64)));
+    float own_sums[TASK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64)));
     float s[TILE_ROWS * SPAN] __attribute__((aligned(64)));
-    row_state state[TASK_ROWS];
+    row_softmax own_total[TASK_ROWS], state[TASK_ROWS];
+    row_softmax *total = task->rows ? task->rows : own_total; /* over all parts so far; `state` and `acc`: one part */
+    float *sums = task->rows ? task->sums : own_sums;
+    int64_t row_low[TASK_ROWS], row_high[TASK_ROWS]; /* positions [low, high) that a row attends to */
     int64_t low = INT64_MAX, high = 0;
     for (long t = 0; t < num_tiles; t++) {
         const long first = part(rows, num_tiles, t), n = part(rows, num_tiles, t + 1) - first;
         for (long r = first; r < first + n; r++) {
-            const long token = token0 + (task.row0 + r) / group, head = head0 + (task.row0 + r) % group;
+            const long token = token0 + (task->row0 + r) / group, head = head0 + (task->row0 + r) % group;
             const float *source = q + token * q_stride + head * head_dim;
             for (long d = 0; d < head_dim; d++)
                 packed[first * head_dim + d * n + r - first] = source[d] * o->scaling;
             const int64_t end = batch->positions[token] + 1;
-            state[r].low = o->sliding_window > 0 ? MAX(0, end - o->sliding_window) : 0;
-            state[r].high = end;
-            state[r].max = o->sinks ? o->sinks[head] : -__builtin_inff();
-            state[r].denominator = o->sinks ? 1.0f : 0.0f;
-            low = MIN(low, state[r].low);
+            const int has_sink = o->sinks && task->later >= 0; /* as a key before all others, without a value */
+            row_low[r] = o->sliding_window > 0 ? MAX(0, end - o->sliding_window) : 0;
+            row_high[r] = end;
+            total[r] = has_sink ? (row_softmax){o->sinks[head], 1.0f} : (row_softmax){-__builtin_inff(), 0.0f};
+            low = MIN(low, row_low[r]);
             high = MAX(high, end);
         }
     }
+    memset(sums, 0, rows * value_dim * sizeof(float));
+    low = MAX(low, task->part0 * PART);
+    high = MIN(high, task->part1 * PART);
+    for (long r = 0; r < rows; r++)
+        state[r] = (row_softmax){-__builtin_inff(), 0.0f};
     memset(acc, 0, rows * value_dim * sizeof(float));
     for (long span = low - low % SPAN; span < high; span += SPAN) {
         const char *keys[SPAN_BLOCKS] = {0}, *value_blocks[SPAN_BLOCKS] = {0}, *next_keys[SPAN_BLOCKS];
         for (long b = MAX(span, low) / BLOCK; b < CEIL_DIV(MIN(high, span + SPAN), BLOCK); b++) {
-            const long block = (long)table[b] * cache->kv_heads + task.kv_head;
-            const long next = (long)table[MIN(b + SPAN_BLOCKS, (high - 1) / BLOCK)] * cache->kv_heads + task.kv_head;
+            const long block = (long)table[b] * cache->kv_heads + task->kv_head;
+            const long next = (long)table[MIN(b + SPAN_BLOCKS, (high - 1) / BLOCK)] * cache->kv_heads + task->kv_head;
             keys[b - span / BLOCK] = (const char *)cache->keys + block * key_bytes;
             value_blocks[b - span / BLOCK] = (const char *)cache->values + block * value_bytes;
             next_keys[b - span / BLOCK] = (const char *)cache->keys + next * key_bytes;
@@ -1504,9 +1561,8 @@ static void attention_rows(const kv_layer *cache, const attention_options *o, co
             long key0[TILE_ROWS], key1[TILE_ROWS]; /* of the span, per row; equal: none */
             long any0 = SPAN, any1 = 0, all0 = 0, all1 = SPAN;
             for (long r = 0; r < n; r++) {
-                const row_state *row = &state[first + r];
-                key0[r] = MIN(MAX(row->low - span, 0), SPAN);
-                key1[r] = MAX(MIN(row->high - span, SPAN), key0[r]);
+                key0[r] = MIN(MAX(row_low[first + r] - span, 0), SPAN);
+                key1[r] = MAX(MIN(row_high[first + r] - span, SPAN), key0[r]);
                 if (key0[r] < key1[r]) {
                     any0 = MIN(any0, key0[r]);
                     any1 = MAX(any1, key1[r]);
@@ -1536,40 +1592,85 @@ static void attention_rows(const kv_layer *cache, const attention_options *o, co
                     sum_values(1, cache->kind, s + r * SPAN, value_blocks, next_keys, MAX(all1, key0[r]), key1[r],
                                value_dim, acc + (first + r) * value_dim);
         }
+        if ((span + SPAN) % PART == 0 || span + SPAN >= high) {
+            for (long r = 0; r < rows; r++) {
+                join(&total[r], sums + r * value_dim, &state[r], acc + r * value_dim, value_dim);
+                state[r] = (row_softmax){-__builtin_inff(), 0.0f};
+            }
+            memset(acc, 0, rows * value_dim * sizeof(float));
+        }
     }
-    for (long r = 0; r < rows; r++) {
-        const long token = token0 + (task.row0 + r) / group, head = head0 + (task.row0 + r) % group;
-        for (long d = 0; d < head_dim; d++)
-            out[token * out_stride + head * head_dim + d] = acc[r * value_dim + d] / state[r].denominator;
-    }
+    if (task->rows == NULL)
+        write_rows(cache, o, batch, out, out_stride, task, total, sums);
+}
+
+/* Joins the parts of a task and those after it in their order, and writes what comes of it. */
+static void join_tasks(const kv_layer *cache, const attention_options *o, const attention_batch *batch, float *out,
+                       long out_stride, const attention_task *first) {
+    const long value_dim = CEIL_DIV(cache->head_dim, PANEL) * PANEL;
+    for (const attention_task *task = first + 1; task <= first + first->later; task++)
+        for (long r = 0; r < task->row1 - task->row0; r++)
+            join(&first->rows[r], first->sums + r * value_dim, &task->rows[r], task->sums + r * value_dim, value_dim);
+    write_rows(cache, o, batch, out, out_stride, first, first->rows, first->sums);
 }
 
 /*
  * out[t, h] = softmax(scaling * q[t, h] @ K.T) @ V over the cached positions 0 .. positions[t] of the token's sequence
  * (the last `sliding_window` of them). Tasks are (sequence, KV head, rows); the late rows of a prompt, which attend to
- * most keys, come first.
+ * most keys, come first. Where a sequence has the rows of one task, as in decoding, each part of its keys is a task of
+ * its own, so that a long context is spread over the cores (flash decoding, arXiv 2311.01282, at fixed positions).
  */
 static int FN(attention)(const kv_layer *cache, const attention_options *o, const attention_batch *batch,
                          const float *q, long q_stride, float *out, long out_stride) {
-    const long group = o->heads / cache->kv_heads;
-    long count = 0;
-    for (long s = 0; s < batch->num_seqs; s++)
-        count +=
-            cache->kv_heads * CEIL_DIV((batch->query_start_loc[s + 1] - batch->query_start_loc[s]) * group, TASK_ROWS);
-    attention_task *tasks = scratch(count * sizeof *tasks);
-    if (tasks == NULL)
-        return -1;
-    attention_task *next = tasks;
+    const long group = o->heads / cache->kv_heads, value_dim = CEIL_DIV(cache->head_dim, PANEL) * PANEL;
+    long count = 0, split_rows = 0;
     for (long s = 0; s < batch->num_seqs; s++) {
-        const long rows = (batch->query_start_loc[s + 1] - batch->query_start_loc[s]) * group,
-                   pieces = CEIL_DIV(rows, TASK_ROWS);
+        const key_parts parts = parts_of(o, batch, s, group);
+        count += cache->kv_heads * CEIL_DIV(parts.rows, TASK_ROWS) * parts.tasks;
+        split_rows += parts.tasks > 1 ? cache->kv_heads * parts.rows * parts.tasks : 0;
+    }
+    float *sums =
+        scratch(split_rows * (value_dim * sizeof *sums + sizeof(row_softmax)) + count * sizeof(attention_task));
+    if (sums == NULL)
+        return -1;
+    row_softmax *rows = (row_softmax *)(sums + split_rows * value_dim);
+    attention_task *const tasks = (attention_task *)(rows + split_rows), *next = tasks;
+    for (long s = 0; s < batch->num_seqs; s++) {
+        const key_parts parts = parts_of(o, batch, s, group);
+        const long pieces = CEIL_DIV(parts.rows, TASK_ROWS);
         for (long i = pieces - 1; i >= 0; i--)
             for (long h = 0; h < cache->kv_heads; h++)
-                *next++ = (attention_task){s, h, part(rows, pieces, i), part(rows, pieces, i + 1)};
+                for (long p = 0; p < parts.tasks; p++) {
+                    *next = (attention_task){
+                        .seq = s,
+                        .kv_head = h,
+                        .row0 = part(parts.rows, pieces, i),
+                        .row1 = part(parts.rows, pieces, i + 1),
+                        .part0 = parts.first + part(parts.count, parts.tasks, p),
+                        .part1 = parts.first + part(parts.count, parts.tasks, p + 1),
+                        .later = p == 0 ? parts.tasks - 1 : -1,
+                    };
+                    if (parts.tasks > 1) {
+                        next->rows = rows;
+                        next->sums = sums;
+                        rows += parts.rows;
+                        sums += parts.rows * value_dim;
+                    }
+                    next++;
+                }
     }
-#pragma omp parallel for schedule(dynamic) if (count > 1)
-    for (long i = 0; i < count; i++)
-        attention_rows(cache, o, batch, q, q_stride, out, out_stride, tasks[i]);
+#pragma omp parallel if (count > 1)
+    {
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < count; i++)
+            attention_rows(cache, o, batch, q, q_stride, out, out_stride, &tasks[i]);
+        if (split_rows > 0) {
+#pragma omp for schedule(static)
+            for (long i = 0; i < count; i++)
+                if (tasks[i].later > 0)
+                    join_tasks(cache, o, batch, out, out_stride, &tasks[i]);
+        }
+    }
     return 0;
 }
 

@@ -128,6 +128,29 @@ def test_attention_rows_do_not_depend_on_chunks_or_batch(window: int | None, dty
             assert torch.equal(out, expected[start:end])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1100])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_parts_of_a_long_context_are_joined(has_sinks: bool, window: int | None, dtype: torch.dtype) -> None:
+    """The same bits whether a task has all parts of the keys, in a prompt, or each has its own, in decoding."""
+    heads, lengths = 6, [2200, 40, 1025]
+    sequences = Sequences(lengths, 2, 64, dtype)
+    sinks = 3 * torch.randn(heads) if has_sinks else None
+    options = native_attention.AttentionOptions(heads, 0.125, sliding_window=window, sinks=sinks)
+    queries = [torch.randn(length, heads, 64) for length in lengths]
+    whole = sequences.attend(queries, [0, 0, 0], options)
+    for sequence, out in enumerate(whole):
+        expected = sequences.reference(sequence, queries[sequence], 0, 0.125, window=window, sinks=sinks)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    for sizes in ([1, 1, 1], [3, 2, 1], [16, 1, 2], [1200, 1, 1]):
+        starts = [length - size for length, size in zip(lengths, sizes, strict=True)]
+        chunks = [query[start:] for query, start in zip(queries, starts, strict=True)]
+        for out, expected, start in zip(sequences.attend(chunks, starts, options), whole, starts, strict=True):
+            assert torch.equal(out, expected[start:])
+    early = sequences.attend([queries[0][1023:1025], queries[1], queries[2][:1]], [1023, 0, 0], options)
+    assert torch.equal(early[0], whole[0][1023:1025])
+
+
 def test_attention_does_not_read_past_its_own_position() -> None:
     sequences = Sequences([80], 1, 64)
     queries = [torch.randn(80, 2, 64)]
