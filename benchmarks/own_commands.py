@@ -1,4 +1,4 @@
-"""The commands that measure the engine in this process: `loraplex bench adapters`, `swap`, `merge` and `front`."""
+"""The commands that measure in this process: `loraplex bench adapters`, `swap`, `merge`, `front` and `kernels`."""
 
 import json
 from pathlib import Path
@@ -179,3 +179,34 @@ def front_command(
     except RunFailed as error:
         raise click.ClickException(str(error)) from error
     click.echo(json.dumps(result, indent=2))
+
+
+@click.command("kernels")
+@click.option("--model", default="smollm2-135m", show_default=True, help="Whose sizes: a folder or a fetched model.")
+@click.option("--threads", type=click.IntRange(min=1), help="[default: one per core]")
+@click.option(
+    "--rows", type=click.IntRange(min=1), multiple=True, default=[1, 8, 32, 128, 512, 2048], show_default=True
+)
+@click.option("--prompts", type=click.IntRange(min=1), multiple=True, default=[512, 2048], show_default=True)
+@click.option("--contexts", type=click.IntRange(min=1), multiple=True, default=[512, 2048, 8192], show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=21, show_default=True, help="The median counts.")
+def kernels_command(
+    model: str,
+    threads: int | None,
+    rows: tuple[int, ...],
+    prompts: tuple[int, ...],
+    contexts: tuple[int, ...],
+    rounds: int,
+) -> None:
+    """Hold the native CPU kernels against torch's: linear layers, attention of a prompt and of one new token.
+
+    The native ones sum every row in one fixed order, so that a request has the same bits in any batch. Prints JSON, in
+    milliseconds: all linear layers in float32 at --rows, and one layer's attention over --prompts and --contexts.
+    """
+    import torch
+
+    from benchmarks.kernels import Shape, measure_kernels
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    click.echo(json.dumps(measure_kernels(Shape.of(resolve(model)), rows, prompts, contexts, rounds), indent=2))

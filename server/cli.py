@@ -10,7 +10,13 @@ import click
 
 from adapters.cli import train_command
 from benchmarks.cli import compare_command
-from benchmarks.own_commands import adapters_command, front_command, merge_command, swap_command
+from benchmarks.own_commands import (
+    adapters_command,
+    front_command,
+    kernels_command,
+    merge_command,
+    swap_command,
+)
 from benchmarks.training_command import train_bench_command
 from loadtest.cli import loadtest_command
 from server.adapter_commands import adapters
@@ -98,6 +104,7 @@ bench.add_command(adapters_command)
 bench.add_command(swap_command)
 bench.add_command(merge_command)
 bench.add_command(front_command)
+bench.add_command(kernels_command)
 bench.add_command(train_bench_command)
 
 
