@@ -42,6 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_local_experts": 16, "num_experts_per_tok": 6, "n_group": 4, "topk_group": 2, "use_qk_norm": True,
     },
     "qwen2_moe": {},  # a shared expert behind a sigmoid
+    "hunyuan_v1_dense": {},  # norms after the rotary embedding
 }  # fmt: skip
 _ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}  # PEFT would adapt the experts too
 TARGETS: dict[str, dict[str, Any]] = {
