@@ -14,7 +14,7 @@ Projections = Callable[[Tensor], Sequence[Tensor]]  # x → q, k, v [..., heads 
 
 
 def attentions(module: nn.Module, call: Call, attention: AttentionCall) -> Iterator[tuple[str, Forward]]:
-    """Projections, norms of q and k where there are any, rotary embedding in place, attention, projection.
+    """Projections, norms of q and k where there are any, rotary embedding before or after them, attention, projection.
 
     Args:
         call: of the module.
@@ -27,8 +27,12 @@ def attentions(module: nn.Module, call: Call, attention: AttentionCall) -> Itera
         for options in _options(module, attention.options):
             made = attention._replace(options=options)
             for rotary in _rotaries(module, call, attention):
-                kind = "attention" if rotary is None else "rotary attention"
-                yield kind, _attention(module, made, projections, rotary, output.forward)
+                if rotary is None:
+                    yield "attention", _attention(module, made, projections, None, output.forward)
+                    continue
+                for normed_last in (False, True):
+                    forward = _attention(module, made, projections, rotary, output.forward, normed_last=normed_last)
+                    yield "rotary attention", forward
 
 
 def _projections(module: Any, attention: AttentionCall) -> Iterator[Projections]:
@@ -60,10 +64,16 @@ def _rotaries(module: nn.Module, call: Call, attention: AttentionCall) -> Iterat
 
 
 def _attention(
-    module: nn.Module, attention: AttentionCall, projections: Projections, rotary: Rotary | None, output: Forward
+    module: nn.Module,
+    attention: AttentionCall,
+    projections: Projections,
+    rotary: Rotary | None,
+    output: Forward,
+    *,
+    normed_last: bool = False,
 ) -> Forward:
-    q_norm = _first(module, "q_norm", "q_layernorm")
-    k_norm = _first(module, "k_norm", "k_layernorm")
+    q_norm = _first(module, "q_norm", "q_layernorm", "query_layernorm")
+    k_norm = _first(module, "k_norm", "k_layernorm", "key_layernorm")
 
     def forward(
         hidden_states: Tensor,
@@ -76,11 +86,15 @@ def _attention(
         num_tokens = hidden_states.shape[1]
         heads = (num_tokens, -1, attention.head_dim)
         query, key, value = projections(hidden_states)
-        query, key = _normed(query, q_norm).view(heads), _normed(key, k_norm).view(heads)
+        if not normed_last:
+            query, key = _normed(query, q_norm), _normed(key, k_norm)
         if rotary is not None:
             assert position_embeddings is not None
-            rotary(query, key, *position_embeddings)
-        attended = attention_step.attend(attention.layer, query, key, value.view(heads), attention.options)
+            rotary(query.view(heads), key.view(heads), *position_embeddings)
+        if normed_last:
+            query, key = _normed(query, q_norm), _normed(key, k_norm)
+        query, key, value = query.view(heads), key.view(heads), value.view(heads)
+        attended = attention_step.attend(attention.layer, query, key, value, attention.options)
         return output(attended.view(1, num_tokens, -1)), None
 
     return forward

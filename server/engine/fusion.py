@@ -1,4 +1,4 @@
-"""Gives the small parts of a model fused forwards: norms, feed-forwards, rotary attention, residual sums.
+"""Gives the small parts of a model fused forwards: norms, feed-forwards, rotary attention, residual sums, sigmoids.
 
 No architecture is known by name. One recorded forward shows what goes into every part and what comes out; a part gets a
 fused forward only if that gives the same output for the same input. Whatever is not recognized stays as it is.
@@ -15,6 +15,7 @@ from torch import nn
 from server.engine.attention import AttentionStep
 from server.engine.fused_forwards import candidates
 from server.engine.recorded_forward import RecordingStep, record_forward
+from server.engine.sigmoids import with_native_sigmoids
 from server.kernels import native
 
 # What fused forwards stand for. Anything else, as a clamp or a factor that grows with the position, may do nothing on
@@ -50,7 +51,13 @@ def fuse(model: nn.Module, run: Callable[[AttentionStep], Any], step: AttentionS
     for path, module in reversed(modules.items()):
         if path not in calls or calls[path].is_repeated:
             continue
-        if calls[path].own_operations(module) - _KNOWN:
+        operations = calls[path].own_operations(module)
+        if "sigmoid" in operations:
+            forward = with_native_sigmoids(module.forward)
+            if calls[path].is_answered_by(forward, _TOLERANCE):
+                module.forward = forward
+                fused[module] = "sigmoid"
+        if operations - _KNOWN:
             continue
         norms = [part for part in children[path] if fused.get(part, "").endswith("norm")]
         attention = recording.calls.get(getattr(module, "layer_idx", None))

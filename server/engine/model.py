@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from adapters.base_fingerprint import base_fingerprint
 from adapters.tensors import LinearShape
 from server.engine.attention import ATTENTION_NAME
+from server.engine.choices import Choices
 from server.engine.kv_cache import KVShape
 from server.engine.probe import probe_model
 from server.errors import ConfigError
@@ -52,6 +53,7 @@ class Reference:
 
     token_ids: list[int]
     logits: Tensor  # [num_tokens, vocab_size] float32, on the host
+    choices: list[Tensor | None]  # of its routers, see `Choices`
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -96,7 +98,9 @@ def prepare_base_model(model: PreTrainedModel, name: str, device: torch.device) 
     vocab_size = int(config.vocab_size)
     token_ids = [7 * i % vocab_size for i in range(1, PROBE_TOKENS + 1)]
     input_ids = torch.tensor([token_ids], device=device)
-    logits = model(input_ids, use_cache=False).logits[0].float().cpu()
+    choices = Choices(PROBE_TOKENS)
+    with choices:
+        logits = model(input_ids, use_cache=False).logits[0].float().cpu()
     digest, fingerprint = _digest(model), base_fingerprint(model)
 
     try:
@@ -118,7 +122,7 @@ def prepare_base_model(model: PreTrainedModel, name: str, device: torch.device) 
         vocab_size=logits.shape[-1],
         max_model_len=int(getattr(config, "max_position_embeddings", 0) or 4096),
         eos_token_ids=_eos_token_ids(model),
-        reference=Reference(token_ids, logits),
+        reference=Reference(token_ids, logits, choices.noted),
     )
 
 

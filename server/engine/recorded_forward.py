@@ -43,8 +43,8 @@ class Call:
 
     @property
     def result(self) -> Tensor | None:
-        """The output, or what comes first in it; None: that is no tensor."""
-        return _tensor(self.output)
+        """The output, or the first tensor in it; None: there is none."""
+        return next(iter(_tensors(self.output)), None)
 
     def own_operations(self, module: nn.Module) -> set[str]:
         """What torch computes for a module beside its children and attention; views and casts are left out."""
@@ -74,16 +74,19 @@ class Call:
         return operations.names
 
     def is_answered_by(self, forward: Forward, tolerance: float) -> bool:
-        """Whether another forward gives the same output, but for a share `tolerance` of the largest."""
+        """Whether another forward gives the same tensors, but for a share `tolerance` of the largest in each."""
         args, kwargs = self.arguments()
         try:
             output = forward(*args, **kwargs)
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, AssertionError):
             return False  # the module is called in a way that the other does not know
-        got, expected = _tensor(output), self.result
-        if type(output) is not type(self.output) or got is None or expected is None or got.shape != expected.shape:
+        got, expected = _tensors(output), _tensors(self.output)
+        if type(output) is not type(self.output) or [y.shape for y in got] != [y.shape for y in expected] or not got:
             return False
-        return float((got - expected).abs().max()) <= tolerance * float(expected.abs().max())
+        return all(
+            float((mine - own).abs().max()) <= tolerance * float(own.abs().max())
+            for mine, own in zip(got, expected, strict=True)
+        )
 
 
 class _Operations(TorchDispatchMode):
@@ -160,10 +163,9 @@ def record_forward(model: nn.Module, run: Callable[[AttentionStep], Any], record
     return calls
 
 
-def _tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else None
+def _tensors(output: Any) -> list[Tensor]:
+    values = output if isinstance(output, tuple) else (output,)
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _copied(value: Any) -> Any:

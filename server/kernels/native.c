@@ -157,7 +157,7 @@ typedef struct {
     float *sums;       /* [rows, value_dim], their weighted values */
 } attention_task;
 
-enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, CLAMPED_SILU };
+enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, CLAMPED_SILU, SIGMOID };
 
 enum {
     PANEL = 16,         /* output columns of a packed panel */
@@ -1812,7 +1812,8 @@ static void FN(rotary)(const rotary_layout *layout, float *q, long q_stride, lon
  * silu(x) = x / (1 + e^-x). gelu_tanh(x) = x / 2 * (1 + tanh(u)) = x / (1 + e^-2u), u = sqrt(2 / pi) * (x + 0.044715
  * x^3).
  * gelu(x) = x * Phi(x), with Phi(-|x|) = erfc(|x| / sqrt(2)) / 2 by the Chebyshev fit of Numerical Recipes (6.2), which
- * is off by 1.2e-7 of itself at most. clamped_silu(x) = x / (1 + e^(-1.702 x)), x at most 7, is gpt-oss's.
+ * is off by 1.2e-7 of itself at most. clamped_silu(x) = x / (1 + e^(-1.702 x)), x at most 7, is gpt-oss's. sigmoid(x) =
+ * 1 / (1 + e^-x).
  */
 INLINE vfloat activate(const int kind, vfloat x) {
     const vfloat zero = splat(0.0f), one = splat(1.0f);
@@ -1830,6 +1831,8 @@ INLINE vfloat activate(const int kind, vfloat x) {
         const vfloat tail = splat(0.5f) * t * vexp(fma(-z, z, p));
         return x * select((vint)(x < zero), tail, one - tail);
     }
+    if (kind == SIGMOID)
+        return one / (one + vexp(-x));
     if (kind == CLAMPED_SILU) {
         x = vmin(splat(7.0f), x);
         return x / (one + vexp(splat(-1.702f) * x));
@@ -1862,7 +1865,8 @@ static void FN(activation)(int kind, const float *xs, long x_stride, const float
         case GELU: activate_row(GELU, x, up, out, n); break;
         case RELU: activate_row(RELU, x, up, out, n); break;
         case RELU_SQUARED: activate_row(RELU_SQUARED, x, up, out, n); break;
-        default: activate_row(CLAMPED_SILU, x, up, out, n);
+        case CLAMPED_SILU: activate_row(CLAMPED_SILU, x, up, out, n); break;
+        default: activate_row(SIGMOID, x, up, out, n);
         }
     }
 }

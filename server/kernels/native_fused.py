@@ -110,6 +110,7 @@ class Activation(Enum):
     RELU = 3
     RELU_SQUARED = 4
     CLAMPED_SILU = 5  # gpt-oss's: x / (1 + exp(-1.702 x)) for x up to 7, times 1 + up for up within 7 of 0
+    SIGMOID = 6
 
     def __call__(self, x: Tensor, up: Tensor | None = None) -> Tensor:
         """activation(x), times up if there is one; both [..., n] with rows any stride apart, the same between all."""

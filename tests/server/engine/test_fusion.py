@@ -38,13 +38,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mixtral": {},  # experts
     "qwen3_moe": {},
     "gpt_oss": {"sliding_window": 20},  # tables of half the width, experts with a gate of their own
-}
+    "glm4_moe": {  # scores that are sigmoids, experts in groups
+        "num_local_experts": 16, "num_experts_per_tok": 6, "n_group": 4, "topk_group": 2, "use_qk_norm": True,
+    },
+    "qwen2_moe": {},  # a shared expert behind a sigmoid
+    "hunyuan_v1_dense": {},  # norms after the rotary embedding
+}  # fmt: skip
 _ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}  # PEFT would adapt the experts too
 TARGETS: dict[str, dict[str, Any]] = {
     "gpt2": {"target_modules": "all-linear", "fan_in_fan_out": True},
     "mixtral": _ATTENTION,
     "qwen3_moe": _ATTENTION,
     "gpt_oss": _ATTENTION,
+    "glm4_moe": _ATTENTION,
+    "qwen2_moe": _ATTENTION,
 }
 
 

@@ -62,6 +62,8 @@ SERVED: dict[str, dict[str, Any]] = {
     "olmoe": EXPERTS,
     "gpt_oss": {"head_dim": 8, **EXPERTS, **WINDOW},
     "glm4_moe": {"head_dim": 8, **EXPERTS, "first_k_dense_replace": 1},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
+    "hunyuan_v1_dense": {"head_dim": 8},
 }
 # What a model of two layers has fused: a norm before and after the layers' parts, and on q and k, where it has them.
 LAYERS = {"rotary attention": 2, "decoder layer": 2}
@@ -98,7 +100,11 @@ FUSED: dict[str, dict[str, int]] = {
     "qwen3_moe": {"RMS norm": 9, **MIXTURES},
     "olmoe": {"RMS norm": 9, **MIXTURES},
     "gpt_oss": {"RMS norm": 5, **MIXTURES},
-    "glm4_moe": {"RMS norm": 5, **GATED_LAYERS, "experts": 1, "other weight": 1},  # in the second layer alone
+    # Experts in the second layer alone; a router whose scores are sigmoids.
+    "glm4_moe": {"RMS norm": 5, **GATED_LAYERS, "experts": 1, "other weight": 1, "sigmoid": 1},
+    # A shared expert, which sees its rows without the first dimension, and a gate before it.
+    "qwen2_moe": {"RMS norm": 5, **MIXTURES, "other weight": 10, "gated feed-forward": 2, "sigmoid": 2},
+    "hunyuan_v1_dense": {"RMS norm": 9, **GATED_LAYERS},
 }
 # Parts that are replayed, where it is not one of each layer (itself or its attention).
 REPLAYED: dict[str, int] = {"glm4_moe": 3}

@@ -70,6 +70,7 @@ ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.RELU: torch.nn.functional.relu,
     Activation.RELU_SQUARED: lambda x: torch.nn.functional.relu(x) ** 2,
     Activation.CLAMPED_SILU: lambda x: x.clamp(max=7) * torch.sigmoid(1.702 * x.clamp(max=7)),
+    Activation.SIGMOID: torch.sigmoid,
 }
 
 
