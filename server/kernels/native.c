@@ -379,7 +379,7 @@ int loraplex_set_isa(const char *name) {
     return -1;
 }
 
-const int loraplex_abi = 2; /* counts up with structs and exported functions, beside _ABI in native.py */
+const int loraplex_abi = 3; /* counts up with structs, kinds and exported functions, beside _ABI in native.py */
 
 const char *loraplex_isa(void) { return sets[chosen].name; }
 

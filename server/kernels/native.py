@@ -39,7 +39,7 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
 _CAN_FAIL = {"linear_group", "attention", "replay"}  # they need scratch memory
 
 
-_ABI = 2  # of native.c, as these modules know it; counts up with structs and exported functions
+_ABI = 3  # of native.c, as these modules know it; counts up with structs, kinds and exported functions
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
