@@ -27,7 +27,7 @@ serve: model
 	$(BIN)/loraplex serve --model $(MODEL) --adapters-dir $(ADAPTERS_DIR)
 
 test: model
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
