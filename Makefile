@@ -26,8 +26,9 @@ demo: model
 serve: model
 	$(BIN)/loraplex serve --model $(MODEL) --adapters-dir $(ADAPTERS_DIR)
 
+# Two processes, which share two cores: a test never has more than one neighbour.
 test: model
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

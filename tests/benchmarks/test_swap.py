@@ -30,12 +30,12 @@ def run(model_dir: Path, adapters_dir: Path, *arguments: str) -> Result:
 
 def test_a_run(model_dir: Path, adapters_dir: Path) -> None:
     """A stream has at most one gap for each token but the first; fewer where it got several tokens at once."""
-    shape = ["--streams", "4", "--num-adapters", "2", "--prompt-tokens", "5", "--output-tokens", "60"]
+    shape = ["--streams", "4", "--num-adapters", "2", "--prompt-tokens", "5", "--output-tokens", "240"]
     done = run(model_dir, adapters_dir, *shape, "--every-ms", "5", "--rounds", "2")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     for gaps in found["gap_steps"].values():
-        assert 2 * 4 < gaps["count"] <= 2 * 4 * 59
+        assert 2 * 4 < gaps["count"] <= 2 * 4 * 239
         assert 0 < gaps["p50"] <= gaps["p99"] <= gaps["max"]
     assert found["gap_steps"]["quiet"]["p50"] == pytest.approx(1)
     loads = found["load_ms"]["count"]

@@ -19,7 +19,8 @@ import pytest
 
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
-from tests.server.test_serve import Server, free_port
+from tests.server.server_process import Server
+from tests.server.test_serve import free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 REQUESTS = {"plain": 4, "attention": 2, "head": 1, "rslora": 1, "": 2}  # by adapter, of which two get a metric's label

@@ -181,9 +181,10 @@ class _StopsLoading(ScriptedServer):
 
 
 async def test_an_operation_that_is_never_answered_ends_by_its_deadline() -> None:
-    server, churn = _StopsLoading(), Churn.of(1, {"stored": "1"}, timeout=0.2)
+    server, churn = _StopsLoading(), Churn.of(1, {"stored": "1"}, timeout=0.5)
     async with grpc.aio.insecure_channel(server.address) as channel, churn.going_on(channel, make_share(), 0.01):
-        await asyncio.sleep(0.05)
+        while server.loads < 3:
+            await asyncio.sleep(0.005)
     server.end.set()
     server.die()
     assert [operation.kind for operation in churn.operations] == ["replace", "replace", "unload"]

@@ -22,7 +22,8 @@ from server.chat_answers import Answer, columns
 from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 from tests.conftest import ADAPTERS
-from tests.server.test_serve import LORAPLEX, Server, free_port
+from tests.server.server_process import Server
+from tests.server.test_serve import LORAPLEX, free_port
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 

@@ -20,7 +20,7 @@ from server.pb.loraplex.v1 import inference_pb2 as pb
 from server.pb.loraplex.v1.adapters_pb2 import ListAdaptersRequest
 from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
-from tests.server.test_serve import Server
+from tests.server.server_process import Server
 
 TOKENS = 200
 
@@ -47,7 +47,7 @@ def metric(server: Server, name: str) -> float:
 
 def status(server: Server, name: str) -> int:
     """A number that the kernel tells of the process."""
-    text = Path(f"/proc/{server.process.pid}/status").read_text()
+    text = Path(f"/proc/{server.pid}/status").read_text()
     return int(re.search(rf"^{name}:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
 
 
@@ -60,11 +60,11 @@ def wait_until(happened: Callable[[], bool]) -> None:
 
 @contextmanager
 def standing_still(server: Server) -> Iterator[None]:
-    server.process.send_signal(signal.SIGSTOP)
+    server.signal(signal.SIGSTOP)
     try:
         yield
     finally:
-        server.process.send_signal(signal.SIGCONT)
+        server.signal(signal.SIGCONT)
 
 
 def test_a_server_that_stood_still_drops_what_expired_meanwhile(server: Server) -> None:

@@ -32,6 +32,7 @@ from server.pb.loraplex.v1.adapters_pb2_grpc import AdaptersStub
 from server.pb.loraplex.v1.inference_pb2_grpc import InferenceStub
 from server.serve import serve
 from tests.conftest import ADAPTERS
+from tests.server.server_process import Server
 
 LORAPLEX = Path(sys.executable).with_name("loraplex")
 BUF = Path(sys.executable).with_name("buf")
@@ -41,37 +42,6 @@ def loraplex(*arguments: str, **settings: Any) -> "subprocess.CompletedProcess[s
     return subprocess.run(
         [str(LORAPLEX), *arguments], capture_output=True, text=True, timeout=120, check=False, **settings
     )
-
-
-class Server:
-    """A `loraplex serve` process."""
-
-    def __init__(self, model: Path, adapters: Path, *arguments: str) -> None:
-        command = [str(LORAPLEX), "serve", "--model", str(model), "--adapters-dir", str(adapters), "--device", "cpu"]
-        command += ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert self.process.stdout is not None
-        self.banner = ""
-        for line in self.process.stdout:
-            self.banner += line
-            if ready := re.search(r"ready: listening on ([^ \n\"]+)", line):
-                self.address = ready.group(1)
-                return
-        raise AssertionError(f"the server ended: {self.banner}")
-
-    @property
-    def metrics_address(self) -> str:
-        found = re.search(r"metrics (\S+),", self.banner)
-        assert found
-        return found.group(1)
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.wait()
-
-    def wait(self) -> int:
-        self.banner += self.process.communicate(timeout=60)[0]
-        return self.process.returncode
 
 
 def free_port() -> int:
@@ -111,21 +81,26 @@ def test_the_start_says_how_far_it_is_and_then_what_runs(server: Server, model_d
 
 
 def test_client_commands(server: Server) -> None:
+    """The first as a process of its own, which is what leaves a shell with an exit code and two streams."""
     address = ["--address", server.address]
+
+    def said(*words: str) -> str:
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(main, [*words[:2], *address, *words[2:]])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
     answer = loraplex("generate", *address, "--adapter", "plain", "--max-tokens", "5", "hello")
     assert answer.returncode == 0, answer.stderr
-    assert loraplex("generate", *address, "--chat", "--max-tokens", "5", "hello").returncode == 0
-    assert "SERVING" in loraplex("health", *address).stdout
-
-    listed = loraplex("adapters", "list", *address, env={"COLUMNS": "200"}).stdout
+    assert said("generate", "--chat", "--max-tokens", "5", "hello")
+    assert "SERVING" in said("health")
+    listed = said("adapters", "list")
     assert all(name in listed for name in ADAPTERS)
-    loaded = loraplex("adapters", "load", *address, "--replace", "plain")
-    assert "rank 8" in loaded.stdout
-    assert "freed" in loraplex("adapters", "unload", *address, "plain").stdout
+    assert "rank 8" in said("adapters", "load", "--replace", "plain")
+    assert "freed" in said("adapters", "unload", "plain")
     gone = loraplex("generate", *address, "--adapter", "plain", "hello")
     assert gone.returncode == 1
     assert re.fullmatch(r"Error: NOT_FOUND from .*'plain' is not known here.*\n", gone.stderr)
-    assert loraplex("adapters", "load", *address, "plain").returncode == 0
+    assert said("adapters", "load", "plain")
 
 
 def test_load_test(server: Server, tmp_path: Path) -> None:
@@ -194,7 +169,7 @@ def test_a_load_test_whose_server_is_killed(model_dir: Path, adapters_dir: Path,
         ):
             time.sleep(0.05)
         time.sleep(2)
-        server.process.kill()
+        server.signal(signal.SIGKILL)
         _, error = load.communicate(timeout=60)
     server.wait()
     assert load.returncode == 1
@@ -235,7 +210,7 @@ def test_sigterm_drains(model_dir: Path, adapters_dir: Path) -> None:
         sampling = pb.SamplingParams(max_tokens=200, ignore_eos=True)
         call = stub.GenerateStream(pb.GenerateRequest(prompt="x", adapter="plain", sampling=sampling))
         num_tokens = len(next(call).token_ids)
-        server.process.send_signal(signal.SIGTERM)
+        server.signal(signal.SIGTERM)
         assert num_tokens + sum(len(message.token_ids) for message in call) == 200
     assert server.wait() == 0
     messages = [json.loads(line)["message"] for line in server.banner.splitlines()]
@@ -305,7 +280,7 @@ def test_a_second_signal_stops_at_once(model_dir: Path, adapters_dir: Path) -> N
         next(calls[0])
         started = time.monotonic()
         for _ in range(2):
-            server.process.send_signal(signal.SIGTERM)
+            server.signal(signal.SIGTERM)
             time.sleep(0.1)
         assert server.wait() == 0
         assert time.monotonic() - started < 10

@@ -17,13 +17,15 @@ from server.serve import running_engine
 
 KERNELS = 20  # of a step that are long enough for another thread to take the interpreter meanwhile
 KERNEL_SECONDS = 0.0005
-BUSY_SECONDS = 0.5
+BUSY_SECONDS = 0.3
+PYTHONS_OWN = 0.005  # seconds that a thread waits for the interpreter, unless told otherwise
+ROUNDS = 8  # a machine that is busy itself may spoil some
 
 
 async def test_a_busy_event_loop_does_not_hold_up_the_engine(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the loop computes, a request goes on making tokens, at a rate that Python's own 5 ms would not allow."""
+    """While the loop computes, a request goes on making tokens, at a rate that Python's own 5 ms cannot reach."""
     engine_config = EngineConfig(model=str(model_dir), device="cpu", dtype="float32")
     parts, metrics = build_engine(engine_config), Metrics(CollectorRegistry())
     forward = parts.runner.forward
@@ -39,12 +41,16 @@ async def test_a_busy_event_loop_does_not_hold_up_the_engine(
         return metrics.registry.get_sample_value("loraplex_step_seconds_count") or 0
 
     async with running_engine(engine_config, ServerConfig(adapters_dir=tmp_path), parts, metrics) as engine:
-        params = SamplingParams(max_tokens=200, ignore_eos=True)
+        params = SamplingParams(max_tokens=250, ignore_eos=True)
         async with aclosing(engine.generate([1, 2, 3], params, {})) as outputs:
             await anext(outputs)
-            before, until = num_steps(), time.monotonic() + BUSY_SECONDS
-            while time.monotonic() < until:
-                pass
-            made = num_steps() - before
-            assert made > 1.5 * BUSY_SECONDS / (KERNELS * 0.005)
-            assert len((await anext(outputs)).token_ids) >= made - 1
+            for _ in range(ROUNDS):
+                before, until = num_steps(), time.monotonic() + BUSY_SECONDS
+                while time.monotonic() < until:
+                    pass
+                made = num_steps() - before
+                assert len((await anext(outputs)).token_ids) >= made - 1
+                if made > 1.5 * BUSY_SECONDS / (KERNELS * PYTHONS_OWN):
+                    break
+            else:
+                pytest.fail(f"{made} steps in {BUSY_SECONDS} s")

@@ -240,7 +240,8 @@ async def test_our_own_commands_speak_tls(serve: Serve, tmp_path: Path, by_flag:
     authority.cert_pem.write_to_path(ca)
     async with serve(**write_certificate(authority, tmp_path)) as server:
         address = ["--address", f"https://localhost:{server.server.port}", *(["--ca", ca] if by_flag else [])]
-        load = ["--num-requests", "4", "--prompt-tokens", "2:8", "--output-tokens", "2:8", "--num-adapters", "4"]
+        load = ["--num-requests", "4", "--rate", "100", "--num-adapters", "4"]
+        load += ["--prompt-tokens", "2:8", "--output-tokens", "2:8"]
         for command, input, shown in (
             (["health"], "", b"SERVING\n"),
             (["chat", "--max-tokens", "4"], "/adapters", b"plain@1"),
