@@ -69,7 +69,7 @@ def measure_kernels(
     Raises:
         ConfigError: the native kernels cannot be used.
     """
-    if native.library is None:
+    if not native.available():
         raise ConfigError(f"the native kernels {native.missing_because}")
     linear = _Linear(shape)
     return {

@@ -14,7 +14,7 @@ from tests.conftest import ADAPTERS, save_adapter
 from tests.server.engine.conftest import Engine
 
 MODEL = cache_dir() / "smollm2-135m"
-NUM_TOKENS = 3
+NUM_TOKENS = 5
 NAMES = ["", *ADAPTERS]
 
 pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="run 'loraplex models fetch smollm2-135m' first")

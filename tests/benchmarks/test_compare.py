@@ -83,17 +83,17 @@ def test_a_report_with_a_peer_that_failed_and_one_that_is_missing() -> None:
 
 
 def test_loraplex_and_peft_on_the_tiny_model(model_dir: Path, tmp_path: Path) -> None:
-    """The real thing: two processes, tokens equal, so each request had the same adapter in both."""
+    """The real thing: two processes a workload, tokens equal, so each request had the same adapter in both."""
     results = tmp_path / "results.json"
     arguments = ["bench", "compare", "--model", str(model_dir), "--work-dir", str(tmp_path), "--peft", sys.executable]
-    arguments += ["--contenders", "loraplex-float32,peft-mixed", "--workloads", "4x2:skewed", "--rounds", "1"]
+    arguments += ["--contenders", "loraplex-float32,peft-mixed", "--workloads", "4x2,4x2:skewed", "--rounds", "1"]
     arguments += ["--prompt-tokens", "5", "--output-tokens", "4", "--threads", "1", "--json", str(results)]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     found = json.loads(results.read_text())
     assert not found["failures"]
     assert set(found["medians"]) == {"loraplex-float32", "peft-mixed"}
-    assert [item["equal_requests"] for item in found["agreements"]] == [4]
+    assert [item["equal_requests"] for item in found["agreements"]] == [4, 4]
     versions = {name: version(name) for name in ("loraplex", "peft", "torch", "transformers")}
     told = {
         "loraplex-float32": "loraplex {loraplex}, torch {torch}".format(**versions),

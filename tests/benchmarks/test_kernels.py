@@ -11,7 +11,7 @@ from benchmarks.kernels import Shape, attention_calls
 from server.cli import main
 from server.kernels import native
 
-pytestmark = pytest.mark.skipif(native.library is None, reason="the native kernels are not built")
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 
 SHAPE = Shape(layers=1, hidden=32, intermediate=48, heads=6, kv_heads=2, head_dim=16)
 

@@ -214,9 +214,8 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(server: Server) -> None:
         chat.type("/set ignore_eos true\n")
         chat.wait_for("^base> ")
         chat.type("\x03")  # nothing runs: only the line is given up
-        chat.wait_for(
-            "^base> ", again="\x03"
-        )  # readline misses one that comes between its prompt and its wait for keys
+        # Again, since readline misses one that comes between its prompt and its wait for keys.
+        chat.wait_for("^base> ", again="\x03")
         chat.type("hello\n")
         chat.wait_for(r"hello\r\n.{20}")
         chat.type("\x03")

@@ -50,7 +50,8 @@ def test_the_stand_in_takes_what_torch_takes() -> None:
     assert ours.items() <= real.items()
 
 
-@pytest.mark.parametrize(("window", "num_kv_heads"), [(None, 2), (1, 2), (100, 1), (100, 2), (100, 4), (10_000, 2)])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 1, 100, 10_000])
 @pytest.mark.parametrize("kind", STEPS)
 def test_equals_torch(kind: str, window: int | None, num_kv_heads: int) -> None:
     check(STEPS[kind], KVShape(num_layers=2, num_kv_heads=num_kv_heads, head_dim=16), window)

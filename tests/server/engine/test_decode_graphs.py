@@ -73,7 +73,7 @@ def test_replayed_steps_give_the_same_tokens(
         answers = []
         for engine in (cuda.engine, plain):
             ids = [
-                engine.submit(prompts[row], engine.load(adapters_dir / name) if name else None, max_tokens=2 + row)
+                engine.submit(prompts[row], engine.load(adapters_dir / name) if name else None, max_tokens=3 + row)
                 for row, name in enumerate(names)
             ]
             engine.run()

@@ -24,9 +24,9 @@ def token(made: Request) -> int | None:
     return sample(LOGITS[None], [made])[0].token_id
 
 
-def drawn(count: int, **params: Any) -> Counter[int | None]:
+def drawn(**params: Any) -> Counter[int | None]:
     made = request(temperature=1.0, seed=0, **params)
-    return Counter(token(made) for _ in range(count))
+    return Counter(token(made) for _ in range(2000))
 
 
 def test_greedy_is_the_default() -> None:
@@ -35,7 +35,7 @@ def test_greedy_is_the_default() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    counts = drawn(2000)
+    counts = drawn()
     for token_id, probability in enumerate(torch.softmax(LOGITS, 0).tolist()):
         assert counts[token_id] / 2000 == pytest.approx(probability, abs=0.03)
 
@@ -75,7 +75,7 @@ def test_low_temperature_sharpens() -> None:
     ],
 )
 def test_what_is_cut_off_is_never_drawn(params: dict[str, Any], allowed: set[int]) -> None:
-    assert set(drawn(300, **params)) == allowed
+    assert set(drawn(**params)) == allowed
 
 
 def test_penalties_and_bias() -> None:

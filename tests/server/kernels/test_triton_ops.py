@@ -96,11 +96,8 @@ def test_cut_tiles() -> None:
     assert padded.scales.tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("popularity", "dtype"),
-    [("distinct", torch.float32), ("identical", torch.float32), ("uniform", torch.float32)]
-    + [("skewed", dtype) for dtype in TOLERANCE],
-)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize(("in_features", "outs"), [(640, (272, 48)), (37, (19, 1, 100))])
 @torch.inference_mode()
 def test_linear_group(
@@ -264,11 +261,9 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", output)}
 
 
-@pytest.mark.parametrize(
-    ("arch", "in_features", "outs"),
-    [(90, 4096, (4096, 1024, 1024)), (90, 301, (100, 19)), (80, 4096, (4096, 1024, 1024))],
-)
+@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("in_features", "outs"), [(4096, (4096, 1024, 1024)), (301, (100, 19))])
 def test_machine_code(
     arch: int,
     in_features: int,
