@@ -23,6 +23,7 @@ from server.engine.request import Request, SamplingParams, TokenOutput
 from server.errors import ConfigError
 from server.lora.adapter import Adapter, WeightedAdapter
 from server.metrics import Metrics
+from server.openmp import bound_team
 
 
 def measure_throughput(
@@ -151,9 +152,10 @@ def generate(
     for index, prompt in enumerate(prompts):
         parts_of_request = [WeightedAdapter(adapters[index % len(adapters)])] if adapters else []
         core.put(Submit(Request(index, prompt, params, parts_of_request, frozenset())))
-    core.step()
-    while core.scheduler.has_work:
+    with bound_team():  # as the engine's own thread
         core.step()
+        while core.scheduler.has_work:
+            core.step()
     return outputs
 
 

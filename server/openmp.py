@@ -1,4 +1,4 @@
-"""OpenMP's threads, which torch and the native kernels share: how long they wait awake, and who has some.
+"""OpenMP's threads, which torch and the native kernels share: how they wait, on which cores, and who has some.
 
 Every thread that opens a parallel region keeps a team of its own. Within a step the engine's team waits for work a
 thousand times, some microseconds each: awake, or the step takes a fifth longer. But a team that waits awake for a core
@@ -6,12 +6,17 @@ that others use keeps it from them. GNU's runtime, which torch brings on Linux, 
 one, its own ways hold.
 """
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 SPINS = "GOMP_SPINCOUNT"
 _ENOUGH_SPINS = "10000"  # some 0.2 ms: over any wait within a step, far under a turn of the system's scheduler
+BINDING = ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY")  # whoever sets one of them has decided about cores
 _PAUSE_HARD = 2  # omp_pause_hard
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # what each thread of a parallel region calls
 
 
 def bound_spinning() -> None:
@@ -32,6 +37,54 @@ def work_alone() -> None:
     """The calling thread opens its parallel regions for itself alone from now on."""
     if runtime := _runtime():
         runtime.omp_set_num_threads(1)
+
+
+@contextlib.contextmanager
+def bound_team() -> Iterator[None]:
+    """Within, each thread of the calling thread's team keeps to a core of its own, unless the environment says it.
+
+    Only if the team has as many threads as there are cores: fewer would choose the same ones in every process. When
+    another thread needs a core for a moment, the system else moves both of a team's threads to one, and there they take
+    turns: for the time of a turn one waits awake for what the other could compute. What the caller had is given back.
+    """
+    runtime = _runtime()
+    places = _places(runtime.omp_get_max_threads()) if runtime and not any(map(os.environ.get, BINDING)) else []
+    if runtime is None or not places:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+
+    def bind(_: int | None) -> None:
+        with contextlib.suppress(OSError):  # the cores were taken from the process meanwhile
+            os.sched_setaffinity(0, places[runtime.omp_get_thread_num()])
+
+    runtime.GOMP_parallel(_REGION(bind), None, len(places), 0)
+    try:
+        yield
+    finally:
+        release_team()
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, before)
+
+
+def _places(num_threads: int) -> list[set[int]]:
+    """The processors of each thread: one of its own, or all those of one core; empty: there are fewer or more."""
+    processors = os.sched_getaffinity(0)
+    cores = {frozenset(_siblings(processor) & processors) for processor in processors}
+    for places in ([{processor} for processor in processors], [set(core) for core in cores]):
+        if len(places) == num_threads:
+            return sorted(places, key=min)
+    return []
+
+
+def _siblings(processor: int) -> set[int]:
+    """The processors that share a core with one, itself among them."""
+    try:
+        text = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return {processor}
+    spans = [[int(end) for end in span.split("-")] for span in text.split(",")]
+    return {sibling for span in spans for sibling in range(span[0], span[-1] + 1)}
 
 
 def _runtime() -> ctypes.CDLL | None:

@@ -20,6 +20,7 @@ from server.lora.adapter import Adapter
 from server.lora.host_copy import FreedBytes
 from server.lora.layers import bytes_on_device
 from server.metrics import Metrics
+from server.openmp import bound_team
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +79,12 @@ class EngineCore:
     def run(self) -> None:
         """Steps until `Stop`; sleeps while there is nothing to do."""
         torch.set_num_threads(torch.get_num_threads())  # OpenMP's count belongs to the thread that opens a region
-        while not self._stopping:
-            if self.scheduler.has_work:
-                self.step()
-            else:
-                self._obey(self._inbox.get())
+        with bound_team():
+            while not self._stopping:
+                if self.scheduler.has_work:
+                    self.step()
+                else:
+                    self._obey(self._inbox.get())
         self._give_out()
 
     def step(self) -> None:
