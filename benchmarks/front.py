@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import os
 import statistics
 import sys
 import time
@@ -20,6 +21,7 @@ from server.bench import check_length, generate, load_adapters
 from server.config import EngineConfig, ServerConfig
 from server.engine.build import EngineParts, build_engine
 from server.engine.core import EngineCore
+from server.errors import ConfigError
 from server.lora.adapter import Adapter
 from server.metrics import Metrics
 from server.model_info import model_info
@@ -39,18 +41,22 @@ class Load:
     num_streams: int
     prompt_tokens: int
     output_tokens: int
+    client_processors: tuple[int, ...] = ()  # for the client alone, if it is kept off the server's; none: it is not
 
 
 def measure_front(config: EngineConfig, adapters_dir: Path, load: Load, rounds: int) -> dict[str, Any]:
     """Runs the load on the engine alone and through a server's front, `rounds` times each, and takes their ratios.
 
-    The client is `loraplex loadtest run`, a process of its own on the same machine, whose cores it shares with the
-    server. Each run is warm: the front's as that of the engine alone.
+    The client is `loraplex loadtest run`, a process of its own on the same machine. Each run is warm: the front's as
+    that of the engine alone.
 
     Raises:
-        ConfigError: too few adapters, or requests that are too long.
+        ConfigError: too few adapters, requests that are too long, or a processor that there is not.
         RunFailed: the client did not come to its end.
     """
+    last = (os.cpu_count() or 1) - 1
+    if max(load.client_processors, default=0) > last:
+        raise ConfigError(f"--client-processor {max(load.client_processors)}: the last one here is {last}")
     config = replace(config, max_num_seqs=load.num_streams)
     parts = build_engine(config)
     release_team()  # each run brings its own
@@ -135,6 +141,8 @@ async def _client(port: int, load: Load, seed: int) -> float:
         command += ["--output-tokens", f"{load.output_tokens}:{load.output_tokens + 1}"]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
+        if load.client_processors:  # it has only begun: the threads that it will start stay there too
+            os.sched_setaffinity(process.pid, load.client_processors)
         _, errors = await process.communicate()
         if process.returncode:
             raise RunFailed(last_error(errors.decode()) or f"the load test ended with exit code {process.returncode}")

@@ -153,6 +153,12 @@ def merge_command(
 @click.option("--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Also --max-num-seqs.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--client-processor",
+    type=click.IntRange(min=0),
+    multiple=True,
+    help="Keeps the client on this processor; more than once for more of them (Linux).",
+)
 @click.option("--rounds", type=click.IntRange(min=1), default=6, show_default=True, help="Pairs of runs.")
 def front_command(
     adapters_dir: Path,
@@ -161,18 +167,24 @@ def front_command(
     prompt_tokens: int,
     output_tokens: int,
     rounds: int,
+    client_processor: tuple[int, ...],
     **values: Any,
 ) -> None:
     """Hold streams through gRPC against the same work on the engine alone, in one process and in turn.
 
-    The client is a load test in a process of its own, on the same machine. Prints JSON: tokens/s of both, and the
-    ratios of the pairs, through gRPC over alone.
+    The client is a load test in a process of its own, on the same machine, whose work counts too where both share
+    processors: taskset -c 0 loraplex bench front --client-processor 1 has none of it in the ratio. Prints JSON:
+    tokens/s of both, and the ratios of the pairs, through gRPC over alone.
     """
     from benchmarks.front import Load, measure_front
     from benchmarks.process import RunFailed
 
     load = Load(
-        num_adapters=num_adapters, num_streams=streams, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+        num_adapters=num_adapters,
+        num_streams=streams,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        client_processors=client_processor,
     )
     try:
         result = measure_front(take(EngineConfig, values), adapters_dir, load, rounds)

@@ -1,6 +1,7 @@
 """The front against the engine alone: the arithmetic, and a run on the tiny model with a real client."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ def test_ratios_are_of_pairs() -> None:
 def test_a_run(model_dir: Path, adapters_dir: Path) -> None:
     command = ["bench", "front", "--model", str(model_dir), "--device", "cpu", "--adapters-dir", str(adapters_dir)]
     command += ["--num-adapters", "2", "--streams", "3", "--prompt-tokens", "5", "--output-tokens", "12"]
+    command += ["--client-processor", str(max(os.sched_getaffinity(0)))]
     done = CliRunner().invoke(main, [*command, "--rounds", "2"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
@@ -27,7 +29,12 @@ def test_a_run(model_dir: Path, adapters_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"), [(["--num-adapters", "99"], "holds"), (["--output-tokens", "999"], "--max-model-len")]
+    ("arguments", "reason"),
+    [
+        (["--num-adapters", "99"], "holds"),
+        (["--output-tokens", "999"], "--max-model-len"),
+        (["--client-processor", "9999"], "the last one here is"),
+    ],
 )
 def test_what_cannot_be_measured_is_said(
     model_dir: Path, adapters_dir: Path, arguments: list[str], reason: str
