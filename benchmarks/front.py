@@ -54,9 +54,8 @@ def measure_front(config: EngineConfig, adapters_dir: Path, load: Load, rounds: 
         ConfigError: too few adapters, requests that are too long, or a processor that there is not.
         RunFailed: the client did not come to its end.
     """
-    last = (os.cpu_count() or 1) - 1
-    if max(load.client_processors, default=0) > last:
-        raise ConfigError(f"--client-processor {max(load.client_processors)}: the last one here is {last}")
+    if load.client_processors:
+        _try_processors(load.client_processors)
     config = replace(config, max_num_seqs=load.num_streams)
     parts = build_engine(config)
     release_team()  # each run brings its own
@@ -82,6 +81,16 @@ def summary(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
         "ratio": statistics.median(ratios),
         "ratios": [round(ratio, 3) for ratio in ratios],
     }
+
+
+def _try_processors(processors: Sequence[int]) -> None:
+    """Raises ConfigError if nothing can run on any of these."""
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, processors)
+    except OSError as error:
+        raise ConfigError(f"--client-processor {processors[0]}: nothing can run there ({error.strerror})") from error
+    os.sched_setaffinity(0, before)
 
 
 async def _measure(

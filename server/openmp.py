@@ -14,7 +14,7 @@ from pathlib import Path
 
 SPINS = "GOMP_SPINCOUNT"
 _ENOUGH_SPINS = "10000"  # some 0.2 ms: over any wait within a step, far under a turn of the system's scheduler
-BINDING = ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY")  # whoever sets one of them has decided about cores
+_BINDING = ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY")  # whoever sets one of them has decided about cores
 _PAUSE_HARD = 2  # omp_pause_hard
 _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # what each thread of a parallel region calls
 
@@ -48,7 +48,7 @@ def bound_team() -> Iterator[None]:
     turns: for the time of a turn one waits awake for what the other could compute. What the caller had is given back.
     """
     runtime = _runtime()
-    places = _places(runtime.omp_get_max_threads()) if runtime and not any(map(os.environ.get, BINDING)) else []
+    places = _places(runtime.omp_get_max_threads()) if runtime and not any(map(os.environ.get, _BINDING)) else []
     if runtime is None or not places:
         yield
         return

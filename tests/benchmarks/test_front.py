@@ -33,7 +33,7 @@ def test_a_run(model_dir: Path, adapters_dir: Path) -> None:
     [
         (["--num-adapters", "99"], "holds"),
         (["--output-tokens", "999"], "--max-model-len"),
-        (["--client-processor", "9999"], "the last one here is"),
+        (["--client-processor", "9999"], "nothing can run there"),
     ],
 )
 def test_what_cannot_be_measured_is_said(
