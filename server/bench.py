@@ -152,7 +152,7 @@ def generate(
     for index, prompt in enumerate(prompts):
         parts_of_request = [WeightedAdapter(adapters[index % len(adapters)])] if adapters else []
         core.put(Submit(Request(index, prompt, params, parts_of_request, frozenset())))
-    with bound_team():  # as the engine's own thread
+    with bound_team(core.runner.base.device.type):  # as the engine's own thread
         core.step()
         while core.scheduler.has_work:
             core.step()

@@ -40,14 +40,17 @@ def work_alone() -> None:
 
 
 @contextlib.contextmanager
-def bound_team() -> Iterator[None]:
+def bound_team(device_type: str) -> Iterator[None]:
     """Within, each thread of the calling thread's team keeps to a core of its own, unless the environment says it.
 
     Only if the team has as many threads as there are cores: fewer would choose the same ones in every process. When
     another thread needs a core for a moment, the system else moves both of a team's threads to one, and there they take
     turns: for the time of a turn one waits awake for what the other could compute. What the caller had is given back.
+
+    Args:
+        device_type: where the steps are computed; but for "cpu" the caller is left free, and has no use for a team.
     """
-    runtime = _runtime()
+    runtime = _runtime() if device_type == "cpu" else None
     places = _places(runtime.omp_get_max_threads()) if runtime and not any(map(os.environ.get, _BINDING)) else []
     if runtime is None or not places:
         yield

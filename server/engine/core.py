@@ -7,8 +7,6 @@ import uuid
 from collections.abc import Callable
 from itertools import chain
 
-import torch
-
 from server.engine.commands import Abort, Command, Evict, Merge, MergeDone, Revoke, Stop, Submit
 from server.engine.merge_policy import MergePolicy
 from server.engine.model_runner import ModelRunner
@@ -20,7 +18,6 @@ from server.lora.adapter import Adapter
 from server.lora.host_copy import FreedBytes
 from server.lora.layers import bytes_on_device
 from server.metrics import Metrics
-from server.openmp import bound_team
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +75,11 @@ class EngineCore:
 
     def run(self) -> None:
         """Steps until `Stop`; sleeps while there is nothing to do."""
-        torch.set_num_threads(torch.get_num_threads())  # OpenMP's count belongs to the thread that opens a region
-        with bound_team():
-            while not self._stopping:
-                if self.scheduler.has_work:
-                    self.step()
-                else:
-                    self._obey(self._inbox.get())
+        while not self._stopping:
+            if self.scheduler.has_work:
+                self.step()
+            else:
+                self._obey(self._inbox.get())
         self._give_out()
 
     def step(self) -> None:

@@ -8,9 +8,12 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
+
 from server.engine.commands import Command, Stop
 from server.engine.core import EngineCore
 from server.errors import Unavailable
+from server.openmp import bound_team
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,9 @@ class EngineThread:
         """Engine thread."""
         died = False
         try:
-            self._core.run()
+            torch.set_num_threads(torch.get_num_threads())  # OpenMP's count belongs to the thread that opens a region
+            with bound_team(self._core.runner.base.device.type):
+                self._core.run()
         except BaseException:
             log.exception("the engine thread died")
             died = True

@@ -45,7 +45,7 @@ def test_a_thread_that_works_alone_has_no_team() -> None:
     assert after == before
 
 
-def processors_of_a_team(num_threads: int) -> tuple[list[set[int]], bool]:
+def processors_of_a_team(num_threads: int, device_type: str = "cpu") -> tuple[list[set[int]], bool]:
     """On which processors each of a fresh thread's bound team may run, and whether that thread got its own back."""
     found: dict[int, set[int]] = {}
     given_back: list[bool] = []
@@ -60,7 +60,7 @@ def processors_of_a_team(num_threads: int) -> tuple[list[set[int]], bool]:
         def look(_: int | None) -> None:
             found[runtime.omp_get_thread_num()] = os.sched_getaffinity(0)
 
-        with openmp.bound_team():
+        with openmp.bound_team(device_type):
             runtime.GOMP_parallel(openmp._REGION(look), None, num_threads, 0)
         given_back.append(os.sched_getaffinity(0) == before)
 
@@ -83,6 +83,12 @@ def test_a_team_of_another_size_goes_where_the_system_has_room() -> None:
     found, given_back = processors_of_a_team(len(processors) + 1)
     assert found == [processors] * (len(processors) + 1)
     assert given_back
+
+
+def test_a_thread_that_feeds_another_device_is_free() -> None:
+    processors = os.sched_getaffinity(0)
+    found, _ = processors_of_a_team(len(processors), "cuda")
+    assert found == [processors] * len(processors)
 
 
 def test_the_environment_decides_about_cores(monkeypatch: pytest.MonkeyPatch) -> None:
